@@ -1,0 +1,23 @@
+#!/bin/sh
+# Install a lock file and this package into the environment of the given python. Usage: install.sh PYTHON LOCK
+set -eu
+python=$1 lock=$2
+
+# uv has its own configuration; let it use what pip was given, where it was given nothing itself.
+pip_option() { "$python" -m pip config get "global.$1" 2>/dev/null || true; }
+[ -n "${UV_FIND_LINKS:-}" ] || UV_FIND_LINKS=${PIP_FIND_LINKS:-$(pip_option find-links)}
+[ -n "${UV_INDEX_URL:-}" ] || UV_INDEX_URL=${PIP_INDEX_URL:-$(pip_option index-url)}
+[ -n "$UV_FIND_LINKS" ] && export UV_FIND_LINKS || unset UV_FIND_LINKS
+[ -n "$UV_INDEX_URL" ] && export UV_INDEX_URL || unset UV_INDEX_URL
+[ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$PIP_CERT}"
+
+# A CPU build of torch comes from a local wheel where one is configured, else from PyTorch's own index.
+backend=""
+case $lock in *cpu*) ls ${UV_FIND_LINKS:-/nonexistent}/torch-*+cpu-*.whl >/dev/null 2>&1 || backend="--torch-backend=cpu" ;; esac
+
+# shellcheck disable=SC2086
+"$python" -m uv pip sync --quiet --python "$python" $backend "$lock"
+"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
+UV_BIN=$("$python" -c 'import shutil, sys; print(shutil.which("uv") or "")')
+if "$python" -m uv --version >/dev/null 2>&1; then "$python" -m uv pip install --quiet --python "$python" --no-deps --editable .
+else "$python" -m pip install --quiet --no-deps --editable .; fi

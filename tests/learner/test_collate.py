@@ -1,0 +1,91 @@
+"""Episodes to tensors, and the minibatches of uneven contributions."""
+
+import numpy as np
+import pytest
+import torch
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from vlarl_rllib.learner.collate import INSTRUCTION_KEY, LOG_PROBS_KEY, UpdatePlan, assign_owners, collate
+
+
+def chunk(length: int, first: int, *, terminated: bool = False, instruction: str = "reach") -> SingleAgentEpisode:
+    """A chunk whose frames hold the numbers first, first + 1, ... and whose rewards are ten times those."""
+    episode = SingleAgentEpisode()
+    episode.custom_data[INSTRUCTION_KEY] = instruction
+    episode.add_env_reset(np.full((2, 2, 3), first, np.uint8))
+    for t in range(length):
+        episode.add_env_step(
+            np.full((2, 2, 3), first + t + 1, np.uint8),
+            np.arange(7) + first + t,
+            10.0 * (first + t),
+            terminated=terminated and t == length - 1,
+            extra_model_outputs={LOG_PROBS_KEY: np.full(7, -0.5 * (first + t), np.float32)},
+        )
+    return episode.to_numpy()
+
+
+def prompt_ids(instruction: str) -> list[int]:
+    return [1, *map(ord, instruction)]
+
+
+def test_steps_then_bootstrap_frames() -> None:
+    batch = collate([[chunk(2, 10, terminated=True), chunk(3, 20)], [chunk(1, 30, instruction="push it")]], prompt_ids)
+    assert batch.num_steps == 6
+    assert batch.contribution_steps == (5, 1)
+    # the frame behind the terminated chunk (12) is not there; those behind the two cut ones (23, 31) come last
+    assert batch.frames[:, 0, 0, 0].tolist() == [10, 11, 20, 21, 22, 30, 23, 31]
+    assert batch.chunk_bootstrap.tolist() == [-1, 6, 7]
+    assert batch.prompts == [prompt_ids("reach"), prompt_ids("push it")]
+    assert batch.frame_prompt.tolist() == [0, 0, 0, 0, 0, 1, 0, 1]
+    assert batch.tokens[:, 0].tolist() == [10, 11, 20, 21, 22, 30]
+    assert batch.rows(batch.rewards).tolist() == [[100, 110, 0], [200, 210, 220], [300, 0, 0]]
+    assert torch.equal(batch.flat(batch.rows(batch.rewards)), batch.rewards)
+
+
+def test_model_inputs_are_padded_on_the_right_and_stay_uint8() -> None:
+    batch = collate([[chunk(1, 5)], [chunk(1, 7, instruction="push it")]], prompt_ids)
+    inputs = batch.model_inputs(np.array([0, 1, 2]), torch.device("cpu"))
+    assert inputs["pixel_values"].dtype == torch.uint8 and inputs["pixel_values"].shape == (3, 3, 2, 2)
+    assert inputs["attention_mask"].sum(1).tolist() == [6, 8, 6]
+    assert inputs["action_tokens"][:2].tolist() == [list(range(5, 12)), list(range(7, 14))]
+
+
+def test_nothing_to_collate_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        collate([[]], prompt_ids)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_minibatches_cover_every_step_once_per_epoch_with_equal_forwards(num_ranks: int) -> None:
+    steps = (7, 3, 5, 4)
+    plan = UpdatePlan(steps, assign_owners(steps, num_ranks), num_ranks, seed=4)
+    per_rank = [list(plan.minibatches(rank, num_epochs=2, minibatch_size=8, micro_batch_size=2)) for rank in range(num_ranks)]
+    assert [len(batches) for batches in per_rank] == [6] * num_ranks  # 19 steps, at most 8 each: 3 a epoch
+    for batches in zip(*per_rank, strict=True):
+        assert len({len(b.forwards) for b in batches}) == 1
+        assert {b.num_valid for b in batches} == {sum(len(f) for b in batches for f in b.forwards)}
+    for rank, batches in enumerate(per_rank):
+        owned = sum(s for s, owner in zip(steps, plan.owners, strict=True) if owner == rank)
+        for epoch in (batches[:3], batches[3:]):
+            seen = np.concatenate([f for b in epoch for f in b.forwards])
+            assert sorted(seen.tolist()) == list(range(owned))
+
+
+def test_minibatches_hold_the_same_steps_whatever_the_number_of_ranks() -> None:
+    steps = (7, 3, 5, 4)
+
+    def global_steps(num_ranks: int) -> list[list[tuple[int, int]]]:
+        plan = UpdatePlan(steps, assign_owners(steps, num_ranks), num_ranks, seed=4)
+        batches: list[list[tuple[int, int]]] = []
+        for rank in range(num_ranks):
+            own = [(c, t) for c, owner in enumerate(plan.owners) if owner == rank for t in range(steps[c])]
+            for i, b in enumerate(plan.minibatches(rank, 1, 8, 2)):
+                batches += [[]] if i == len(batches) else []
+                batches[i] += [own[j] for f in b.forwards for j in f]
+        return [sorted(b) for b in batches]
+
+    assert global_steps(1) == global_steps(2) == global_steps(3)
+
+
+def test_owners_balance_steps_and_leave_contributions_whole() -> None:
+    assert assign_owners([9, 2, 3, 4], 2) == (0, 1, 1, 1)

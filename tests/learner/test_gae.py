@@ -1,0 +1,71 @@
+"""Advantages against numbers worked out by hand."""
+
+import pytest
+import torch
+
+from vlarl_rllib.learner.gae import gae
+
+
+def row(*values: float) -> torch.Tensor:
+    return torch.tensor([values], dtype=torch.float64)
+
+
+def flags(*values: int) -> torch.Tensor:
+    return torch.tensor([values], dtype=torch.bool)
+
+
+def test_termination_ends_without_bootstrap() -> None:
+    # gamma = 0.5, lambda = 0.5; the bootstrap value 100 must not be read after a termination.
+    # t=2: delta = 1 - 3 = -2                        A = -2
+    # t=1: delta = 0 + 0.5*3 - 2 = -0.5              A = -0.5 + 0.25*-2 = -1
+    # t=0: delta = 0 + 0.5*2 - 1 = 0                 A = 0 + 0.25*-1 = -0.25
+    advantages, targets = gae(row(0, 0, 1), row(1, 2, 3), flags(0, 0, 1), flags(0, 0, 0), row(100, 100, 100), 0.5, 0.5, flags(1, 1, 1))
+    assert advantages.tolist() == [[-0.25, -1.0, -2.0]]
+    assert targets.tolist() == [[0.75, 1.0, 1.0]]
+
+
+def test_time_out_bootstraps() -> None:
+    # t=1: delta = 0 + 0.5*8 - 2 = 2                 A = 2
+    # t=0: delta = 1 + 0.5*2 - 1 = 1                 A = 1 + 0.25*2 = 1.5
+    advantages, targets = gae(row(1, 0), row(1, 2), flags(0, 0), flags(0, 1), row(100, 8), 0.5, 0.5, flags(1, 1))
+    assert advantages.tolist() == [[1.5, 2.0]]
+    assert targets.tolist() == [[2.5, 4.0]]
+
+
+def test_termination_wins_where_both_hold() -> None:
+    advantages, _ = gae(row(1), row(3), flags(1), flags(1), row(100), 0.5, 0.5, flags(1))
+    assert advantages.tolist() == [[-2.0]]
+
+
+def test_two_episodes_in_a_row_do_not_mix() -> None:
+    # Step 1 was truncated with bootstrap 4, step 2 begins another episode and is the last one seen, bootstrap 6.
+    # t=2: delta = 0 + 0.5*6 - 5 = -2                A = -2
+    # t=1: delta = 0 + 0.5*4 - 2 = 0                 A = 0 (nothing carried over from t=2)
+    # t=0: delta = 0 + 0.5*2 - 1 = 0                 A = 0
+    advantages, _ = gae(row(0, 0, 0), row(1, 2, 5), flags(0, 0, 0), flags(0, 1, 0), row(9, 4, 6), 0.5, 0.5, flags(1, 1, 1))
+    assert advantages.tolist() == [[0.0, 0.0, -2.0]]
+
+
+def test_padding_counts_for_nothing() -> None:
+    padded, padded_targets = gae(
+        row(1, 0, 7), row(1, 2, float("nan")), flags(0, 0, 0), flags(0, 0, 0), row(0, 8, 50), 0.5, 0.5, flags(1, 1, 0)
+    )
+    short, short_targets = gae(row(1, 0), row(1, 2), flags(0, 0), flags(0, 0), row(0, 8), 0.5, 0.5, flags(1, 1))
+    assert padded[:, :2].tolist() == short.tolist() == [[1.5, 2.0]]
+    assert padded_targets[:, :2].tolist() == short_targets.tolist()
+    assert padded[0, 2] == padded_targets[0, 2] == 0
+
+
+def test_rows_are_independent() -> None:
+    one = gae(row(1, 0), row(1, 2), flags(0, 0), flags(0, 1), row(0, 8), 0.9, 0.8, flags(1, 1))[0]
+    two = gae(row(0, 3), row(4, 1), flags(0, 1), flags(0, 0), row(0, 8), 0.9, 0.8, flags(1, 1))[0]
+    both = gae(
+        torch.cat([row(1, 0), row(0, 3)]), torch.cat([row(1, 2), row(4, 1)]), torch.cat([flags(0, 0), flags(0, 1)]),
+        torch.cat([flags(0, 1), flags(0, 0)]), torch.cat([row(0, 8), row(0, 8)]), 0.9, 0.8, torch.cat([flags(1, 1)] * 2),
+    )[0]  # fmt: skip
+    assert torch.equal(both, torch.cat([one, two]))
+
+
+def test_a_hole_in_the_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match="first ones"):
+        gae(row(1, 0), row(1, 2), flags(0, 0), flags(0, 0), row(0, 8), 0.5, 0.5, flags(0, 1))

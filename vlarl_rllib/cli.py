@@ -1,0 +1,111 @@
+"""The `vlarl` command. Ray and torch are imported inside the commands, so that `--help` and a mistake are answered at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from vlarl_rllib.settings import Settings, SettingsError
+
+app = typer.Typer(
+    name="vlarl",
+    help="PPO fine-tuning of vision-language-action models with RLlib, vLLM and FSDP.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path | None, typer.Argument(help="YAML file, for example configs/libero_smoke_cpu.yaml.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one key; may be repeated.")]
+
+
+@app.command()
+def train(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config.")] = False,
+    resume_from: Annotated[Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.")] = None,
+) -> None:
+    """Train a policy: one run through ray.tune.Tuner."""
+    from vlarl_rllib.run_directory import RunDirectory, new_run_directory, open_run_directory
+
+    if resume:
+        if run_dir is None or resume_from is not None or overrides:
+            raise SettingsError("--resume: needs --run-dir, and takes neither --set nor --resume-from (a changed config is a new run: use --resume-from)")
+        run: RunDirectory = open_run_directory(run_dir)
+        settings = run.settings()
+    else:
+        if config is None:
+            raise SettingsError("CONFIG: missing; give a YAML file, for example configs/libero_smoke_cpu.yaml")
+        settings = Settings.from_yaml(config, overrides or [])
+        run = new_run_directory(run_dir, config.stem, resume_from)
+    _preflight(settings)
+    run.write_config(settings)
+
+    from vlarl_rllib.training import run_training
+
+    raise typer.Exit(run_training(settings, run, resume_from=run.newest_checkpoint() if resume else resume_from))
+
+
+@app.command()
+def doctor(config: ConfigPath = None, overrides: Overrides = None) -> None:
+    """Check this machine and, with CONFIG, print the plan of a run."""
+    from vlarl_rllib.doctor import report
+
+    settings = Settings.from_yaml(config, overrides or []) if config else None
+    raise typer.Exit(0 if report(settings) else 1)
+
+
+@app.command(name="make-checkpoint")
+def make_checkpoint(
+    preset: Annotated[str, typer.Argument(help="tiny or mini.")],
+    directory: Annotated[Path, typer.Argument(help="Where to write it.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+) -> None:
+    """Write a small random OpenVLA checkpoint with its own tokenizer, for trying things out."""
+    from vlarl_rllib.models.presets import write_checkpoint
+
+    if directory.exists() and any(directory.iterdir()):
+        raise SettingsError(f"{directory}: exists and is not empty; give a new directory")
+    try:
+        write_checkpoint(preset, directory, seed=seed)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    typer.echo(f"wrote {directory}")
+
+
+def _preflight(settings: Settings) -> None:
+    from vlarl_rllib.preflight import check
+
+    check(settings)
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one line on stderr and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except SettingsError as error:
+        _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()))
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"vlarl: {message}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

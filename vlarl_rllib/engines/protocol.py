@@ -1,0 +1,123 @@
+"""What every engine offers, whichever library samples. No vLLM, no Ray, no torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vlarl_rllib.types import NUM_ACTION_TOKENS, SampleReply, SampleRequest, WeightManifest
+
+INITIAL_VERSION = -1
+"""`policy_version` of weights as loaded from the checkpoint."""
+MAX_PROMPT_TOKENS = 128
+"""Text tokens of the longest prompt an engine makes room for; LIBERO's longest has 38 (facts of the five suites)."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+"""vLLM raises smaller temperatures to 0.01 without saying so in the reply, and refuses larger ones."""
+MAX_SEED = 2**63 - 1
+"""Seeds travel as signed 64-bit integers."""
+LOG_PROB_TOLERANCE = 1e-4
+"""How far above 0 rounding may lift the log-probability of a near-certain token."""
+
+
+class EngineError(RuntimeError):
+    """The engine cannot answer any more: it is to be killed, replaced and given the current weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """All that an engine needs to start; picklable."""
+
+    model_path: str
+    """Checkpoint directory (a preset is written to disk before)."""
+    dtype: str
+    """"float32" or "bfloat16"."""
+    gpus: float
+    """GPUs of this engine; 0 = CPU. A fraction shares the device."""
+    max_batch: int
+    """Sequences in flight at once; more wait in the engine's queue."""
+    gpu_memory_gb: float | None
+    """GPU memory for weights and KV cache; None = vLLM's default fraction. On the CPU the cache is sized from `max_batch`."""
+    enforce_eager: bool
+    """No CUDA graphs. The CPU is always eager."""
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    policy_version: int
+    """Version of the weights in use; `INITIAL_VERSION` = as loaded from the checkpoint."""
+    pid: int
+    device: str
+    library: str
+    """For example "vllm 0.32.0"."""
+    num_parameters: int
+    num_actions: int
+    """Actions sampled since the engine started."""
+    busy_seconds: float
+    """Time in which at least one request was in the model, since the engine started."""
+
+
+class Engine(Protocol):
+    """One sampler. In a Ray actor the three are coroutines of the same names, which callers overlap freely."""
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:
+        """One reply per request, in order. Raises `EngineError` when the engine is beyond use, `ValueError` for a malformed request."""
+        ...
+
+    def load_weights(self, manifest: WeightManifest) -> int:
+        """Replace all weights after finishing what is in flight; returns the version now in use.
+
+        Raises `ValueError` where names or shapes are not exactly the model's own and `FileNotFoundError` where the
+        version is gone; the engine then goes on with the weights it has.
+        """
+        ...
+
+    def status(self) -> EngineStatus: ...
+
+
+def check_requests(requests: Sequence[SampleRequest], image_size: int) -> None:
+    """Raise ValueError for the first request that no engine may see.
+
+    Args:
+        image_size: side of the policy's square input, in pixels.
+    """
+    for request in requests:
+        image = request.image
+        if image.dtype != np.uint8 or image.shape != (image_size, image_size, 3):
+            raise ValueError(
+                f"image is {image.dtype} {list(image.shape)}; the policy takes uint8 [{image_size}, {image_size}, 3]"
+            )
+        if not isinstance(request.instruction, str) or not request.instruction.strip():
+            raise ValueError(f"instruction={request.instruction!r} must be a text")
+        if request.temperature != 0 and not MIN_TEMPERATURE <= request.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"temperature={request.temperature} must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]"
+            )
+        if not 0 <= request.seed <= MAX_SEED:
+            raise ValueError(f"seed={request.seed} must be in [0, {MAX_SEED}]")
+
+
+def checked_reply(
+    token_ids: Sequence[int], log_probs: Sequence[float], action_token_ids: range, policy_version: int
+) -> SampleReply:
+    """Build a reply from what the sampler returned.
+
+    Raises EngineError unless these are seven action tokens with log-probabilities: anything else would be decoded as a
+    full-speed action or poison the update.
+    """
+    if len(token_ids) != NUM_ACTION_TOKENS or len(log_probs) != NUM_ACTION_TOKENS:
+        raise EngineError(f"the engine sampled {len(token_ids)} tokens, an action has {NUM_ACTION_TOKENS}")
+    for token_id, log_prob in zip(token_ids, log_probs, strict=True):
+        if token_id not in action_token_ids:
+            raise EngineError(f"the engine sampled id {token_id}, which is not an action token {action_token_ids}")
+        if not (math.isfinite(log_prob) and log_prob <= LOG_PROB_TOLERANCE):
+            raise EngineError(f"the engine reported log-probability {log_prob}; the weights may not be finite")
+    return SampleReply(
+        tokens=np.asarray(token_ids, dtype=np.int64),
+        log_probs=np.asarray(log_probs, dtype=np.float32),
+        policy_version=policy_version,
+    )

@@ -1,0 +1,117 @@
+"""Environment classes by name, and the facts about a suite that need no simulator.
+
+Worker processes receive an `EnvSpec` and call `make_env`; settings, curricula and evaluation ask for tasks, initial
+states and horizons.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlarl_rllib.envs.base import VLAEnv
+
+ENVIRONMENTS = {
+    "libero": "vlarl_rllib.envs.libero:LiberoEnv",
+    "synthetic": "vlarl_rllib.envs.synthetic:SyntheticEnv",
+}
+"""Short names of the environments that come with the package; any other class is named `module:Class`."""
+
+HELD_OUT_FRACTION = 0.2
+"""Share of a task's initial states that only evaluation uses: 10 of LIBERO's 50."""
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What a process must know to build an environment."""
+
+    name: str = "libero"
+    """Short name from `ENVIRONMENTS`, or `module:Class`."""
+    suite: str = "libero_spatial"
+    """Task suite; environments with a single suite ignore it."""
+    image_size: int = 224
+    """Side of the policy's square image in pixels."""
+    center_crop: bool = True
+    """Keep the central 90 % of the area, for checkpoints trained with image augmentation."""
+    max_steps: int | None = None
+    """Policy steps after which an episode is cut off; None = the suite's published horizon."""
+    fast_render: bool = False
+    """No multisampling, shadows or reflections: several times faster in software, but not the pictures that checkpoints
+    were trained on.
+    """
+    camera_size: int = 256
+    """Side of the rendered image in pixels, before the observation path; OpenVLA's evaluation uses 256."""
+    render_device: int = 0
+    """Which of the machine's GPUs renders, modulo their number; no meaning in software rendering."""
+
+
+def make_env(spec: EnvSpec) -> VLAEnv:
+    """Build the environment that `spec` names.
+
+    Raises:
+        ValueError: there is no such environment, or it has no such suite.
+    """
+    return env_class(spec.name)(spec)
+
+
+def env_class(name: str) -> type[VLAEnv]:
+    """The class behind a short name or `module:Class`.
+
+    Raises:
+        ValueError: neither form, or nothing can be imported under it.
+    """
+    module_name, _, class_name = ENVIRONMENTS.get(name, name).partition(":")
+    if not class_name:
+        raise ValueError(
+            f"env.name is {name!r}; choose one of {', '.join(ENVIRONMENTS)}, or name a class as module:Class"
+        )
+    try:
+        found: type[VLAEnv] = getattr(importlib.import_module(module_name), class_name)
+    except AttributeError as error:
+        raise ValueError(f"env.name is {name!r}, but {module_name} has no class {class_name}") from error
+    return found
+
+
+def task_instructions(suite: str, *, name: str = "libero") -> list[str]:
+    """The language instruction of every task of `suite`, in task order."""
+    return env_class(name).task_instructions(suite)
+
+
+def num_tasks(suite: str, *, name: str = "libero") -> int:
+    """How many tasks `suite` has; task ids are 0 to this minus 1."""
+    return len(task_instructions(suite, name=name))
+
+
+def num_initial_states(suite: str, task_id: int, *, name: str = "libero") -> int:
+    """How many initial states the task has (LIBERO: 50 in every standard suite)."""
+    return env_class(name).num_initial_states(suite, task_id)
+
+
+def horizon(suite: str, *, name: str = "libero") -> int:
+    """Policy steps after which an episode of `suite` is cut off."""
+    return env_class(name).horizon(suite)
+
+
+def split_initial_states(
+    num_states: int, held_out_fraction: float = HELD_OUT_FRACTION
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Divide the initial states of a task into (training, held out): the last ones are held out, at least one on each
+    side.
+
+    Raises:
+        ValueError: fewer than two states cannot be divided.
+    """
+    if num_states < 2:
+        raise ValueError(
+            f"{num_states} initial state(s) cannot be divided into training and held-out ones; at least 2 are needed"
+        )
+    num_held_out = min(max(1, round(num_states * held_out_fraction)), num_states - 1)
+    boundary = num_states - num_held_out
+    return tuple(range(boundary)), tuple(range(boundary, num_states))
+
+
+def training_and_held_out_states(spec: EnvSpec, task_id: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`split_initial_states` of one task of the environment that `spec` names."""
+    return split_initial_states(num_initial_states(spec.suite, task_id, name=spec.name))

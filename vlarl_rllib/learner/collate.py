@@ -1,0 +1,181 @@
+"""From episodes to tensors, and which steps make up each minibatch on each rank.
+
+Letters: N = steps of a rank, K = its bootstrap frames, C = its chunks (a chunk is an uninterrupted piece of one episode),
+T = longest chunk, A = action tokens, S = image side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+INSTRUCTION_KEY = "instruction"
+"""Where a rollout keeps the task's instruction in `episode.custom_data`."""
+LOG_PROBS_KEY = "token_log_probs"
+"""Extra model output [A]: the sampler's log-probabilities of the action tokens."""
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """All steps that one rank owns, in host memory; images stay uint8."""
+
+    frames: np.ndarray
+    """[N+K, S, S, 3] uint8: the frame of each step, then the frame behind each chunk that did not terminate."""
+    frame_prompt: np.ndarray
+    """[N+K] int64 index into `prompts`."""
+    prompts: list[list[int]]
+    """Token ids of each distinct prompt."""
+    tokens: np.ndarray
+    """[N, A] int64 action token ids."""
+    behaviour_log_probs: Tensor
+    """[N, A] float32"""
+    rewards: Tensor
+    """[N] float32"""
+    chunk: np.ndarray
+    """[N] int64: the chunk of each step."""
+    column: np.ndarray
+    """[N] int64: the place of each step in its chunk."""
+    chunk_terminated: np.ndarray
+    """[C] bool"""
+    chunk_bootstrap: np.ndarray
+    """[C] int64: index into `frames` of the frame behind the chunk; -1 after termination."""
+    contribution_steps: tuple[int, ...]
+    """Steps of each contribution, in order; they sum to N."""
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """[N] -> [C, T], zero behind the end of a chunk."""
+        num_columns = int(self.column.max()) + 1 if len(self.column) else 0
+        rows = torch.zeros(len(self.chunk_terminated), num_columns, dtype=flat.dtype)
+        rows[self.chunk, self.column] = flat
+        return rows
+
+    def flat(self, rows: Tensor) -> Tensor:
+        """[C, T] -> [N]."""
+        return rows[self.chunk, self.column]
+
+    def model_inputs(self, frames: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """What the model needs for the frames with these indices: input_ids, attention_mask, pixel_values (uint8), action_tokens.
+
+        A bootstrap frame has no action; it gets the first step's tokens, whose logits nobody reads.
+        """
+        prompts = [self.prompts[i] for i in self.frame_prompt[frames]]
+        length = max(map(len, prompts))
+        input_ids = torch.zeros(len(prompts), length, dtype=torch.long)
+        attention_mask = torch.zeros(len(prompts), length, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, : len(prompt)] = torch.tensor(prompt)
+            attention_mask[row, : len(prompt)] = 1
+        steps = np.where(frames < self.num_steps, frames, 0)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "pixel_values": torch.from_numpy(self.frames[frames]).permute(0, 3, 1, 2).contiguous(),
+            "action_tokens": torch.from_numpy(self.tokens[steps]),
+        }
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def collate(contributions: Sequence[Sequence[SingleAgentEpisode]], prompt_ids: Callable[[str], list[int]]) -> RolloutBatch:
+    """Put the chunks of all contributions one after the other.
+
+    Args:
+        contributions: for each slot, its chunks in the order they were played.
+        prompt_ids: instruction -> token ids.
+
+    Raises:
+        ValueError: for no contributions at all, or a chunk without steps.
+    """
+    chunks = [episode for contribution in contributions for episode in contribution]
+    if not chunks or any(len(episode) == 0 for episode in chunks):
+        raise ValueError("contributions: every learner needs at least one chunk, and a chunk at least one step; got an empty one")
+    frames, rewards, tokens, log_probs = [], [], [], []
+    for episode in chunks:
+        images = np.asarray(episode.get_observations())
+        frames.append(images)
+        rewards.append(np.asarray(episode.get_rewards(), dtype=np.float32))
+        tokens.append(np.asarray(episode.get_actions(), dtype=np.int64))
+        log_probs.append(np.asarray(episode.get_extra_model_outputs(LOG_PROBS_KEY), dtype=np.float32))
+    lengths = np.array([len(episode) for episode in chunks])
+    terminated = np.array([bool(episode.is_terminated) for episode in chunks])
+    num_steps = int(lengths.sum())
+    bootstrap = np.where(terminated, -1, num_steps + np.cumsum(~terminated) - 1)
+
+    prompts: dict[str, int] = {}
+    chunk_prompt = np.array([prompts.setdefault(episode.custom_data[INSTRUCTION_KEY], len(prompts)) for episode in chunks])
+    chunk = np.repeat(np.arange(len(chunks)), lengths)
+    return RolloutBatch(
+        frames=np.concatenate([images[:-1] for images in frames] + [images[-1:] for images, done in zip(frames, terminated, strict=True) if not done]),
+        frame_prompt=np.concatenate([chunk_prompt[chunk], chunk_prompt[~terminated]]),
+        prompts=[prompt_ids(instruction) for instruction in prompts],
+        tokens=np.concatenate(tokens),
+        behaviour_log_probs=torch.from_numpy(np.concatenate(log_probs)),
+        rewards=torch.from_numpy(np.concatenate(rewards)),
+        chunk=chunk,
+        column=np.concatenate([np.arange(length) for length in lengths]),
+        chunk_terminated=terminated,
+        chunk_bootstrap=bootstrap,
+        contribution_steps=tuple(sum(len(episode) for episode in contribution) for contribution in contributions),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """One optimiser step as one rank sees it."""
+
+    forwards: tuple[np.ndarray, ...]
+    """Local step indices of each forward pass; as many passes on every rank, so some may be empty."""
+    num_valid: int
+    """Steps of the minibatch on all ranks together."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatePlan:
+    """Who owns which contribution. Every rank derives the same minibatches from it without communication."""
+
+    steps: tuple[int, ...]
+    """Steps of each contribution, in the order that defines the global step index."""
+    owners: tuple[int, ...]
+    """Rank that holds each contribution."""
+    num_ranks: int
+    seed: int
+    """Seed of this iteration's permutations."""
+
+    def minibatches(self, rank: int, num_epochs: int, minibatch_size: int, micro_batch_size: int) -> Iterator[Minibatch]:
+        """Minibatches of near-equal size, drawn from one permutation of all steps per epoch; no step is left out or repeated.
+
+        The permutation does not depend on the number of ranks, so 1 learner and 2 make the same optimiser steps.
+        """
+        owner = np.repeat(self.owners, self.steps)
+        local = np.zeros(len(owner), dtype=np.int64)
+        for r in range(self.num_ranks):
+            local[owner == r] = np.arange(int((owner == r).sum()))
+        rng = np.random.default_rng(self.seed)
+        for _ in range(num_epochs):
+            for chosen in np.array_split(rng.permutation(len(owner)), math.ceil(len(owner) / minibatch_size)):
+                counts = np.bincount(owner[chosen], minlength=self.num_ranks)
+                num_forwards = math.ceil(int(counts.max()) / micro_batch_size)
+                mine = np.sort(local[chosen[owner[chosen] == rank]])
+                yield Minibatch(tuple(mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_forwards)), len(chosen))
+
+
+def assign_owners(steps: Sequence[int], num_ranks: int) -> tuple[int, ...]:
+    """Give each contribution whole to one rank, the longest first to the rank with the least so far."""
+    load = [0] * num_ranks
+    owners = [0] * len(steps)
+    for index in sorted(range(len(steps)), key=lambda i: (-steps[i], i)):
+        owners[index] = load.index(min(load))
+        load[owners[index]] += steps[index]
+    return tuple(owners)

@@ -1,0 +1,91 @@
+"""Sharding the policy with FSDP2, and the few collectives around it.
+
+One unit for each ViT, the projector, each decoder layer, and the root (embeddings, final norm, LM head, value head). Everything a
+parameter belongs to is inside the root unit: parameters left outside would never be reduced over ranks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from vlarl_rllib.settings import FSDPSettings
+
+BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""Process-group backend by device type; on GPUs gloo carries the few numbers that live on the host."""
+
+
+def init_process_group(device: torch.device, rank: int, world_size: int, store: dist.Store, timeout_seconds: float) -> None:
+    """Join the learners' process group. Raises where a peer does not show up within the time-out."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        BACKEND[device.type], store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
+    )
+
+
+def shard_model(model: nn.Module, *, device: torch.device, mesh_shape: tuple[int, int], dtype: torch.dtype, settings: FSDPSettings) -> None:
+    """Shard an OpenVLA policy in place: float32 shards, `dtype` compute, float32 gradient reduction.
+
+    Args:
+        mesh_shape: [replicas, shards]; their product is the number of ranks.
+    """
+    # F.linear of 3-D inputs and slices are views; the warning is about in-place operations on them, of which there are none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = _device_mesh(device, mesh_shape)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
+    offload: OffloadPolicy = CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy()
+    if settings.checkpoint_activations:
+        model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator, union-attr]
+    for unit in (*_units(model), model):
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
+
+
+def _units(model: nn.Module) -> Iterable[nn.Module]:
+    backbone = model.vision_backbone
+    yield from (backbone.featurizer, backbone.fused_featurizer, model.projector)  # type: ignore[union-attr, misc]
+    yield from model.language_model.model.layers  # type: ignore[union-attr, misc]
+
+
+def _device_mesh(device: torch.device, shape: tuple[int, int]) -> DeviceMesh:
+    replicas, shards = shape
+    if replicas == 1:
+        return init_device_mesh(device.type, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradients to a global norm of at most `max_norm`; the norm before that, the same on all ranks."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def all_reduce_sums(values: dict[str, float]) -> dict[str, float]:
+    """Sum over all ranks, in float64 on the host."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist(), strict=True))
+
+
+def all_reduce_max(value: float) -> float:
+    """Largest value over all ranks."""
+    largest = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def normalize(x: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """Zero mean and unit (population) variance over the values of all ranks."""
+    double = x.double()
+    sums = all_reduce_sums({"n": len(x), "sum": double.sum().item(), "square": double.square().sum().item()})
+    mean = sums["sum"] / sums["n"]
+    variance = max(0.0, sums["square"] / sums["n"] - mean**2)
+    return ((double - mean) / (variance**0.5 + epsilon)).to(x.dtype)

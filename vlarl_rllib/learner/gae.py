@@ -1,0 +1,56 @@
+"""Generalised advantage estimation over rows of uneven length. Pure torch.
+
+Letters: B = rows (one row is one uninterrupted piece of one episode, or several one after the other), T = steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    bootstrap_values: Tensor,
+    gamma: float,
+    lam: float,
+    mask: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and value targets (Schulman et al., arXiv 1506.02438, equations 11-16).
+
+    A_t = delta_t + gamma lam c_t A_{t+1} with delta_t = r_t + gamma n_t - V_t. Within an episode n_t = V_{t+1} and c_t = 1. Where
+    it ends, c_t = 0, and n_t is 0 after `terminated` but `bootstrap_values[t]` after `truncated`: a time-out is no failure.
+    The last valid step of a row counts as truncated unless it terminated, since nothing behind it was seen.
+
+    Args:
+        rewards, values: [B, T] float.
+        terminated, truncated: [B, T] bool; where both hold, `terminated` wins.
+        bootstrap_values: [B, T] float, V of the observation that followed step t; read only where the row ends or was truncated.
+        gamma, lam: discount and lambda, each in [0, 1].
+        mask: [B, T] bool, True for real steps; the valid steps of a row are its first ones.
+
+    Returns:
+        (advantages, value_targets), each [B, T] float, zero where `mask` is False. value_targets = advantages + values.
+
+    Raises:
+        ValueError: where a row's valid steps are not its first ones.
+    """
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError("mask: the valid steps of a row must be its first ones")
+    last_valid = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    ends = terminated | truncated | last_valid
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    next_values = torch.where(terminated, 0.0, torch.where(ends, bootstrap_values, following))
+    deltas = torch.where(mask, rewards + gamma * next_values - values, 0.0)
+    carry = torch.where(ends, 0.0, gamma * lam).to(values.dtype)
+
+    advantages = torch.zeros_like(values)
+    running = torch.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 1, -1, -1):
+        running = deltas[:, t] + carry[:, t] * running
+        advantages[:, t] = running
+    advantages = torch.where(mask, advantages, 0.0)
+    return advantages, torch.where(mask, advantages + values, 0.0)

@@ -1,0 +1,115 @@
+"""The PPO loss of one micro-batch. Pure torch.
+
+Letters: N = steps, A = action tokens of a step (7).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """What the loss of N steps is made of."""
+
+    log_probs: Tensor
+    """[N, A] log-probabilities of the tokens under the policy being trained (carries gradient)."""
+    entropy: Tensor
+    """[N] entropy of the A token distributions together, in nats (carries gradient)."""
+    values: Tensor
+    """[N] values of the critic being trained (carries gradient)."""
+    old_log_probs: Tensor
+    """[N, A] the denominator of the ratio."""
+    behaviour_log_probs: Tensor
+    """[N, A] the sampler's; equal to `old_log_probs` unless those were recomputed."""
+    old_values: Tensor
+    """[N] values before the first optimiser step of the iteration."""
+    advantages: Tensor
+    """[N]"""
+    value_targets: Tensor
+    """[N]"""
+    mask: Tensor
+    """[N] bool, False for padding."""
+    num_valid: float
+    """Valid steps of the whole minibatch on all learners: what sums are divided by."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """The keys of `training` that shape the loss; see `settings.TrainingSettings`."""
+
+    clip_low: float
+    clip_high: float
+    vf_clip: float | None
+    vf_coeff: float
+    entropy_coeff: float
+    kl_coeff: float
+    ratio: str
+    importance_cap: float
+    train_policy: bool = True
+    """False during critic warm-up: the loss is the value loss alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutputs:
+    """`loss` to run backward on, and sums over this micro-batch's valid steps for the metrics."""
+
+    loss: Tensor
+    """Scalar: summed over valid steps, divided by `num_valid`."""
+    sums: dict[str, Tensor]
+    """Detached scalars: policy_loss, value_loss, entropy, approx_kl, clip_fraction (sums), ratio_deviation (largest |ratio - 1|)."""
+
+
+def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
+    """Clipped surrogate, clipped value loss, entropy bonus and k3 KL (Schulman et al., arXiv 1707.06347; k3: Schulman 2020).
+
+    With `ratio: action` the ratio is that of the joint probability of a step's A tokens; with `token` each token is clipped on its own
+    and a step's loss is the mean over its tokens. Where old log-probs were recomputed, the surrogate is weighted with
+    min(old / behaviour, importance_cap), the truncated importance weight of the gap between sampler and learner.
+    """
+    mask = inputs.mask
+    log_ratio = _per_unit(inputs.log_probs - inputs.old_log_probs, settings.ratio)
+    ratio = log_ratio.exp()
+    correction = _per_unit(inputs.old_log_probs - inputs.behaviour_log_probs, settings.ratio).exp().clamp(max=settings.importance_cap)
+    advantages = inputs.advantages[:, None] * correction
+    clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean(1)
+    kl = (ratio - 1.0 - log_ratio).mean(1)
+    value_loss = _value_loss(inputs, settings.vf_clip)
+
+    per_step = settings.vf_coeff * value_loss
+    if settings.train_policy:
+        per_step = per_step + policy_loss - settings.entropy_coeff * inputs.entropy + settings.kl_coeff * kl
+    outside = ((ratio < 1.0 - settings.clip_low) | (ratio > 1.0 + settings.clip_high)).float().mean(1)
+    deviation = torch.where(mask[:, None], (ratio - 1.0).abs(), 0.0)
+    sums = {
+        "policy_loss": _masked_sum(policy_loss, mask),
+        "value_loss": _masked_sum(value_loss, mask),
+        "entropy": _masked_sum(inputs.entropy, mask),
+        "approx_kl": _masked_sum(kl, mask),
+        "clip_fraction": _masked_sum(outside, mask),
+        "ratio_deviation": deviation.max() if len(mask) else deviation.sum(),
+    }
+    return LossOutputs(_masked_sum(per_step, mask) / inputs.num_valid, {name: value.detach() for name, value in sums.items()})
+
+
+def _per_unit(log_ratio: Tensor, ratio: str) -> Tensor:
+    """[N, A] -> [N, 1] for one ratio per action, [N, A] for one per token."""
+    return log_ratio.sum(1, keepdim=True) if ratio == "action" else log_ratio
+
+
+def _value_loss(inputs: LossInputs, clip: float | None) -> Tensor:
+    """[N] half the squared error; with `clip`, the worse of the value and the value kept within `clip` of the old one."""
+    loss = (inputs.values - inputs.value_targets).square()
+    if clip is not None:
+        near = inputs.old_values + (inputs.values - inputs.old_values).clamp(-clip, clip)
+        loss = torch.maximum(loss, (near - inputs.value_targets).square())
+    return 0.5 * loss
+
+
+def _masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum over valid steps; `where` keeps a non-finite value at a padded step out of the sum and of its gradient."""
+    return torch.where(mask, x, 0.0).sum()

@@ -1,0 +1,83 @@
+"""The numbers of one iteration, flat and few: `result["vlarl"]`, which the live table and `summary.json` are made of.
+
+docs/metrics.md gives the formula of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vlarl_rllib.rollout.players import EpisodeResult, success_by_task
+from vlarl_rllib.types import WeightManifest
+
+LEARNER_METRICS = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "approx_kl",
+    "clip_fraction",
+    "first_clip_fraction",
+    "first_ratio_deviation",
+    "explained_variance",
+    "grad_norm",
+    "grad_norm_critic",
+    "logprob_gap_mean",
+    "logprob_gap_max",
+    "advantage_abs_mean",
+    "reward_mean",
+    "value_mean",
+    "optimizer_steps",
+    "skipped_updates",
+)
+"""What `VLALearner` logs for its policy."""
+RUNNER_SUMS = ("env_seconds", "sampler_seconds", "rollout_seconds", "env_deaths", "dropped_steps", "engine_failures")
+"""What `VLAEnvRunner` logs as sums over an iteration."""
+SECONDS = ("startup", "sample", "update", "sync", "evaluation", "other")
+"""Where wall time goes; the first only in the first iteration."""
+
+
+def iteration_metrics(
+    results: dict[str, Any],
+    *,
+    iteration: int,
+    seconds: dict[str, float],
+    policy_version: int,
+    manifest: WeightManifest | None,
+    engine_restarts: int,
+    evaluation: dict[str, Any],
+) -> dict[str, Any]:
+    """Pick the numbers out of RLlib's result of an iteration.
+
+    Args:
+        engine_restarts: so far in this trial.
+        evaluation: what `evaluation_metrics` made, or empty.
+    """
+    runners = results["env_runners"]
+    learner = results["learners"]["default_policy"]
+    success = runners.get("success_rate")
+    return {
+        "iteration": iteration,
+        "env_steps": int(runners["num_env_steps_sampled_lifetime"]),
+        "episodes": int(runners["num_episodes"]),
+        "success_rate": None if success is None or np.isnan(success) else float(success),
+        **{name: float(learner[name]) for name in LEARNER_METRICS},
+        **{name: float(runners[name]) for name in RUNNER_SUMS},
+        "seconds": {name: float(seconds.get(name, 0.0)) for name in SECONDS},
+        "policy_version": policy_version,
+        "sync_bytes": manifest.num_bytes if manifest else 0,
+        "engine_restarts": engine_restarts,
+        "evaluation": evaluation or None,
+    }
+
+
+def evaluation_metrics(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+    """Success over all episodes of an evaluation and by task."""
+    return {
+        "episodes": len(results),
+        "success_rate": float(np.mean([result.success for result in results])) if results else None,
+        "mean_length": float(np.mean([result.length for result in results])) if results else None,
+        "success_rate_by_task": {str(task): rate for task, rate in success_by_task(list(results)).items()},
+    }

@@ -1,0 +1,69 @@
+"""The live table of `vlarl train`: one line an iteration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from ray.tune import Callback
+
+COLUMNS = (
+    ("iter", 9), ("env steps", 10), ("success", 8), ("policy loss", 12), ("value loss", 11), ("kl", 9),
+    ("sample", 8), ("update", 8), ("sync", 7), ("eta", 8),
+)  # fmt: skip
+
+
+class LiveTable(Callback):
+    """Prints each iteration as Tune reports it.
+
+    Args:
+        iterations: of the whole run, for the estimate of what is left.
+        rows: receives every iteration's `result["vlarl"]`; holds the earlier ones of a resumed run.
+        on_row: called with each new one.
+    """
+
+    def __init__(self, iterations: int, rows: list[dict[str, Any]], console: Console, on_row: Callable[[dict[str, Any]], None]) -> None:
+        self._iterations, self._rows, self._console, self._on_row = iterations, rows, console, on_row
+        self._has_header = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for `Tuner.restore`, which is not used here; a console cannot be pickled."""
+        return {}
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        row = result["vlarl"]
+        if not self._has_header:
+            self._has_header = True
+            self._console.print(f"[dim]ready after {row['seconds']['startup']:.0f} s[/dim]")
+            self._console.print("".join(f"{name:>{width}}" for name, width in COLUMNS), style="bold")
+        self._rows.append(row)
+        self._on_row(row)
+        if row["evaluation"]:
+            self._console.print(f"[dim]{_evaluation_line(row)}[/dim]")
+        self._console.print("".join(f"{text:>{width}}" for text, (_, width) in zip(self._cells(row), COLUMNS, strict=True)))
+
+    def _cells(self, row: dict[str, Any]) -> list[str]:
+        seconds = row["seconds"]
+        spent = [sum(v for k, v in r["seconds"].items() if k != "startup") for r in self._rows]
+        left = (self._iterations - row["iteration"]) * sum(spent) / len(spent)
+        success = "-" if row["success_rate"] is None else f"{100 * row['success_rate']:.0f} %"
+        return [
+            f"{row['iteration']}/{self._iterations}",
+            f"{row['env_steps']:,}",
+            success,
+            f"{row['policy_loss']:.4f}",
+            f"{row['value_loss']:.4f}",
+            f"{row['approx_kl']:.1e}",
+            *(f"{seconds[name]:.1f} s" for name in ("sample", "update", "sync")),
+            time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} d",
+        ]
+
+
+def _evaluation_line(row: dict[str, Any]) -> str:
+    evaluation = row["evaluation"]
+    return (
+        f"evaluation: {100 * evaluation['success_rate']:.1f} % of {evaluation['episodes']} greedy episodes from held-out starts, "
+        f"{row['seconds']['evaluation']:.0f} s"
+    )

@@ -1,0 +1,1 @@
+"""The policy as RLlib sees it."""

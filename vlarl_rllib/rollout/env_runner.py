@@ -1,0 +1,244 @@
+"""RLlib's EnvRunner for slots of vision-language-action environments, sampled by engines.
+
+The Algorithm calls `attach` (which engines, which version), then `sample_slots` until the runner says that the iteration is complete.
+Episodes stay in this node's object store; what returns is one reference per slot with its number of steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import ray
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from vlarl_rllib.curriculum import FixedCurriculum, Start
+from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClient
+from vlarl_rllib.engines.protocol import EngineSpec
+from vlarl_rllib.envs.registry import EnvSpec, training_and_held_out_states
+from vlarl_rllib.envs.vector import SlotProcesses
+from vlarl_rllib.models.openvla.action_tokenizer import ActionTokenizer
+from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+from vlarl_rllib.rollout.loop import Completions, SlotLoop
+from vlarl_rllib.rollout.players import EpisodeResult, EvaluationPlayer, TrainingPlayer, success_by_task
+from vlarl_rllib.settings import Settings, calculate_runtime_args
+from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS, WeightManifest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Contribution:
+    """What one `sample_slots` call brought."""
+
+    refs: list[Any] = field(default_factory=list)
+    """One ref per slot that has new chunks; each a list of SingleAgentEpisode."""
+    num_steps: list[int] = field(default_factory=list)
+    missing_steps: int = 0
+    """Steps that the iteration still lacks, because an engine failed."""
+    engine_error: str | None = None
+    metrics: Any = None
+
+
+class SlotVectorEnv(gym.vector.VectorEnv):
+    """The slots as RLlib wants to see an environment: spaces and a size. The event loop plays them, without `step`."""
+
+    def __init__(self, processes: SlotProcesses, num_envs: int, image_size: int) -> None:
+        self.processes = processes
+        self.num_envs = num_envs
+        self.single_observation_space = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.single_action_space = gym.spaces.MultiDiscrete([NUM_ACTION_BINS] * NUM_ACTION_TOKENS)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self.processes.close()
+
+
+class VLAEnvRunner(SingleAgentEnvRunner):
+    """One runner: `env.num_envs` slots in `env.num_processes` subprocesses."""
+
+    def __init__(self, *, config: Any, **kwargs: Any) -> None:
+        self.settings = Settings.from_dict(config.vla)
+        self._engine_spec: EngineSpec = config.engine_spec()
+        self._sampler: SamplerClient | None = None
+        self._version = 0
+        self._iteration = -1
+        super().__init__(config=config, **kwargs)
+
+    # RLlib's surface
+
+    def make_env(self) -> None:
+        if self.env is not None:
+            self.env.close()
+        model = read_checkpoint_facts(self._engine_spec.model_path)
+        env, settings = self.settings.env, self.settings
+        plan = calculate_runtime_args(settings)
+        runner = max(0, (self.worker_index or 1) - 1)
+        slot_tasks = plan.slot_tasks[runner]
+        spec = EnvSpec(
+            name=env.name,
+            suite=env.suite,
+            image_size=model.image_size,
+            center_crop=settings.model.center_crop,
+            max_steps=env.max_steps,
+            fast_render=env.fast_render,
+        )
+        processes = SlotProcesses(spec, list(slot_tasks), num_processes=plan.num_processes, models_per_process=env.models_per_process)
+        self.env = SlotVectorEnv(processes, env.num_envs, model.image_size)
+        self.num_envs = env.num_envs
+        self._make_players(spec, slot_tasks, runner * env.num_envs)
+        tokenizer, stats = ActionTokenizer(model.action_vocab_size, model.num_bins), model.action_statistics(settings.model.unnorm_key)
+        self._loop = SlotLoop(
+            processes,
+            env.num_envs,
+            decode=lambda tokens: tokenizer.unnormalize(tokenizer.decode_checked(tokens), stats),
+            completions=Completions(),
+            request_timeout_seconds=settings.engines.request_timeout_seconds,
+            lockstep=settings.rollout.lockstep,
+        )
+
+    def _make_players(self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int) -> None:
+        states = {task: training_and_held_out_states(spec, task)[0] for task in set(slot_tasks)}
+        curriculum = FixedCurriculum(slot_tasks, states, first_slot=first_slot, seed=self.settings.run.seed)
+        self._slot_tasks = slot_tasks
+        self._players = {
+            slot: TrainingPlayer(
+                slot,
+                first_slot + slot,
+                curriculum=curriculum,
+                spaces=(self.env.single_observation_space, self.env.single_action_space),
+                temperature=self.settings.rollout.temperature,
+                success_reward=self.settings.rewards.success,
+                seed=self.settings.run.seed,
+            )
+            for slot in range(len(slot_tasks))
+        }
+
+    def get_spaces(self) -> Any:
+        if self.env is None:
+            return self.spaces
+        single = (self.env.single_observation_space, self.env.single_action_space)
+        return {"__env__": (self.env.observation_space, self.env.action_space), "__env_single__": single, DEFAULT_MODULE_ID: single}
+
+    def sample(self, *, num_timesteps: int | None = None, **kwargs: Any) -> list[SingleAgentEpisode]:  # type: ignore[override]
+        """Play `num_timesteps` (default: an iteration's) divided over the slots and return the episodes themselves."""
+        per_slot = -(-num_timesteps // self.num_envs) if num_timesteps else self.settings.rollout.steps_per_iteration
+        contribution = self.sample_slots(self._iteration + 1, per_slot)
+        return [episode for ref in contribution.refs for episode in ray.get(ref)]
+
+    def assert_healthy(self) -> None:
+        assert self.env is not None and self.env.processes.pids(), "the runner has no environment processes"
+
+    def stop(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+        if self.env is not None:
+            self.env.close()
+
+    # The Algorithm's calls
+
+    def attach(self, engines: list[Any], version: int, manifest: WeightManifest | None) -> None:
+        """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`."""
+        if self.settings.engines.num:
+            if not isinstance(self._sampler, RemoteSampler):
+                self._sampler = RemoteSampler(self._loop.completions, engines)
+            self._sampler.attach(engines)
+        else:
+            if not isinstance(self._sampler, LocalSampler):
+                from vlarl_rllib.engines.hf_engine import HFEngine
+
+                self._sampler = LocalSampler(HFEngine(self._engine_spec), self._loop.completions)
+            if manifest is not None:
+                self._sampler.load_weights(manifest)
+        self._version = version
+        self.module.weights_version = version
+
+    def sample_slots(self, iteration: int, steps_per_slot: int) -> Contribution:
+        """Play until each slot has contributed `steps_per_slot` to `iteration`, or an engine fails.
+
+        Called again with the same `iteration` it goes on where the failure stopped it.
+        """
+        if iteration != self._iteration:
+            self._iteration = iteration
+            for player in self._players.values():
+                player.begin_iteration(iteration, steps_per_slot)
+        began = time.perf_counter()
+        self._loop.run(self._players, self._require_sampler(), self._version)
+        contribution = self._collect()
+        self._log_rollout(contribution, time.perf_counter() - began)
+        contribution.metrics = self.get_metrics()
+        return contribution
+
+    def begin_new_episodes(self) -> None:
+        """End the running episodes where they are, unseen; at checkpoints, so that a resumed run and this one go on alike."""
+        self._loop.abandon()
+        for player in self._players.values():
+            player.abandon()
+
+    def evaluate(self, starts: list[Start]) -> tuple[list[EpisodeResult], list[Start], str | None]:
+        """Play one greedy episode from each start that one of this runner's slots has the task of.
+
+        Returns:
+            (results, starts not played because an engine failed, the engine's error).
+        """
+        self.begin_new_episodes()
+        queues: dict[int, deque[Start]] = {}
+        for start in starts:
+            queues.setdefault(start.task_id, deque()).append(start)
+        results: list[EpisodeResult] = []
+        players = {slot: EvaluationPlayer(queues[task], results.append) for slot, task in enumerate(self._slot_tasks) if task in queues}
+        self._loop.run(players, self._require_sampler(), self._version)
+        played = {(result.task_id, result.initial_state) for result in results}
+        self.begin_new_episodes()
+        error = self._loop.engine_error
+        return results, [s for s in starts if (s.task_id, s.initial_state) not in played], str(error) if error else None
+
+    def _require_sampler(self) -> SamplerClient:
+        if self._sampler is None:
+            raise RuntimeError("attach() comes before sampling: this runner knows no engine")
+        return self._sampler
+
+    def _collect(self) -> Contribution:
+        error = self._loop.engine_error
+        contribution = Contribution(
+            missing_steps=sum(player.missing_steps for player in self._players.values()), engine_error=str(error) if error else None
+        )
+        for player in self._players.values():
+            if chunks := player.take():
+                contribution.refs.append(ray.put(chunks))
+                contribution.num_steps.append(sum(map(len, chunks)))
+        return contribution
+
+    def _log_rollout(self, contribution: Contribution, seconds: float) -> None:
+        """Metrics since the last call; RLlib adds up or averages them over runners."""
+        results = [result for player in self._players.values() for result in player.results]
+        dropped = sum(player.dropped_steps for player in self._players.values())
+        for player in self._players.values():
+            player.results, player.dropped_steps = [], 0
+        self._increase_sampled_metrics(sum(contribution.num_steps), len(results))
+        for result in results:
+            self._log_episode_metrics(result.length, result.reward, 0.0)
+            self.metrics.log_value("success_rate", float(result.success), reduce="mean", window=self.config.metrics_num_episodes_for_smoothing)
+        for task, rate in success_by_task(results).items():
+            self.metrics.log_value(("success_rate_by_task", str(task)), rate, reduce="mean", window=self.config.metrics_num_episodes_for_smoothing)
+        loop = self._loop
+        for name, value in {
+            "env_seconds": loop.env_seconds,
+            "sampler_seconds": loop.sampler_seconds,
+            "rollout_seconds": seconds,
+            "env_deaths": float(loop.env_deaths),
+            "dropped_steps": float(dropped),
+            "engine_failures": float(contribution.engine_error is not None),
+        }.items():
+            self.metrics.log_value(name, value, reduce="sum")
+        loop.env_seconds = loop.sampler_seconds = 0.0
+        loop.env_deaths = 0
+

@@ -1,0 +1,239 @@
+"""The event loop of a runner: each slot cycles frame, request, step with no barrier among slots.
+
+One thread waits on one set of file descriptors: the environment processes' pipes and a pipe that completed requests are announced
+on. So nothing here can deadlock on a lock, and an exception of a sampler arrives as an event like any other.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
+from typing import Any
+
+import numpy as np
+
+from vlarl_rllib.engines.client import SamplerClient
+from vlarl_rllib.engines.protocol import EngineError
+from vlarl_rllib.envs.vector import SlotEvent, SlotProcesses
+from vlarl_rllib.rollout.players import Player
+from vlarl_rllib.types import SampleReply, SampleRequest
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+"""How often time-outs are looked at while nothing happens."""
+
+
+class Completions:
+    """Finished requests, announced on a pipe so that they can be waited for together with the environments' pipes."""
+
+    def __init__(self) -> None:
+        self._items: deque[Any] = deque()
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+
+    def put(self, item: Any) -> None:
+        """Called from any thread."""
+        self._items.append(item)
+        try:
+            os.write(self._writer, b"\0")
+        except BlockingIOError:  # the pipe is full of announcements already
+            pass
+
+    def drain(self) -> list[Any]:
+        try:
+            os.read(self._reader, 65536)
+        except BlockingIOError:
+            pass
+        return [self._items.popleft() for _ in range(len(self._items))]
+
+    def fileno(self) -> int:
+        return self._reader
+
+    def close(self) -> None:
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+class SlotState(enum.Enum):
+    EMPTY = "no episode"
+    RESETTING = "waits for its environment to reset"
+    READY = "has a frame"
+    SAMPLING = "waits for an action"
+    STEPPING = "waits for its environment to step"
+
+
+class SlotLoop:
+    """Drives the slots of one runner.
+
+    Args:
+        processes: the environments.
+        decode: action token ids [A] -> un-normalised policy action [7]; raises ValueError for anything else.
+        request_timeout_seconds: an action that takes longer counts as an engine failure.
+        lockstep: send requests only when every slot has a frame.
+    """
+
+    def __init__(
+        self,
+        processes: SlotProcesses,
+        num_slots: int,
+        *,
+        decode: Callable[[np.ndarray], np.ndarray],
+        completions: Completions,
+        request_timeout_seconds: float,
+        lockstep: bool,
+    ) -> None:
+        self.completions = completions
+        self._processes, self._num_slots = processes, num_slots
+        self._decode, self._lockstep = decode, lockstep
+        self._request_timeout = request_timeout_seconds
+        self._state = [SlotState.EMPTY] * num_slots
+        self._discard = [False] * num_slots
+        self._replies: dict[int, SampleReply] = {}
+        self._requests: dict[int, tuple[int, float]] = {}
+        self._next_key = 0
+        self.engine_error: EngineError | None = None
+        self.env_deaths = 0
+        self.env_seconds = 0.0
+        self.sampler_seconds = 0.0
+
+    def abandon(self) -> None:
+        """All running episodes end here; the next `run` starts new ones, whatever is still under way."""
+        for slot, state in enumerate(self._state):
+            if state is SlotState.READY:
+                self._state[slot] = SlotState.EMPTY
+            elif state is not SlotState.EMPTY:
+                self._discard[slot] = True
+
+    def run(self, players: Mapping[int, Player], sampler: SamplerClient, version: int) -> None:
+        """Play until every player rests, or until the engine failed (`engine_error`) and nothing is in flight any more.
+
+        Args:
+            players: by slot; other slots stay as they are.
+            version: policy version that every reply must carry.
+        """
+        self.engine_error = None
+        self._players, self._sampler, self._version = players, sampler, version
+        for slot in players:
+            if self._state[slot] is SlotState.EMPTY:
+                self._begin(slot)
+        self._send_requests()
+        while self._waiting():
+            wait([*self._processes.connections(), self.completions.fileno()], timeout=POLL_SECONDS)
+            for event in self._processes.poll(0):
+                self._on_event(event)
+            for key, outcome in self.completions.drain():
+                self._on_completion(key, outcome)
+            self._check_timeouts()
+            self._send_requests()
+
+    # Who is waited for
+
+    def _waiting(self) -> bool:
+        """Whether any player's slot is under way. A slot that rests at its quota may be left resetting: that overlaps with the update."""
+        return any(
+            self._state[slot] in (SlotState.SAMPLING, SlotState.STEPPING)
+            or (self._state[slot] is SlotState.RESETTING and self.engine_error is None and player.wants_action())
+            for slot, player in self._players.items()
+        )
+
+    # What happens to a slot
+
+    def _begin(self, slot: int) -> None:
+        start = self._players[slot].next_start()
+        if start is None:
+            self._state[slot] = SlotState.EMPTY
+            return
+        self._state[slot] = SlotState.RESETTING
+        self._processes.send_reset(slot, start.task_id, start.initial_state, start.seed)
+
+    def _send_requests(self) -> None:
+        if self.engine_error is not None:
+            return
+        busy = any(self._state[slot] in (SlotState.RESETTING, SlotState.SAMPLING, SlotState.STEPPING) for slot in self._players)
+        if self._lockstep and busy:
+            return
+        for slot, player in self._players.items():
+            if self._state[slot] is SlotState.READY and player.wants_action():
+                self._submit(slot, player.request())
+
+    def _submit(self, slot: int, request: SampleRequest) -> None:
+        key, self._next_key = self._next_key, self._next_key + 1
+        self._requests[key] = (slot, time.monotonic())
+        self._state[slot] = SlotState.SAMPLING
+        self._sampler.submit(key, request)
+
+    def _on_completion(self, key: int, outcome: SampleReply | Exception) -> None:
+        if key not in self._requests:  # given up on after its time-out
+            return
+        slot, since = self._requests.pop(key)
+        self.sampler_seconds += time.monotonic() - since
+        if self._discard[slot]:
+            self._discard[slot] = False
+            self._state[slot] = SlotState.EMPTY
+            if slot in self._players:
+                self._begin(slot)
+            return
+        if isinstance(outcome, Exception):
+            self._fail(slot, outcome)
+            return
+        if outcome.policy_version != self._version:
+            self._fail(slot, EngineError(f"an engine answered with policy version {outcome.policy_version} where {self._version} is current"))
+            return
+        self._replies[slot] = outcome
+        self._state[slot] = SlotState.STEPPING
+        self._processes.send_step(slot, self._decode(outcome.tokens))
+
+    def _fail(self, slot: int, error: Exception) -> None:
+        """No further requests in this run; the slot keeps its frame and goes on when an engine is back."""
+        if not isinstance(error, EngineError):
+            raise error
+        if self.engine_error is None:
+            logger.warning("sampling stops here until an engine is back: %s", error)
+        self.engine_error = self.engine_error or error
+        self._state[slot] = SlotState.READY
+
+    def _on_event(self, event: SlotEvent) -> None:
+        slot = event.slot
+        self.env_seconds += event.seconds
+        if event.kind == "error":
+            raise RuntimeError(f"environment of slot {slot} failed:\n{event.error}")
+        if event.kind == "died":
+            self._on_death(slot)
+        elif self._discard[slot] or slot not in self._players:
+            self._discard[slot] = False
+            self._state[slot] = SlotState.EMPTY
+            if slot in self._players:
+                self._begin(slot)
+        elif event.kind == "reset":
+            self._state[slot] = SlotState.READY
+            self._players[slot].started(event)
+        else:
+            self._state[slot] = SlotState.READY
+            self._players[slot].stepped(self._replies.pop(slot), event)
+            if event.terminated or event.truncated:
+                self._begin(slot)
+
+    def _on_death(self, slot: int) -> None:
+        """The process is being restarted; an answer still on its way to this slot finds nobody."""
+        self.env_deaths += 1
+        self._replies.pop(slot, None)
+        self._requests = {key: (s, since) for key, (s, since) in self._requests.items() if s != slot}
+        self._discard[slot] = False
+        self._state[slot] = SlotState.EMPTY
+        if slot in self._players:
+            self._players[slot].dropped()
+            self._begin(slot)
+
+    def _check_timeouts(self) -> None:
+        now = time.monotonic()
+        for key, (slot, since) in list(self._requests.items()):
+            if now - since > self._request_timeout:
+                del self._requests[key]
+                self._fail(slot, EngineError(f"no action within engines.request_timeout_seconds = {self._request_timeout:g}"))

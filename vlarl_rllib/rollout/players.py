@@ -1,0 +1,215 @@
+"""What a slot does with its frames: collect training steps, or play one greedy episode per start.
+
+The event loop (`loop.SlotLoop`) asks a player what comes next and tells it what happened; it knows nothing about episodes itself.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import gymnasium as gym
+import numpy as np
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from vlarl_rllib.curriculum import FixedCurriculum, Start, derive_seed
+from vlarl_rllib.envs.vector import SlotEvent
+from vlarl_rllib.learner.collate import INSTRUCTION_KEY, LOG_PROBS_KEY
+from vlarl_rllib.types import SampleReply, SampleRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeResult:
+    """A finished episode, for metrics."""
+
+    task_id: int
+    initial_state: int
+    length: int
+    success: bool
+    reward: float
+
+
+class Player(Protocol):
+    """One slot's purpose."""
+
+    def next_start(self) -> Start | None:
+        """Where the next episode begins; None = this slot has nothing more to do."""
+        ...
+
+    def started(self, event: SlotEvent) -> None:
+        """The environment was reset; `event.image` is the first frame."""
+        ...
+
+    def wants_action(self) -> bool:
+        """Whether the newest frame is to be acted on; False = the slot rests for now."""
+        ...
+
+    def request(self) -> SampleRequest:
+        """The request for the newest frame."""
+        ...
+
+    def stepped(self, reply: SampleReply, event: SlotEvent) -> None:
+        """The action of `reply` was played."""
+        ...
+
+    def dropped(self) -> None:
+        """The environment's process died; the running episode is lost."""
+        ...
+
+
+class TrainingPlayer:
+    """Contributes a fixed number of steps per iteration; an episode may go on in the next one.
+
+    Args:
+        slot: index within the runner; `global_slot`: within the run.
+        spaces: (observation, action) of one slot.
+        success_reward: reward of the step that solves the task.
+    """
+
+    def __init__(
+        self,
+        slot: int,
+        global_slot: int,
+        *,
+        curriculum: FixedCurriculum,
+        spaces: tuple[gym.Space, gym.Space],
+        temperature: float,
+        success_reward: float,
+        seed: int,
+    ) -> None:
+        self.results: list[EpisodeResult] = []
+        self.dropped_steps = 0
+        self._slot, self._global_slot, self._seed = slot, global_slot, seed
+        self._curriculum, self._spaces = curriculum, spaces
+        self._temperature, self._success_reward = temperature, success_reward
+        self._iteration, self._quota = 0, 0
+        self._episodes_begun = 0
+        self._chunk: SingleAgentEpisode | None = None
+        self._done_chunks: list[SingleAgentEpisode] = []
+        self._instruction, self._image = "", np.empty(0)
+
+    def begin_iteration(self, iteration: int, num_steps: int) -> None:
+        """Ask for `num_steps` more steps; call it once per iteration."""
+        self._iteration, self._quota, self._episodes_begun = iteration, num_steps, 0
+
+    @property
+    def missing_steps(self) -> int:
+        """Steps still to be played in this iteration."""
+        return self._quota
+
+    def next_start(self) -> Start:
+        start = self._curriculum.next_start(self._slot, self._iteration, self._episodes_begun)
+        self._episodes_begun += 1
+        return start
+
+    def started(self, event: SlotEvent) -> None:
+        self._instruction, self._image = event.instruction, event.image
+        self._chunk = SingleAgentEpisode(observation_space=self._spaces[0], action_space=self._spaces[1])
+        self._chunk.custom_data.update({INSTRUCTION_KEY: event.instruction, "task_id": event.task_id, "length": 0, "reward": 0.0})
+        self._chunk.add_env_reset(event.image)
+
+    def wants_action(self) -> bool:
+        return self._quota > 0
+
+    def request(self) -> SampleRequest:
+        seed = derive_seed(self._seed, 2, self._global_slot, self._iteration, self._quota)
+        return SampleRequest(self._image, self._instruction, seed, self._temperature)
+
+    def stepped(self, reply: SampleReply, event: SlotEvent) -> None:
+        chunk = self._chunk
+        assert chunk is not None, "a step without an episode"
+        reward = event.reward * self._success_reward
+        chunk.add_env_step(
+            event.image,
+            reply.tokens,
+            reward,
+            terminated=event.terminated,
+            truncated=event.truncated,
+            extra_model_outputs={LOG_PROBS_KEY: reply.log_probs, "policy_version": reply.policy_version},
+        )
+        chunk.custom_data["length"] += 1
+        chunk.custom_data["reward"] += reward
+        self._image = event.image
+        self._quota -= 1
+        if event.terminated or event.truncated:
+            length, total = chunk.custom_data["length"], chunk.custom_data["reward"]
+            self.results.append(EpisodeResult(event.task_id, event.initial_state, length, event.success, total))
+            self._done_chunks.append(chunk)
+            self._chunk = None
+
+    def dropped(self) -> None:
+        if self._chunk is not None:
+            self._quota += len(self._chunk)
+            self.dropped_steps += len(self._chunk)
+        self._chunk = None
+
+    def take(self) -> list[SingleAgentEpisode]:
+        """The chunks played since the last call, the running episode cut here; numpy inside."""
+        chunks, self._done_chunks = self._done_chunks, []
+        if self._chunk is not None and len(self._chunk):
+            chunks.append(self._chunk)
+            self._chunk = self._chunk.cut()
+        return [chunk.to_numpy() for chunk in chunks]
+
+    def abandon(self) -> None:
+        """Forget the running episode, so that the next iteration begins new ones (at checkpoints and around evaluations)."""
+        self._chunk = None
+
+    @property
+    def playing(self) -> bool:
+        return self._chunk is not None
+
+
+class EvaluationPlayer:
+    """Plays one greedy episode from each start of a queue that slots with the same task share: none twice, none left out.
+
+    Args:
+        starts: starts still to be played; taken from the left.
+        report: called with each episode's result.
+    """
+
+    def __init__(self, starts: deque[Start], report: Callable[[EpisodeResult], None]) -> None:
+        self._starts, self._report = starts, report
+        self._current: Start | None = None
+        self._length, self._reward = 0, 0.0
+        self._instruction, self._image = "", np.empty(0)
+
+    def next_start(self) -> Start | None:
+        self._current = self._starts.popleft() if self._starts else None
+        return self._current
+
+    def started(self, event: SlotEvent) -> None:
+        self._instruction, self._image = event.instruction, event.image
+        self._length, self._reward = 0, 0.0
+
+    def wants_action(self) -> bool:
+        return True
+
+    def request(self) -> SampleRequest:
+        return SampleRequest(self._image, self._instruction, 0, 0.0)
+
+    def stepped(self, reply: SampleReply, event: SlotEvent) -> None:
+        self._image = event.image
+        self._length += 1
+        self._reward += event.reward
+        if event.terminated or event.truncated:
+            self._report(EpisodeResult(event.task_id, event.initial_state, self._length, event.success, self._reward))
+            self._current = None
+
+    def dropped(self) -> None:
+        """The episode is to be played again, by whichever slot comes first."""
+        if self._current is not None:
+            self._starts.append(self._current)
+            self._current = None
+
+
+def success_by_task(results: list[EpisodeResult]) -> Mapping[int, float]:
+    """Mean success of the episodes of each task."""
+    tasks: dict[int, list[bool]] = {}
+    for result in results:
+        tasks.setdefault(result.task_id, []).append(result.success)
+    return {task: float(np.mean(successes)) for task, successes in sorted(tasks.items())}
+
+

