@@ -194,5 +194,3 @@ class VLAPPO(PPO):
         self.learner_group.call("load_sharded", str(directory / "learners"))
         self.weight_sync.version = max(self.weight_sync.version, CheckpointStore.read_facts(directory)["policy_version"])
         self.weight_sync.push()
-
-

@@ -73,7 +73,9 @@ class CheckpointStore:
         pointer = directory / POINTER_FILE
         target = Path(json.loads(pointer.read_text())["checkpoint"]) if pointer.is_file() else directory
         if not (target / FACTS_FILE).is_file():
-            raise FileNotFoundError(f"{target}: no complete checkpoint here ({FACTS_FILE} is missing); give a directory like runs/NAME/checkpoints/iteration_000005")
+            raise FileNotFoundError(
+                f"{target}: no complete checkpoint here ({FACTS_FILE} is missing); give a directory like runs/NAME/checkpoints/iteration_000005"
+            )
         return target
 
     @staticmethod

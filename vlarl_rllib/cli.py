@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from vlarl_rllib.settings import Settings, SettingsError
@@ -14,7 +13,6 @@ from vlarl_rllib.settings import Settings, SettingsError
 app = typer.Typer(
     name="vlarl",
     help="PPO fine-tuning of vision-language-action models with RLlib, vLLM and FSDP.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -37,7 +35,9 @@ def train(
 
     if resume:
         if run_dir is None or resume_from is not None or overrides:
-            raise SettingsError("--resume: needs --run-dir, and takes neither --set nor --resume-from (a changed config is a new run: use --resume-from)")
+            raise SettingsError(
+                "--resume: needs --run-dir, and takes neither --set nor --resume-from (a changed config is a new run: use --resume-from)"
+            )
         run: RunDirectory = open_run_directory(run_dir)
         settings = run.settings()
     else:
@@ -92,12 +92,9 @@ def main() -> None:
         code = app(standalone_mode=False)
     except SettingsError as error:
         _fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
+    except typer.TyperException as error:  # an unknown command or option, a value of the wrong type
         _fail(" ".join(error.format_message().split()))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 

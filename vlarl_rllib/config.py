@@ -27,11 +27,6 @@ ENVIRONMENT_NAME = "vlarl_rllib"
 """Name under which RLlib knows the environment; the runners build the real one from the settings."""
 
 
-def model_cache() -> Path:
-    """Where presets are written, following the XDG convention."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlarl_rllib"
-
-
 class VLAPPOConfig(PPOConfig):
     """Configuration of `VLAPPO`.
 
@@ -62,7 +57,7 @@ class VLAPPOConfig(PPOConfig):
 
         config = cls()
         config.vla = settings.to_dict()
-        config.vla["model"]["path"] = resolve_model(settings.model.path, model_cache())
+        config.vla["model"]["path"] = resolve_model(settings.model.path)
         config.run_dir = str(run_dir) if run_dir else None
         config._apply(Settings.from_dict(config.vla))
         return config

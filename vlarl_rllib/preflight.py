@@ -17,7 +17,9 @@ def check(settings: Settings) -> None:
         _check_libero()
     plan = calculate_runtime_args(settings)
     if plan.total_gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
-        raise SettingsError(f"engines.gpus, learners.gpus: the plan needs {plan.total_gpus:g} GPU(s) but this machine shows none; set both to 0 to run on the CPU")
+        raise SettingsError(
+            f"engines.gpus, learners.gpus: the plan needs {plan.total_gpus:g} GPU(s) but this machine shows none; set both to 0 to run on the CPU"
+        )
 
 
 def _check_model(settings: Settings) -> None:

@@ -1,10 +1,10 @@
 """What lies in a run's directory, and where a new run goes.
 
-    runs/NAME/config.yaml       the resolved settings
-              metrics.jsonl     one line per iteration (`result["vlarl"]`)
-              summary.json      written at the end
-              checkpoints/      complete checkpoints, the newest few
-              trial_.../        Tune's result.json, progress.csv and TensorBoard files
+runs/NAME/config.yaml       the resolved settings
+          metrics.jsonl     one line per iteration (`result["vlarl"]`)
+          summary.json      written at the end
+          checkpoints/      complete checkpoints, the newest few
+          trial_.../        Tune's result.json, progress.csv and TensorBoard files
 """
 
 from __future__ import annotations

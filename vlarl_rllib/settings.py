@@ -51,11 +51,15 @@ class ModelSettings(Section):
     path: str = Field("tiny", min_length=1, description="Preset name (tiny, mini), checkpoint directory, or hub id.")
     unnorm_key: str = Field("libero_spatial", description="Which entry of the checkpoint's norm_stats turns tokens into actions.")
     center_crop: bool = Field(True, description="Crop 90 % of the frame's area, as the LIBERO checkpoints were trained with image augmentation.")
-    dtype: DType = Field("float32", description="Compute type of the learner's forward and backward pass; trained weights are kept in float32 throughout.")
+    dtype: DType = Field(
+        "float32", description="Compute type of the learner's forward and backward pass; trained weights are kept in float32 throughout."
+    )
 
 
 class EnvSettings(Section):
-    name: Literal["libero", "synthetic"] = Field("libero", description="libero, or synthetic: a numpy environment for tests and for timing the framework.")
+    name: Literal["libero", "synthetic"] = Field(
+        "libero", description="libero, or synthetic: a numpy environment for tests and for timing the framework."
+    )
     suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = Field(
         "libero_spatial", description="LIBERO task suite."
     )
@@ -66,7 +70,9 @@ class EnvSettings(Section):
         1, description="MuJoCo models a subprocess may hold; slots with the same task share one. See README for the memory of each."
     )
     max_steps: PositiveInt | None = Field(None, description="Steps after which an episode is cut off; null = the suite's published horizon.")
-    fast_render: bool = Field(False, description="No shadows and no multisampling: 2-3 times faster on a CPU, but not the pictures checkpoints were trained on.")
+    fast_render: bool = Field(
+        False, description="No shadows and no multisampling: 2-3 times faster on a CPU, but not the pictures checkpoints were trained on."
+    )
 
 
 class RolloutSettings(Section):
@@ -83,7 +89,9 @@ class EngineSettings(Section):
     cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each engine.")
     dtype: DType = Field("float32", description="Weights and compute type of the engine.")
     max_batch: PositiveInt = Field(64, description="Sequences that an engine decodes at once.")
-    gpu_memory_gb: PositiveFloat | None = Field(None, description="GPU memory of an engine in GB, weights and cache; null = vLLM's share of the whole card.")
+    gpu_memory_gb: PositiveFloat | None = Field(
+        None, description="GPU memory of an engine in GB, weights and cache; null = vLLM's share of the whole card."
+    )
     enforce_eager: bool = Field(False, description="Do without CUDA graphs: starts faster, samples slower. CPU engines are always eager.")
     start_timeout_seconds: PositiveFloat = Field(600.0, description="Longest wait for an engine to start.")
     request_timeout_seconds: PositiveFloat = Field(120.0, description="Longest wait for one action before the engine counts as dead.")
@@ -121,12 +129,15 @@ class TrainingSettings(Section):
     num_epochs: PositiveInt = Field(1, description="Passes over an iteration's steps.")
     ratio: Literal["action", "token"] = Field("action", description="Importance ratio per action (product over its 7 tokens) or per token.")
     old_log_probs: Literal["behaviour", "recompute"] = Field(
-        "behaviour", description="behaviour = the sampler's; recompute = the learner's before its first step, with truncated importance weights for the gap."
+        "behaviour",
+        description="behaviour = the sampler's; recompute = the learner's before its first step, with truncated importance weights for the gap.",
     )
     importance_cap: PositiveFloat = Field(2.0, description="Cap of the importance weight learner/sampler under old_log_probs: recompute.")
     normalize_advantages: bool = Field(True, description="Zero mean and unit variance over all valid steps of the iteration, on all learners.")
     critic_warmup_iterations: Natural = Field(0, description="First iterations that train only the value head.")
-    max_skipped_updates: Natural = Field(10, description="Optimiser steps in a row that may be skipped for a non-finite gradient before the run stops.")
+    max_skipped_updates: Natural = Field(
+        10, description="Optimiser steps in a row that may be skipped for a non-finite gradient before the run stops."
+    )
 
 
 class WeightSettings(Section):
@@ -278,9 +289,7 @@ def _slot_tasks(settings: Settings, cores: int | None) -> tuple[tuple[int, ...],
     tasks, runners = settings.task_ids, settings.rollout.num_runners
     models = min(settings.env.num_envs, _num_processes(settings.env, cores) * settings.env.models_per_process)
     share = min(models, math.ceil(len(tasks) / runners))
-    return tuple(
-        tuple(tasks[(runner * share + slot % share) % len(tasks)] for slot in range(settings.env.num_envs)) for runner in range(runners)
-    )
+    return tuple(tuple(tasks[(runner * share + slot % share) % len(tasks)] for slot in range(settings.env.num_envs)) for runner in range(runners))
 
 
 def _resolve_mesh(mesh: tuple[int, int], ranks: int) -> tuple[int, int]:

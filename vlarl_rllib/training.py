@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours ends with a checkpoint, Tune's without one
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables, even with verbose=0
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in a config mean what they meant at the command line
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # runners reserve no GPU but render on one
 
@@ -31,6 +32,7 @@ from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError, calculate
 from vlarl_rllib.weights.shared_memory import reap_stale
 
 logger = logging.getLogger(__name__)
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failure is reported once, by `_finish`
 
 
 class StopAfter(tune.Stopper):
@@ -59,7 +61,9 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     rows = run.keep_rows(CheckpointStore.read_facts(CheckpointStore.resolve(resume_from))["iteration"]) if resume_from else []
     stopper = StopAfter(settings.run.iterations)
     plan = calculate_runtime_args(settings)
-    console.print(f"run directory {os.path.relpath(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), {settings.learners.num} learner(s)")
+    console.print(
+        f"run directory {os.path.relpath(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), {settings.learners.num} learner(s)"
+    )
     try:
         with _signals(stopper, rows, console):
             start_ray(plan, settings)
@@ -72,7 +76,9 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     return _finish(run, stopper, error, console)
 
 
-def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: StopAfter, rows: list[dict[str, Any]], console: Console) -> Exception | None:
+def _fit(
+    config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: StopAfter, rows: list[dict[str, Any]], console: Console
+) -> Exception | None:
     """Run the one trial; what it failed with, or None."""
     callbacks: list[Any] = [LiveTable(settings.run.iterations, rows, console, on_row=run.append_row)]
     if settings.run.wandb:

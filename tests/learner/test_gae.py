@@ -47,9 +47,7 @@ def test_two_episodes_in_a_row_do_not_mix() -> None:
 
 
 def test_padding_counts_for_nothing() -> None:
-    padded, padded_targets = gae(
-        row(1, 0, 7), row(1, 2, float("nan")), flags(0, 0, 0), flags(0, 0, 0), row(0, 8, 50), 0.5, 0.5, flags(1, 1, 0)
-    )
+    padded, padded_targets = gae(row(1, 0, 7), row(1, 2, float("nan")), flags(0, 0, 0), flags(0, 0, 0), row(0, 8, 50), 0.5, 0.5, flags(1, 1, 0))
     short, short_targets = gae(row(1, 0), row(1, 2), flags(0, 0), flags(0, 0), row(0, 8), 0.5, 0.5, flags(1, 1))
     assert padded[:, :2].tolist() == short.tolist() == [[1.5, 2.0]]
     assert padded_targets[:, :2].tolist() == short_targets.tolist()

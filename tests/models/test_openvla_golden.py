@@ -23,9 +23,7 @@ def tempered(logits: torch.Tensor, tokens: torch.Tensor, first_id: int, temperat
 def greedy_pass(golden):
     """Hidden states and full-vocabulary logits under the golden greedy tokens."""
     with torch.no_grad():
-        hidden, prompt_hidden = golden.model.action_hidden_states(
-            **golden.inputs(), action_tokens=golden.tensor("greedy_tokens")
-        )
+        hidden, prompt_hidden = golden.model.action_hidden_states(**golden.inputs(), action_tokens=golden.tensor("greedy_tokens"))
         return hidden, prompt_hidden, golden.model.language_model.lm_head(hidden)
 
 

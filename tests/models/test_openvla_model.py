@@ -79,9 +79,7 @@ def test_teacher_forced_log_probs_equal_those_of_decoding(golden_s, inputs):
 
 def test_a_sample_depends_on_its_seed_and_not_on_the_batch(golden_s, inputs):
     def sample(batch, seeds):
-        return golden_s.model.sample_action_tokens(
-            **batch, temperatures=torch.ones(len(batch["input_ids"])), seeds=seeds
-        )[0]
+        return golden_s.model.sample_action_tokens(**batch, temperatures=torch.ones(len(batch["input_ids"])), seeds=seeds)[0]
 
     together = sample(inputs, [7, 8, 9, 10, 11, 12])
     for row in range(6):
@@ -190,9 +188,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_refuses_to_sample(g
 
 @torch.no_grad()
 def test_bfloat16_stays_close_and_keeps_rope_in_float32(golden_s, inputs, tokens):
-    model = OpenVLAForActionPrediction.from_pretrained(
-        golden_s.directory, vision_towers=golden_s.vision_towers, dtype=torch.bfloat16
-    )
+    model = OpenVLAForActionPrediction.from_pretrained(golden_s.directory, vision_towers=golden_s.vision_towers, dtype=torch.bfloat16)
     model.add_value_head()
     assert model.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
     output = model(**inputs, action_tokens=tokens)

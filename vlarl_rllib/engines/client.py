@@ -139,9 +139,7 @@ class RemoteSampler:
             engines = [*self._engines, *(call.engine for call in self._calls.values())]
         self._lose(engines, EngineError("the sampler was closed"))
 
-    def _assign(
-        self, items: Sequence[tuple[Hashable, SampleRequest]]
-    ) -> dict[int, tuple[_RemoteCall, list[SampleRequest]]]:
+    def _assign(self, items: Sequence[tuple[Hashable, SampleRequest]]) -> dict[int, tuple[_RemoteCall, list[SampleRequest]]]:
         """Spread the items over the engines so that loads even out; one call each. Empty where there is no engine."""
         shares: dict[_EngineLoad, list[tuple[Hashable, SampleRequest]]] = {}
         for item in items if self._engines else ():

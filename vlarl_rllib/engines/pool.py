@@ -182,10 +182,7 @@ class EnginePool:
         member.last_error = _last_line(error)
         logger.warning("vlarl-engine-%d failed (%d in a row): %s", member.index, member.num_failures, member.last_error)
         if member.num_failures >= self._max_failures:
-            raise RuntimeError(
-                f"vlarl-engine-{member.index} failed {member.num_failures} times in a row, at last with: "
-                f"{member.last_error}"
-            )
+            raise RuntimeError(f"vlarl-engine-{member.index} failed {member.num_failures} times in a row, at last with: {member.last_error}")
         self.num_restarts += 1
         return member
 

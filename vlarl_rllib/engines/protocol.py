@@ -88,22 +88,16 @@ def check_requests(requests: Sequence[SampleRequest], image_size: int) -> None:
     for request in requests:
         image = request.image
         if image.dtype != np.uint8 or image.shape != (image_size, image_size, 3):
-            raise ValueError(
-                f"image is {image.dtype} {list(image.shape)}; the policy takes uint8 [{image_size}, {image_size}, 3]"
-            )
+            raise ValueError(f"image is {image.dtype} {list(image.shape)}; the policy takes uint8 [{image_size}, {image_size}, 3]")
         if not isinstance(request.instruction, str) or not request.instruction.strip():
             raise ValueError(f"instruction={request.instruction!r} must be a text")
         if request.temperature != 0 and not MIN_TEMPERATURE <= request.temperature <= MAX_TEMPERATURE:
-            raise ValueError(
-                f"temperature={request.temperature} must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]"
-            )
+            raise ValueError(f"temperature={request.temperature} must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]")
         if not 0 <= request.seed <= MAX_SEED:
             raise ValueError(f"seed={request.seed} must be in [0, {MAX_SEED}]")
 
 
-def checked_reply(
-    token_ids: Sequence[int], log_probs: Sequence[float], action_token_ids: range, policy_version: int
-) -> SampleReply:
+def checked_reply(token_ids: Sequence[int], log_probs: Sequence[float], action_token_ids: range, policy_version: int) -> SampleReply:
     """Build a reply from what the sampler returned.
 
     Raises EngineError unless these are seven action tokens with log-probabilities: anything else would be decoded as a

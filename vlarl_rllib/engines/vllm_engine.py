@@ -77,9 +77,7 @@ class VLLMEngine:
         for request in requests:
             length = len(self._processor.prompt_ids(request.instruction))
             if length > MAX_PROMPT_TOKENS:
-                raise ValueError(
-                    f"the prompt has {length} tokens, at most {MAX_PROMPT_TOKENS} fit: {request.instruction[:80]!r}..."
-                )
+                raise ValueError(f"the prompt has {length} tokens, at most {MAX_PROMPT_TOKENS} fit: {request.instruction[:80]!r}...")
         return await asyncio.wrap_future(self._loop.sample(requests))
 
     async def load_weights(self, manifest: WeightManifest) -> int:
@@ -87,9 +85,10 @@ class VLLMEngine:
         await asyncio.to_thread(self._verify, manifest)
         return await asyncio.wrap_future(self._loop.update(manifest))
 
-    async def ping(self) -> int:
-        """Version in use, as the model's own thread says it; a hung model never answers."""
-        return await asyncio.wrap_future(self._loop.probe())
+    async def ping(self) -> EngineStatus:
+        """`status`, once the model's own thread has answered between two steps: a hung or dead engine does not."""
+        await asyncio.wrap_future(self._loop.probe())
+        return await self.status()
 
     async def status(self) -> EngineStatus:
         """See `Engine.status`; answers also while the model hangs."""

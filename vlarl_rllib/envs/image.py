@@ -92,8 +92,7 @@ def resize_lanczos(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def _transpose_pixels(image: np.ndarray, out: np.ndarray) -> None:
-    """Write contiguous [A, B, 3] into contiguous [B, A, 3]; a pixel moves as one opaque item, which is twice as fast.
-    """
+    """Write contiguous [A, B, 3] into contiguous [B, A, 3]; a pixel moves as one opaque item, twice as fast."""
     pixel = np.dtype((np.void, 3 * image.itemsize))
     np.copyto(out.view(pixel)[..., 0], image.view(pixel)[..., 0].T)
 
@@ -227,7 +226,5 @@ def _crop_positions(side: int) -> tuple[_Positions, _Positions]:
     fraction = (positions - np.floor(positions)).astype(np.float32)
     channels = np.arange(3)
     rows = _Positions(low, high, fraction[:, None])
-    columns = _Positions(
-        (low[:, None] * 3 + channels).ravel(), (high[:, None] * 3 + channels).ravel(), np.repeat(fraction, 3)[None, :]
-    )
+    columns = _Positions((low[:, None] * 3 + channels).ravel(), (high[:, None] * 3 + channels).ravel(), np.repeat(fraction, 3)[None, :])
     return rows, columns

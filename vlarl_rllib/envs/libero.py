@@ -81,9 +81,7 @@ class LiberoEnv(VLAEnv):
         self.env_spec = spec
         self.render_mode = "rgb_array"
         side = spec.image_size
-        self.observation_space = gymnasium.spaces.Dict(
-            {"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)}
-        )
+        self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)})
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
         self.max_steps = spec.max_steps or libero_tasks.HORIZONS[spec.suite]
         self.render_seconds = 0.0
@@ -112,9 +110,7 @@ class LiberoEnv(VLAEnv):
         """The robosuite environment of the loaded task, for scripted experts and tests."""
         return self._simulation
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start an episode; see `VLAEnv`. Without a seed, one is drawn from the environment's own generator.
 
         Raises:
@@ -127,9 +123,7 @@ class LiberoEnv(VLAEnv):
         task_id, index = int(options.get("task_id", 0)), int(options.get("initial_state", 0))
         states = libero_tasks.initial_states(self.env_spec.suite, task_id)
         if not 0 <= index < len(states):
-            raise ValueError(
-                f"initial state {index} is not in task {task_id} of {self.env_spec.suite}, whose states are 0 to {len(states) - 1}"
-            )
+            raise ValueError(f"initial state {index} is not in task {task_id} of {self.env_spec.suite}, whose states are 0 to {len(states) - 1}")
         self.render_seconds = 0.0
         self._camera_on = False
         if task_id != self._task_id:
@@ -154,8 +148,7 @@ class LiberoEnv(VLAEnv):
         return self._observation(), float(success), success, truncated, info
 
     def render(self) -> np.ndarray:  # type: ignore[override]
-        """[camera_size, camera_size, 3] uint8: the last frame as the policy's path takes it in, upright but mirrored.
-        """
+        """[camera_size, camera_size, 3] uint8: the last frame, upright but mirrored as the policy sees it."""
         frame: np.ndarray = self._frame_observable().obs[::-1, ::-1]
         return frame
 
@@ -224,8 +217,7 @@ class LiberoEnv(VLAEnv):
         self._simulation, self._task_id = simulation, task_id
 
     def _render_if_on(self) -> np.ndarray:
-        """What the frame observable samples. robosuite samples it in resets and settle steps too, where nobody looks.
-        """
+        """What the frame observable samples; black in resets and settle steps, where nobody looks."""
         size = self.env_spec.camera_size
         if not self._camera_on:
             return np.zeros((size, size, 3), dtype=np.uint8)
@@ -239,9 +231,7 @@ class LiberoEnv(VLAEnv):
 
     def _observation(self) -> dict[str, np.ndarray]:
         raw = self._frame_observable().obs
-        return {
-            "image": observation_image(raw, center_crop=self.env_spec.center_crop, image_size=self.env_spec.image_size)
-        }
+        return {"image": observation_image(raw, center_crop=self.env_spec.center_crop, image_size=self.env_spec.image_size)}
 
 
 _CLOCK_FIELDS = ("_time_since_last_sample", "_current_delay", "_current_observed_value", "_sampled")

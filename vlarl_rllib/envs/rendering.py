@@ -43,8 +43,8 @@ def configure_rendering(render_device: int = 0, environ: MutableMapping[str, str
     """
     if "MUJOCO_GL" not in environ and "mujoco" in sys.modules:
         raise RuntimeError(
-            "MuJoCo was imported before its rendering backend was chosen; set MUJOCO_GL (egl or osmesa) in the environment, "
-            "or build the environment before importing mujoco"
+            "MuJoCo was imported before its rendering backend was chosen; set MUJOCO_GL (egl or osmesa) in the "
+            "environment, or build the environment before importing mujoco"
         )
     backend = choose_gl_backend(render_device, environ)
     environ["MUJOCO_GL"] = backend.name
@@ -86,20 +86,15 @@ def has_osmesa() -> bool:
 
 
 def find_egl_devices() -> EGLDevices:
-    """Ask libEGL which devices it can render on. Takes milliseconds; without libEGL or device support there are none.
-    """
+    """Ask libEGL which devices it can render on. Takes milliseconds; there are none without libEGL."""
     egl = _load_library("libEGL.so.1", "libEGL.so")
     if egl is None:
         return EGLDevices()
     egl.eglGetProcAddress.restype = ctypes.c_void_p
     egl.eglGetProcAddress.argtypes = [ctypes.c_char_p]
-    query_devices = _extension(
-        egl, "eglQueryDevicesEXT", ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)
-    )
+    query_devices = _extension(egl, "eglQueryDevicesEXT", ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
     query_string = _extension(egl, "eglQueryDeviceStringEXT", ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
-    get_display = _extension(
-        egl, "eglGetPlatformDisplayEXT", ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p
-    )
+    get_display = _extension(egl, "eglGetPlatformDisplayEXT", ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p)
     if query_devices is None or query_string is None or get_display is None:
         return EGLDevices()
     count = ctypes.c_int()

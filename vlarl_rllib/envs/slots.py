@@ -40,9 +40,7 @@ class SlotTable:
         self._loaded: dict[int, int] = {}
         """By task: the slot whose state is in the environment."""
 
-    def reset(
-        self, slot: int, task_id: int, initial_state: int, seed: int
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(self, slot: int, task_id: int, initial_state: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Begin an episode; whatever the slot was playing ends.
 
         Raises:
@@ -57,9 +55,7 @@ class SlotTable:
         self._episodes[slot], self._loaded[task_id] = _Episode(task_id), slot
         return result
 
-    def step(
-        self, slot: int, policy_action: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(self, slot: int, policy_action: np.ndarray) -> tuple[dict[str, np.ndarray], SupportsFloat, bool, bool, dict[str, Any]]:
         """One step of the slot's episode with an un-normalised policy action [7].
 
         Raises:
@@ -104,8 +100,8 @@ class SlotTable:
         idle = [task_id for task_id in self._envs if task_id not in playing]
         if not idle:
             raise RuntimeError(
-                f"task {wanted} needs a further model, but env.models_per_process is {self._max_models} and slots of this process are in the "
-                f"middle of episodes on task(s) {sorted(playing)}; raise env.models_per_process, or give the slot one of these tasks"
+                f"task {wanted} needs a model more, but env.models_per_process is {self._max_models} and slots here are in "
+                f"the middle of episodes on task(s) {sorted(playing)}; raise env.models_per_process, or give the slot one of them"
             )
         self._envs.pop(idle[0]).close()
         self._loaded.pop(idle[0], None)

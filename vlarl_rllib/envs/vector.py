@@ -39,9 +39,7 @@ __all__ = ["SlotEvent", "SlotProcesses", "assign_slots"]
 
 CLOSE_GRACE_SECONDS = 5.0
 """How long subprocesses may take to finish their step and exit before they are killed."""
-_THREADS = dict.fromkeys(
-    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
-)
+_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 """One thread each (LP is Mesa's software rasteriser): parallelism comes from the number of subprocesses."""
 
 
@@ -122,8 +120,7 @@ class SlotProcesses:
         return [worker.process.pid for worker in self._workers]
 
     def stats(self) -> dict[str, object]:
-        """`restarts`: subprocesses started again so far; `rss_bytes`: resident memory of each, 0 for one that is gone.
-        """
+        """`restarts`: subprocesses started again so far; `rss_bytes`: resident memory of each, 0 if it is gone."""
         return {"restarts": self._restarts, "rss_bytes": [_resident_bytes(pid) for pid in self.pids()]}
 
     def slots_of_process(self) -> list[tuple[int, ...]]:
@@ -170,8 +167,8 @@ class SlotProcesses:
         self._deaths[index] += 1
         if self._deaths[index] >= self._max_deaths:
             raise RuntimeError(
-                f"environment process {index} (slots {list(worker.slots)}) died {self._deaths[index]} times without completing a reset; "
-                f"the last time with {reason}"
+                f"environment process {index} (slots {list(worker.slots)}) died {self._deaths[index]} times "
+                f"without completing a reset; the last time with {reason}"
             )
         self._workers[index] = self._start(index, worker.slots)
         self._restarts += 1
@@ -188,14 +185,9 @@ class _Worker:
             fds = (theirs.fileno(), frames_fd)
             command = [sys.executable, "-m", "vlarl_rllib.envs.worker", *map(str, fds), str(os.getpid())]
             environment = {**os.environ, **_THREADS, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-            environment.pop(
-                "CUDA_VISIBLE_DEVICES", None
-            )  # no CUDA here; robosuite would hold EGL's device number against it
-            self.process = (
-                _spawner()
-                .submit(subprocess.Popen, command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL)
-                .result()
-            )
+            environment.pop("CUDA_VISIBLE_DEVICES", None)  # robosuite would compare EGL's device number with it
+            started = _spawner().submit(subprocess.Popen, command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL)
+            self.process = started.result()
         self.connection = Connection(ours.detach())
         self.send(setup)
 
@@ -203,7 +195,7 @@ class _Worker:
         """Hand a message over; a subprocess that is gone will be noticed by `receive`."""
         try:
             self.connection.send(message)
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:
             return
 
     def receive(self) -> tuple[list[SlotEvent], bool]:
@@ -212,7 +204,7 @@ class _Worker:
         try:
             while self.connection.poll(0):
                 events.append(self.connection.recv())
-        except (EOFError, ConnectionResetError, BrokenPipeError):
+        except (EOFError, OSError):
             return events, False
         return events, True
 
@@ -253,15 +245,14 @@ def assign_slots(slot_tasks: Sequence[int], num_processes: int, models_per_proce
         ValueError: there are more distinct tasks than places.
     """
     if not slot_tasks or num_processes < 1 or models_per_process < 1:
-        raise ValueError(
-            f"slots: {len(slot_tasks)}, processes: {num_processes}, models per process: {models_per_process}; each must be at least 1"
-        )
+        raise ValueError(f"slots: {len(slot_tasks)}, processes: {num_processes}, models per process: {models_per_process}; each must be at least 1")
     tasks = list(dict.fromkeys(slot_tasks))
     num_processes = min(num_processes, len(slot_tasks))
     if len(tasks) > num_processes * models_per_process:
         raise ValueError(
-            f"{len(tasks)} tasks need as many models, but {num_processes} process(es) x models_per_process {models_per_process} hold "
-            f"{num_processes * models_per_process}; raise env.models_per_process or env.num_processes, or list fewer env.tasks"
+            f"{len(tasks)} tasks need as many models, but {num_processes} process(es) x models_per_process "
+            f"{models_per_process} hold {num_processes * models_per_process}; raise env.models_per_process or "
+            "env.num_processes, or list fewer env.tasks"
         )
     slots_of: list[list[int]] = [[] for _ in range(num_processes)]
     tasks_of: list[set[int]] = [set() for _ in range(num_processes)]

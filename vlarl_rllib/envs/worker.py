@@ -68,9 +68,7 @@ def _serve(connection: Connection, frames_fd: int, setup: WorkerSetup) -> None:
     table.close()
 
 
-def _play(
-    table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent]
-) -> tuple[dict[str, np.ndarray], SlotEvent]:
+def _play(table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent]) -> tuple[dict[str, np.ndarray], SlotEvent]:
     """Run one command; the parent fills in the frame. `starts` keeps each slot's last reset, whose facts hold for its
     steps.
     """

@@ -117,7 +117,9 @@ def collate(contributions: Sequence[Sequence[SingleAgentEpisode]], prompt_ids: C
     chunk_prompt = np.array([prompts.setdefault(episode.custom_data[INSTRUCTION_KEY], len(prompts)) for episode in chunks])
     chunk = np.repeat(np.arange(len(chunks)), lengths)
     return RolloutBatch(
-        frames=np.concatenate([images[:-1] for images in frames] + [images[-1:] for images, done in zip(frames, terminated, strict=True) if not done]),
+        frames=np.concatenate(
+            [images[:-1] for images in frames] + [images[-1:] for images, done in zip(frames, terminated, strict=True) if not done]
+        ),
         frame_prompt=np.concatenate([chunk_prompt[chunk], chunk_prompt[~terminated]]),
         prompts=[prompt_ids(instruction) for instruction in prompts],
         tokens=np.concatenate(tokens),

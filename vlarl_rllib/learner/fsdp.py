@@ -27,9 +27,7 @@ def init_process_group(device: torch.device, rank: int, world_size: int, store: 
     """Join the learners' process group. Raises where a peer does not show up within the time-out."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        BACKEND[device.type], store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
-    )
+    dist.init_process_group(BACKEND[device.type], store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
 
 
 def shard_model(model: nn.Module, *, device: torch.device, mesh_shape: tuple[int, int], dtype: torch.dtype, settings: FSDPSettings) -> None:

@@ -246,9 +246,9 @@ class VLALearner(PPOTorchLearner):
             log_probs=out["log_probs"],
             entropy=out["entropy"],
             values=out[VALUES].float(),
-            behaviour_log_probs=(targets["old_log_probs"] if self.settings.training.old_log_probs == "behaviour" else batch.behaviour_log_probs)[rows].to(
-                self._device
-            ),
+            behaviour_log_probs=(targets["old_log_probs"] if self.settings.training.old_log_probs == "behaviour" else batch.behaviour_log_probs)[
+                rows
+            ].to(self._device),
             mask=torch.full((len(rows),), len(steps) > 0, device=self._device),
             num_valid=float(num_valid),
             **on_device,

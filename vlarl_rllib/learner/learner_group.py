@@ -121,7 +121,9 @@ class VLALearnerGroup(LearnerGroup):
         iterators = [iter(steps) for steps in received]
         arrived = [(steps, owner) for owner in owners if (steps := next(iterators[owner])) is not None]
         if len({owner for _, owner in arrived}) < ranks:
-            raise ValueError(f"{len(arrived)} of {len(owners)} contributions arrived, too few for {ranks} learner(s); the rest were lost with their runners")
+            raise ValueError(
+                f"{len(arrived)} of {len(owners)} contributions arrived, too few for {ranks} learner(s); the rest were lost with their runners"
+            )
         plan = UpdatePlan(
             steps=tuple(steps for steps, _ in arrived),
             owners=tuple(owner for _, owner in arrived),

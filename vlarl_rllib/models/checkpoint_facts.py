@@ -28,9 +28,7 @@ class CheckpointFacts:
         for key in (unnorm_key, f"{unnorm_key}_no_noops"):
             if key in self.norm_stats:
                 return self.norm_stats[key]["action"]
-        raise ValueError(
-            f"{unnorm_key!r} is not in this checkpoint's norm_stats; choose from {', '.join(sorted(self.norm_stats))}"
-        )
+        raise ValueError(f"{unnorm_key!r} is not in this checkpoint's norm_stats; choose from {', '.join(sorted(self.norm_stats))}")
 
 
 def read_checkpoint_facts(checkpoint: str) -> CheckpointFacts:
@@ -42,14 +40,10 @@ def read_checkpoint_facts(checkpoint: str) -> CheckpointFacts:
     """
     config_file = _find(checkpoint, "config.json")
     if config_file is None:
-        raise FileNotFoundError(
-            f"{checkpoint}: has no config.json; give an OpenVLA checkpoint directory, a hub id, or a preset such as tiny"
-        )
+        raise FileNotFoundError(f"{checkpoint}: has no config.json; give an OpenVLA checkpoint directory, a hub id, or a preset such as tiny")
     config = json.loads(config_file.read_text())
     if config.get("model_type") != "openvla":
-        raise ValueError(
-            f"{checkpoint}: model_type is {config.get('model_type')!r}, must be 'openvla'; other policies are not supported"
-        )
+        raise ValueError(f"{checkpoint}: model_type is {config.get('model_type')!r}, must be 'openvla'; other policies are not supported")
     statistics_file = _find(checkpoint, "dataset_statistics.json")
     statistics = json.loads(statistics_file.read_text()) if statistics_file else {}
     vocabulary = config.get("text_config", {}).get("vocab_size", PUBLISHED_VOCABULARY)
@@ -71,8 +65,6 @@ def _find(checkpoint: str, name: str) -> Path | None:
     try:
         return Path(hf_hub_download(checkpoint, name))
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{checkpoint}: cannot be fetched from the hub and is not in the local cache; download it first"
-        ) from error
+        raise FileNotFoundError(f"{checkpoint}: cannot be fetched from the hub and is not in the local cache; download it first") from error
     except EntryNotFoundError:
         return None

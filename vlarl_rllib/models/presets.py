@@ -325,9 +325,7 @@ def _write_tokenizer(preset: Preset, directory: Path) -> None:
             pre_tokenizers.Split(Regex("[:?\\n]"), behavior="isolated"),
         ]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair="$A $B:1", special_tokens=[(BOS, vocabulary[BOS])]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair="$A $B:1", special_tokens=[(BOS, vocabulary[BOS])])
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in (UNKNOWN, BOS, EOS, PAD)])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
 from ray.tune import Callback
+from rich.console import Console
 
 COLUMNS = (
     ("iter", 9), ("env steps", 10), ("success", 8), ("policy loss", 12), ("value loss", 11), ("kl", 9),

@@ -24,7 +24,7 @@ from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClien
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.envs.registry import EnvSpec, training_and_held_out_states
 from vlarl_rllib.envs.vector import SlotProcesses
-from vlarl_rllib.models.openvla.action_tokenizer import ActionTokenizer
+from vlarl_rllib.models.action_tokenizer import ActionTokenizer
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
 from vlarl_rllib.rollout.loop import Completions, SlotLoop
 from vlarl_rllib.rollout.players import EpisodeResult, EvaluationPlayer, TrainingPlayer, success_by_task
@@ -241,4 +241,3 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             self.metrics.log_value(name, value, reduce="sum")
         loop.env_seconds = loop.sampler_seconds = 0.0
         loop.env_deaths = 0
-

@@ -211,5 +211,3 @@ def success_by_task(results: list[EpisodeResult]) -> Mapping[int, float]:
     for result in results:
         tasks.setdefault(result.task_id, []).append(result.success)
     return {task: float(np.mean(successes)) for task, successes in sorted(tasks.items())}
-
-

@@ -137,15 +137,11 @@ class SharedMemoryReader:
         shapes: Shapes = {}
         for index, path in enumerate(self._paths(manifest)):
             if manifest.checksums is not None and _sha256(path) != manifest.checksums[index]:
-                raise ValueError(
-                    f"SHA-256 of {path} differs from the manifest's; publish version {manifest.version} again"
-                )
+                raise ValueError(f"SHA-256 of {path} differs from the manifest's; publish version {manifest.version} again")
             with safe_open(path, framework="pt") as bucket:
                 shapes |= {name: tuple(bucket.get_slice(name).get_shape()) for name in bucket.keys()}  # noqa: SIM118
         if len(shapes) != manifest.num_tensors:
-            raise ValueError(
-                f"{manifest.location} holds {len(shapes)} tensors, its manifest says {manifest.num_tensors}"
-            )
+            raise ValueError(f"{manifest.location} holds {len(shapes)} tensors, its manifest says {manifest.num_tensors}")
         return shapes
 
     def buckets(self, manifest: WeightManifest) -> Iterator[dict[str, torch.Tensor]]:

@@ -78,19 +78,13 @@ def check_names_and_shapes(expected: Mapping[str, tuple[int, ...]], got: Mapping
     missing = sorted(expected.keys() - got.keys())
     unexpected = sorted(got.keys() - expected.keys())
     misshaped = [
-        f"{name} {list(got[name])} instead of {list(shape)}"
-        for name, shape in sorted(expected.items())
-        if name in got and got[name] != shape
+        f"{name} {list(got[name])} instead of {list(shape)}" for name, shape in sorted(expected.items()) if name in got and got[name] != shape
     ]
     problems = [
-        f"{kind} {_first_few(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshaped))
-        if names
+        f"{kind} {_first_few(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshaped)) if names
     ]
     if problems:
-        raise ValueError(
-            f"weights do not fit the policy ({len(got)} of {len(expected)} tensors): {'; '.join(problems)}"
-        )
+        raise ValueError(f"weights do not fit the policy ({len(got)} of {len(expected)} tensors): {'; '.join(problems)}")
 
 
 def _first_few(names: list[str]) -> str:

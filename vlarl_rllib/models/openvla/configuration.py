@@ -103,9 +103,7 @@ def find_checkpoint_file(checkpoint: str | Path, name: str, **hub_options: Any) 
         path = Path(checkpoint) / name
         return path if path.is_file() else None
     if checkpoint.count("/") != 1 or checkpoint.startswith(("/", ".", "~")):
-        raise FileNotFoundError(
-            f"checkpoint '{checkpoint}' is neither a directory nor a Hugging Face id of the form owner/name"
-        )
+        raise FileNotFoundError(f"checkpoint '{checkpoint}' is neither a directory nor a Hugging Face id of the form owner/name")
     found = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub_options)
     return None if found is None else Path(found)
 
@@ -114,9 +112,7 @@ def require_checkpoint_file(checkpoint: str | Path, name: str, **hub_options: An
     """As `find_checkpoint_file`, but a missing file raises FileNotFoundError."""
     path = find_checkpoint_file(checkpoint, name, **hub_options)
     if path is None:
-        raise FileNotFoundError(
-            f"checkpoint '{checkpoint}' has no {name}; copy it from the checkpoint that this one was trained from"
-        )
+        raise FileNotFoundError(f"checkpoint '{checkpoint}' has no {name}; copy it from the checkpoint that this one was trained from")
     return path
 
 
@@ -170,9 +166,7 @@ class OpenVLAConfig(PretrainedConfig):
     arch_specifier: str = "no-align+fused-gelu-mlp"
     llm_max_length: int = 2048
     output_projector_states: bool = False
-    timm_model_ids: list[str] = field(
-        default_factory=lambda: ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
-    )
+    timm_model_ids: list[str] = field(default_factory=lambda: ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"])
     timm_override_act_layers: list[str | None] = field(default_factory=lambda: [None, None])
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -197,9 +191,7 @@ class OpenVLAConfig(PretrainedConfig):
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if not Path(pretrained_model_name_or_path).is_file():
-            config.norm_stats = merge_dataset_statistics(
-                config.norm_stats, pretrained_model_name_or_path, **hub_options
-            )
+            config.norm_stats = merge_dataset_statistics(config.norm_stats, pretrained_model_name_or_path, **hub_options)
         return loaded
 
     def vision_tower_configs(self) -> dict[str, VisionTowerConfig]:
@@ -215,9 +207,7 @@ class OpenVLAConfig(PretrainedConfig):
             )
         overrides = self.vision_towers or {}
         if unknown := set(overrides) - set(PUBLISHED_TOWERS):
-            raise ValueError(
-                f"vision_towers has unknown towers {sorted(unknown)}; choose from {list(PUBLISHED_TOWERS)}"
-            )
+            raise ValueError(f"vision_towers has unknown towers {sorted(unknown)}; choose from {list(PUBLISHED_TOWERS)}")
         towers = {}
         for (name, published), image_size in zip(PUBLISHED_TOWERS.items(), self.image_sizes, strict=True):
             sizes = {key: value for key, value in overrides.get(name, {}).items() if key not in _TOWER_LABELS}

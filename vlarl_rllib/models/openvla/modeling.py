@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from vlarl_rllib.models.action_tokenizer import NUM_ACTION_TOKENS, ActionTokenizer
 from vlarl_rllib.models.critic import ValueHead
-from vlarl_rllib.models.openvla.action_tokenizer import NUM_ACTION_TOKENS, ActionTokenizer
 from vlarl_rllib.models.openvla.configuration import (
     CONFIG_FILE,
     OpenVLAConfig,
@@ -110,9 +110,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         require_checkpoint_file(checkpoint, CONFIG_FILE, **hub_options)
         return_info = kwargs.pop("output_loading_info", False)
         with _without_loading_report():
-            loaded: Any = super().from_pretrained(
-                checkpoint, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            loaded: Any = super().from_pretrained(checkpoint, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         model, info = loaded
         wrong = {kind: _abbreviate(info[kind]) for kind in LOADING_FAULTS if info[kind]}
         if wrong:
@@ -160,9 +158,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         Returns:
             Logits at the positions that predict the action tokens, and values where there is a value head.
         """
-        hidden, prompt_hidden = self.action_hidden_states(
-            input_ids, attention_mask, pixel_values, action_tokens, vision_features
-        )
+        hidden, prompt_hidden = self.action_hidden_states(input_ids, attention_mask, pixel_values, action_tokens, vision_features)
         values = None if self.value_head is None else self.value_head(prompt_hidden)
         return OpenVLAOutput(action_logits=self._action_rows(hidden), values=values)
 

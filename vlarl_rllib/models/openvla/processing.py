@@ -50,10 +50,7 @@ def load_tokenizer(checkpoint: str | Path, **hub_options: Any) -> PreTrainedToke
         raise FileNotFoundError(f"checkpoint '{checkpoint}' has neither tokenizer.json nor tokenizer.model")
     missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
     if missing:
-        raise ImportError(
-            f"reading tokenizer.model of '{checkpoint}' needs {' and '.join(missing)}; "
-            "run: pip install sentencepiece protobuf"
-        )
+        raise ImportError(f"reading tokenizer.model of '{checkpoint}' needs {' and '.join(missing)}; run: pip install sentencepiece protobuf")
     return LlamaTokenizer.from_pretrained(checkpoint, **hub_options)
 
 

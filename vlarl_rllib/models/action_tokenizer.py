@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-NUM_ACTION_TOKENS = 7
-"""Tokens of one action: x, y, z, roll, pitch, yaw, gripper."""
+from vlarl_rllib.types import NUM_ACTION_TOKENS
 
 QUANTILE_EPSILON = 1e-8
 """Keeps the division finite where q01 equals q99; the upstream training pipeline uses the same."""

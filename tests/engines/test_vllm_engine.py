@@ -1,0 +1,215 @@
+"""A real vLLM engine in a Ray actor, against the policy in plain torch."""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from engine_helpers import make_requests
+from ray.exceptions import RayTaskError
+
+from vlarl_rllib.engines.client import RemoteSampler
+from vlarl_rllib.engines.hf_engine import HFEngine
+from vlarl_rllib.engines.protocol import EngineError
+from vlarl_rllib.engines.vllm_engine import engine_env_vars
+from vlarl_rllib.types import SampleReply
+from vlarl_rllib.weights.source import iterate_weights
+
+SECONDS = 60
+TEMPERATURES = (1.0, 0.0, 0.7, 1.6)
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def oracle(vllm_engine, make_oracle):
+    """Weights in the engine = weights in the oracle; versions go on from the engine's."""
+    oracle = make_oracle()
+    oracle.version = max(0, vllm_engine.statuses()[0].policy_version)
+    vllm_engine.load_weights(oracle.push(seed=0))
+    return oracle
+
+
+def sample(pool, requests):
+    return ray.get(pool.handles[0].sample.remote(requests), timeout=SECONDS)
+
+
+def same_tokens(replies, others) -> bool:
+    return all(np.array_equal(a.tokens, b.tokens) for a, b in zip(replies, others, strict=True))
+
+
+def test_log_probs_are_the_models(vllm_engine, oracle):
+    # 11 uneven prompts through a batch of 8: sampled and greedy requests side by side, then each kind alone.
+    for temperatures in (TEMPERATURES, (0.0,), (1.0,), (1.6,)):
+        requests = make_requests(11, temperatures)
+        replies = sample(vllm_engine, requests)
+        assert oracle.log_prob_error(requests, replies) <= TOLERANCE
+        for request, reply in zip(requests, replies, strict=True):
+            if request.temperature == 0:
+                assert oracle.is_greedy(request, reply)
+
+
+def test_sampled_tokens_follow_the_distribution(vllm_engine, oracle):
+    """The first token of one frame over 400 seeds against the model's probabilities: total variation as expected."""
+    frame = make_requests(1)[0]
+    replies = sample(vllm_engine, [replace(frame, seed=seed) for seed in range(400)])
+    first = np.array([reply.tokens[0] for reply in replies]) - oracle.model.action_token_ids[0]
+    with torch.no_grad():
+        logits = oracle._logits([frame], torch.from_numpy(replies[0].tokens)[None])[0, 0]
+    probabilities = torch.softmax(logits, -1).numpy()
+    # Sum of the probabilities of the drawn ids: E = sum p^2, standard deviation from the same formula.
+    mean = np.square(probabilities).sum()
+    deviation = np.sqrt(((probabilities**3).sum() - mean**2) / 400)
+    assert abs(probabilities[first].mean() - mean) < 5 * deviation
+    assert len(set(first.tolist())) > 100
+
+
+def test_seeds_make_tokens_independent_of_the_batch(vllm_engine, oracle):
+    requests = make_requests(8, temperatures=(1.0, 1.3))
+    together = sample(vllm_engine, requests)
+    assert same_tokens(together, sample(vllm_engine, requests[::-1])[::-1])
+    assert same_tokens(together, [sample(vllm_engine, [request])[0] for request in requests])
+    others = sample(vllm_engine, [replace(request, seed=request.seed + 1000) for request in requests])
+    assert not any(np.array_equal(a.tokens, b.tokens) for a, b in zip(together, others, strict=True))
+
+
+def test_weights_arrive_whole_each_time(vllm_engine, oracle):
+    requests = make_requests(8, TEMPERATURES)
+    hf_engine = HFEngine(replace(vllm_engine._spec))
+    for seed in (11, 12, 13):
+        before = sample(vllm_engine, requests)
+        manifest = oracle.push(seed)
+        assert oracle.log_prob_error(requests, before) > 0.1  # the weights did change
+        assert vllm_engine.load_weights(manifest) == 0
+        replies = sample(vllm_engine, requests)
+        assert {reply.policy_version for reply in replies} == {manifest.version}
+        assert oracle.log_prob_error(requests, replies) <= TOLERANCE
+        hf_engine.load_weights(manifest)
+        hf_replies = hf_engine.sample(requests)
+        assert oracle.log_prob_error(requests, hf_replies) <= TOLERANCE
+        greedy = [index for index, request in enumerate(requests) if request.temperature == 0]
+        assert same_tokens([replies[i] for i in greedy], [hf_replies[i] for i in greedy])
+
+
+def test_weights_that_do_not_fit_are_refused_and_the_old_ones_serve(vllm_engine, oracle):
+    requests = make_requests(4)
+    version = oracle.version
+    before = sample(vllm_engine, requests)
+    tensors = dict(iterate_weights(oracle.model, torch.float32))
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    wrong = [
+        {f"module.{key}": tensor for key, tensor in tensors.items()},
+        {key: tensor for key, tensor in tensors.items() if key != name},
+        tensors | {"value_head.fc1.weight": torch.zeros(2, 2)},
+        tensors | {name: tensors[name][:-1]},
+    ]
+    for bad in wrong:
+        with pytest.raises(ValueError, match="weights do not fit the policy"):
+            vllm_engine.load_weights(oracle.publish(bad.items()))
+    with pytest.raises(ValueError, match="has no tensors"):
+        oracle.publish([])
+    gone = replace(oracle.push(seed=0), location="/dev/shm/vlarl-gone/v000001")
+    with pytest.raises(FileNotFoundError, match="is gone"):
+        vllm_engine.load_weights(gone)
+    after = sample(vllm_engine, requests)
+    assert {reply.policy_version for reply in after} == {version}
+    assert all(np.array_equal(a.log_probs, b.log_probs) for a, b in zip(before, after, strict=True))
+    assert vllm_engine.num_restarts == 0
+
+
+def test_a_malformed_request_is_its_callers_problem_only(vllm_engine, oracle):
+    good = make_requests(3)
+    bad = [
+        replace(good[0], image=good[0].image.astype(np.float32)),
+        replace(good[0], image=good[0].image[:14]),
+        replace(good[0], instruction="pick " * 200),
+        replace(good[0], temperature=-1.0),
+    ]
+    handle = vllm_engine.handles[0]
+    refs = [handle.sample.remote([request]) for request in [*good, *bad]]
+    for ref in refs[: len(good)]:
+        assert isinstance(ray.get(ref, timeout=SECONDS)[0], SampleReply)
+    for ref in refs[len(good) :]:
+        with pytest.raises(RayTaskError) as error:
+            ray.get(ref, timeout=SECONDS)
+        assert isinstance(error.value.cause, ValueError)
+    assert len(sample(vllm_engine, good)) == 3
+
+
+def test_updates_between_overlapping_callers_keep_versions_apart(vllm_engine, oracle):
+    handle = vllm_engine.handles[0]
+    requests = make_requests(6)
+    old = oracle.version
+    before = [handle.sample.remote([request]) for request in requests]
+    update = handle.load_weights.remote(oracle.push(seed=21))
+    during = [handle.sample.remote([request]) for request in requests]
+    assert ray.get(update, timeout=SECONDS) == oracle.version
+    after = [handle.sample.remote([request]) for request in requests]
+    replies = [ray.get(refs, timeout=SECONDS) for refs in (before, during, after)]
+    assert {reply.policy_version for (reply,) in replies[0]} == {old}
+    assert {reply.policy_version for (reply,) in replies[1]} <= {old, oracle.version}
+    assert {reply.policy_version for (reply,) in replies[2]} == {oracle.version}
+    fresh = [reply for (reply,) in replies[1] if reply.policy_version == oracle.version]
+    fresh_requests = [r for r, (reply,) in zip(requests, replies[1], strict=True) if reply.policy_version != old]
+    assert oracle.log_prob_error([*fresh_requests, *requests], [*fresh, *(r for (r,) in replies[2])]) <= TOLERANCE
+
+
+def test_a_killed_engine_is_noticed_replaced_and_made_current(vllm_engine, oracle):
+    """Last of the tests with the shared engine: it costs a second start."""
+    manifest = oracle.push(seed=31)
+    vllm_engine.load_weights(manifest)
+    completions = queue.SimpleQueue()
+    sampler = RemoteSampler(completions, vllm_engine.handles)
+    requests = make_requests(64)
+    pid = vllm_engine.statuses()[0].pid
+    for key, request in enumerate(requests):
+        sampler.submit(key, request)
+    first_key, first = completions.get(timeout=SECONDS)
+    assert isinstance(first, SampleReply)
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    outcomes = {first_key: first} | dict(completions.get(timeout=SECONDS) for _ in range(63))
+    assert time.monotonic() - killed < 10
+    assert len(outcomes) == 64 and sampler.num_outstanding == 0
+    lost = [outcome for outcome in outcomes.values() if not isinstance(outcome, SampleReply)]
+    assert lost and all(isinstance(error, EngineError) for error in lost)
+    sampler.submit("refused", requests[0])
+    assert isinstance(completions.get(timeout=SECONDS)[1], EngineError)
+
+    assert vllm_engine.ensure_current(manifest) == 1
+    sampler.attach(vllm_engine.handles)
+    for key, request in enumerate(requests[:8]):
+        sampler.submit(key, request)
+    replies = dict(completions.get(timeout=SECONDS) for _ in range(8))
+    assert {reply.policy_version for reply in replies.values()} == {manifest.version}
+    assert oracle.log_prob_error(requests[:8], [replies[key] for key in range(8)]) <= TOLERANCE
+    sampler.close()
+
+
+def test_nothing_is_left_in_shared_memory(vllm_engine, make_oracle):
+    oracle = make_oracle()
+    directory = oracle.publisher.directory
+    oracle.push(seed=0)
+    oracle.publisher.close()
+    assert not directory.exists()
+    assert not list(Path("/dev/shm").glob(f"vlarl-test-{os.getpid()}*"))
+
+
+def test_a_gpu_engine_keeps_its_compiler_and_a_cpu_engine_runs_one_thread(spec):
+    assert engine_env_vars(spec)["OMP_NUM_THREADS"] == "1"
+    assert "TORCHDYNAMO_DISABLE" in engine_env_vars(spec)
+    on_gpu = engine_env_vars(replace(spec, gpus=1, enforce_eager=False))
+    assert not any(name.startswith(("TORCHDYNAMO", "VLLM_CPU")) for name in on_gpu)
+
+
+def test_importing_the_engine_loads_neither_torch_nor_vllm():
+    code = "import sys, vlarl_rllib.engines.vllm_engine, vlarl_rllib.engines.client; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not {"torch", "vllm", "transformers"} & set(modules)

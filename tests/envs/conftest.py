@@ -1,0 +1,19 @@
+"""One LIBERO environment for all tests of this folder: building its model takes seconds and about a gigabyte."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from vlarl_rllib.envs import EnvSpec
+from vlarl_rllib.envs.libero import LiberoEnv
+
+TASK = 5
+"""Of libero_spatial: the bowl starts on the ramekin; the scene has a cabinet and a stove, which are placed at reset."""
+
+
+@pytest.fixture(scope="session")
+def libero_env() -> Iterator[LiberoEnv]:
+    env = LiberoEnv(EnvSpec(suite="libero_spatial"))
+    env.reset(seed=0, options={"task_id": TASK})
+    yield env
+    env.close()
