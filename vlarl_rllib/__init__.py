@@ -5,7 +5,15 @@ Importing this package loads none of torch, Ray, vLLM or LIBERO; the two names b
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import TYPE_CHECKING, Any
+
+# RLlib imports an installed TensorFlow and JAX into every actor (8 s and 0.4 GB each), unless told not to before it is imported;
+# then it announces each import that it leaves out.
+os.environ.setdefault("RLLIB_TEST_NO_TF_IMPORT", "1")
+os.environ.setdefault("RLLIB_TEST_NO_JAX_IMPORT", "1")
+logging.getLogger("ray.rllib.utils.framework").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["VLAPPO", "VLAPPOConfig", "__version__"]

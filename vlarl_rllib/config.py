@@ -6,16 +6,9 @@ All of our settings live in ONE attribute, `vla`, a plain nested dict as in the 
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-# Before RLlib is imported here: it imports an installed TensorFlow and JAX into every actor, 8 s and 0.4 GB each.
-os.environ.setdefault("RLLIB_TEST_NO_TF_IMPORT", "1")
-os.environ.setdefault("RLLIB_TEST_NO_JAX_IMPORT", "1")
-logging.getLogger("ray.rllib.utils.framework").setLevel(logging.ERROR)  # it announces each import that it leaves out
 
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec

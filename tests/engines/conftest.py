@@ -1,11 +1,9 @@
 """One Ray, one tiny checkpoint and one real vLLM engine for all engine tests."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from engine_helpers import Oracle
 
@@ -14,14 +12,6 @@ from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from vlarl_rllib.models.presets import write_checkpoint
 from vlarl_rllib.weights.shared_memory import SharedMemoryPublisher
-
-
-@pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=2**28)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +45,15 @@ def make_oracle(spec: EngineSpec) -> Iterator[Callable[[], Oracle]]:
 
 
 @pytest.fixture(scope="session")
-def vllm_engine(ray_session: None, spec: EngineSpec) -> Iterator[EnginePool]:
-    """A pool of one real engine; starting it takes a quarter of a minute to a minute, so all tests share it."""
+def starting_engine(ray_session: None, spec: EngineSpec) -> Iterator[EnginePool]:
+    """A pool whose one real engine may still be starting, which takes a quarter of a minute to a minute."""
     pool = EnginePool(spec, 1, actor_options=[{"num_cpus": 1}], start_timeout_seconds=300)
-    pool.wait_until_ready()
     yield pool
     pool.shutdown()
+
+
+@pytest.fixture(scope="session")
+def vllm_engine(starting_engine: EnginePool) -> EnginePool:
+    """A pool of one real engine, for all tests."""
+    starting_engine.wait_until_ready()
+    return starting_engine

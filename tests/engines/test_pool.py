@@ -51,7 +51,8 @@ def fake_engine_class():
 
 
 @pytest.fixture
-def make_pool(ray_session, spec):
+def make_pool(starting_engine, spec):
+    """Makes pools of fakes; meanwhile the real engine of other tests starts."""
     pools = []
 
     def make(num: int, **options) -> EnginePool:

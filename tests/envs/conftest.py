@@ -13,7 +13,7 @@ TASK = 5
 
 @pytest.fixture(scope="session")
 def libero_env() -> Iterator[LiberoEnv]:
-    env = LiberoEnv(EnvSpec(suite="libero_spatial"))
+    env = LiberoEnv(EnvSpec(suite="libero_spatial", fast_render=True))
     env.reset(seed=0, options={"task_id": TASK})
     yield env
     env.close()

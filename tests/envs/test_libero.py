@@ -32,17 +32,14 @@ def actions(count: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-def test_it_is_a_gymnasium_environment(libero_env: LiberoEnv) -> None:
-    class OnThisTask(LiberoEnv):
-        """check_env resets without options, which would load task 0."""
+def test_it_is_a_gymnasium_environment(libero_env: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    reset = libero_env.reset
 
-        def __init__(self) -> None:
-            vars(self).update(vars(libero_env))
+    def reset_to_this_task(*, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        return reset(seed=seed, options={**start(), **(options or {})})
 
-        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-            return super().reset(seed=seed, options={**start(), **(options or {})})
-
-    check_env(OnThisTask(), skip_render_check=True)
+    monkeypatch.setattr(libero_env, "reset", reset_to_this_task)  # without options it would load task 0
+    check_env(libero_env, skip_render_check=True, skip_close_check=True)
 
 
 def test_reset_tells_what_is_played(libero_env: LiberoEnv) -> None:
@@ -65,18 +62,21 @@ def test_starts_are_the_published_ones(libero_env: LiberoEnv) -> None:
 
 
 def test_bowl_stays_on_the_ramekin_while_it_settles(libero_env: LiberoEnv) -> None:
-    # MuJoCo 2.3.7 to 3.3.7 give .939 .955 .946 .935 ...; 3.17 bounces it to 1.035 and off the ramekin, which is another task.
+    # It falls for three steps. MuJoCo 2.3.7 to 3.3.7 then give .939 .955 .946 .935; 3.17 bounces it to 1.035 and off the
+    # ramekin, which makes another task of it.
     soft_reset(libero_env.simulation, libero_tasks.initial_states("libero_spatial", TASK)[0], seed=0)
     heights = []
     for _ in range(10):
         libero_env.simulation.step(SETTLE_ACTION)
         heights.append(height_of_bowl(libero_env.simulation))
-    np.testing.assert_allclose(heights[:4], [0.939, 0.955, 0.946, 0.935], atol=2e-3)
-    assert 0.93 < min(heights) and max(heights) < 0.96
+    np.testing.assert_allclose(heights[3:7], [0.939, 0.955, 0.946, 0.935], atol=2e-3)
+    assert min(heights[3:]) > 0.93 and max(heights[3:]) < 0.96
 
 
 def test_everything_equals_the_published_protocol() -> None:
-    """A soft reset after another episode, our own camera and the skipped frames: same states, same pixels as LIBERO's own environment."""
+    """A soft reset after another episode, our own camera and the skipped frames: same states, same pixels as LIBERO's
+    own environment.
+    """
     env = LiberoEnv(EnvSpec(suite="libero_goal", fast_render=False))
     stove = 7  # turn on the stove: a burner that glows, fixtures that are placed at reset
     env.reset(seed=4, options={"task_id": stove, "initial_state": 9})
@@ -137,7 +137,7 @@ def test_success_pays_one_and_terminates(libero_env: LiberoEnv) -> None:
     assert (reward, terminated, truncated, info["success"]) == (0.0, False, False, False)
     data = libero_env.simulation.sim.data
     plate = data.body_xpos[libero_env.simulation.obj_body_id[PLATE]].copy()
-    data.set_joint_qpos(f"{BOWL}_joint0", np.concatenate([plate + [0, 0, 0.01], [1, 0, 0, 0]]))
+    data.set_joint_qpos(f"{BOWL}_joint0", np.concatenate([plate + np.array([0, 0, 0.01]), np.array([1, 0, 0, 0])]))
     data.set_joint_qvel(f"{BOWL}_joint0", np.zeros(6))
     for _ in range(6):  # LIBERO's own check: in contact, and within 3 cm of the plate's centre
         _, reward, terminated, truncated, info = libero_env.step(SETTLE_ACTION)

@@ -32,7 +32,13 @@ def test_facts_need_no_simulator() -> None:
 
 @pytest.mark.parametrize(
     ("suite", "tasks", "steps"),
-    [("libero_spatial", 10, 220), ("libero_object", 10, 280), ("libero_goal", 10, 300), ("libero_10", 10, 520), ("libero_90", 90, 400)],
+    [
+        ("libero_spatial", 10, 220),
+        ("libero_object", 10, 280),
+        ("libero_goal", 10, 300),
+        ("libero_10", 10, 520),
+        ("libero_90", 90, 400),
+    ],
 )
 def test_standard_suites(suite: str, tasks: int, steps: int) -> None:
     assert num_tasks(suite) == tasks

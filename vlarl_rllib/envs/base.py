@@ -19,8 +19,10 @@ class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
     `reset(seed=, options={"task_id": int, "initial_state": int})` (both 0 when absent) returns `{"image": [S, S, 3]
     uint8}` and the info `{"instruction": str, "task_id": int, "initial_state": int}`. `step(action)` takes the
     environment's own action and its info holds `"success"`. Success pays 1.0 and terminates; the horizon truncates.
-    Both infos hold `"render_seconds"`.
+    `render_seconds` is what drawing took in the last call of either.
     """
+
+    render_seconds: float = 0.0
 
     @abstractmethod
     def __init__(self, spec: EnvSpec) -> None: ...

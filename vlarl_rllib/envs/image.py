@@ -226,5 +226,7 @@ def _crop_positions(side: int) -> tuple[_Positions, _Positions]:
     fraction = (positions - np.floor(positions)).astype(np.float32)
     channels = np.arange(3)
     rows = _Positions(low, high, fraction[:, None])
-    columns = _Positions((low[:, None] * 3 + channels).ravel(), (high[:, None] * 3 + channels).ravel(), np.repeat(fraction, 3)[None, :])
+    columns = _Positions(
+        (low[:, None] * 3 + channels).ravel(), (high[:, None] * 3 + channels).ravel(), np.repeat(fraction, 3)[None, :]
+    )
     return rows, columns

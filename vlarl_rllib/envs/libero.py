@@ -81,10 +81,11 @@ class LiberoEnv(VLAEnv):
         self.env_spec = spec
         self.render_mode = "rgb_array"
         side = spec.image_size
-        self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)})
+        self.observation_space = gymnasium.spaces.Dict(
+            {"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)}
+        )
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
         self.max_steps = spec.max_steps or libero_tasks.HORIZONS[spec.suite]
-        self.render_seconds = 0.0
         self._instructions = self.task_instructions(spec.suite)
         self._simulation: Any = None
         self._task_id = -1
@@ -110,7 +111,9 @@ class LiberoEnv(VLAEnv):
         """The robosuite environment of the loaded task, for scripted experts and tests."""
         return self._simulation
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start an episode; see `VLAEnv`. Without a seed, one is drawn from the environment's own generator.
 
         Raises:
@@ -123,7 +126,9 @@ class LiberoEnv(VLAEnv):
         task_id, index = int(options.get("task_id", 0)), int(options.get("initial_state", 0))
         states = libero_tasks.initial_states(self.env_spec.suite, task_id)
         if not 0 <= index < len(states):
-            raise ValueError(f"initial state {index} is not in task {task_id} of {self.env_spec.suite}, whose states are 0 to {len(states) - 1}")
+            raise ValueError(
+                f"initial state {index} is not in task {task_id} of {self.env_spec.suite}, whose states are 0 to {len(states) - 1}"
+            )
         self.render_seconds = 0.0
         self._camera_on = False
         if task_id != self._task_id:
@@ -134,7 +139,7 @@ class LiberoEnv(VLAEnv):
             self._camera_on = step == NUM_SETTLE_STEPS - 1
             self._simulation.step(SETTLE_ACTION)
         info = {"instruction": self._instructions[task_id], "task_id": task_id, "initial_state": index}
-        return self._observation(), {**info, "render_seconds": self.render_seconds}
+        return self._observation(), info
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """One control step (0.05 s) with an OSC_POSE action [7] in [-1, 1]: 5 cm and 0.5 rad at full scale, gripper -1
@@ -144,8 +149,7 @@ class LiberoEnv(VLAEnv):
         success = bool(self._simulation.step(np.asarray(action, dtype=np.float64))[2])
         self._num_steps += 1
         truncated = self._num_steps >= self.max_steps and not success
-        info = {"success": success, "render_seconds": self.render_seconds}
-        return self._observation(), float(success), success, truncated, info
+        return self._observation(), float(success), success, truncated, {"success": success}
 
     def render(self) -> np.ndarray:  # type: ignore[override]
         """[camera_size, camera_size, 3] uint8: the last frame, upright but mirrored as the policy sees it."""
@@ -231,7 +235,9 @@ class LiberoEnv(VLAEnv):
 
     def _observation(self) -> dict[str, np.ndarray]:
         raw = self._frame_observable().obs
-        return {"image": observation_image(raw, center_crop=self.env_spec.center_crop, image_size=self.env_spec.image_size)}
+        return {
+            "image": observation_image(raw, center_crop=self.env_spec.center_crop, image_size=self.env_spec.image_size)
+        }
 
 
 _CLOCK_FIELDS = ("_time_since_last_sample", "_current_delay", "_current_observed_value", "_sampled")

@@ -30,6 +30,8 @@ class SlotTable:
     Args:
         spec: how to build an environment.
         max_models: environments kept at a time, one per task.
+
+    `render_seconds` is what drawing took in the last call of `reset` or `step`.
     """
 
     def __init__(self, spec: EnvSpec, max_models: int) -> None:
@@ -39,8 +41,11 @@ class SlotTable:
         self._episodes: dict[int, _Episode] = {}
         self._loaded: dict[int, int] = {}
         """By task: the slot whose state is in the environment."""
+        self.render_seconds = 0.0
 
-    def reset(self, slot: int, task_id: int, initial_state: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(
+        self, slot: int, task_id: int, initial_state: int, seed: int
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Begin an episode; whatever the slot was playing ends.
 
         Raises:
@@ -53,9 +58,12 @@ class SlotTable:
         self._loaded.pop(task_id, None)
         result = env.reset(seed=seed, options={"task_id": task_id, "initial_state": initial_state})
         self._episodes[slot], self._loaded[task_id] = _Episode(task_id), slot
+        self.render_seconds = env.render_seconds
         return result
 
-    def step(self, slot: int, policy_action: np.ndarray) -> tuple[dict[str, np.ndarray], SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(
+        self, slot: int, policy_action: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], SupportsFloat, bool, bool, dict[str, Any]]:
         """One step of the slot's episode with an un-normalised policy action [7].
 
         Raises:
@@ -74,6 +82,7 @@ class SlotTable:
         except BaseException:
             self._drop(slot)
             raise
+        self.render_seconds = env.render_seconds
         if result[2] or result[3]:
             self._drop(slot)
         return result

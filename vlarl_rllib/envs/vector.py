@@ -39,7 +39,9 @@ __all__ = ["SlotEvent", "SlotProcesses", "assign_slots"]
 
 CLOSE_GRACE_SECONDS = 5.0
 """How long subprocesses may take to finish their step and exit before they are killed."""
-_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+_THREADS = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
+)
 """One thread each (LP is Mesa's software rasteriser): parallelism comes from the number of subprocesses."""
 
 
@@ -186,7 +188,9 @@ class _Worker:
             command = [sys.executable, "-m", "vlarl_rllib.envs.worker", *map(str, fds), str(os.getpid())]
             environment = {**os.environ, **_THREADS, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
             environment.pop("CUDA_VISIBLE_DEVICES", None)  # robosuite would compare EGL's device number with it
-            started = _spawner().submit(subprocess.Popen, command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL)
+            started = _spawner().submit(
+                subprocess.Popen, command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL
+            )
             self.process = started.result()
         self.connection = Connection(ours.detach())
         self.send(setup)
@@ -245,7 +249,9 @@ def assign_slots(slot_tasks: Sequence[int], num_processes: int, models_per_proce
         ValueError: there are more distinct tasks than places.
     """
     if not slot_tasks or num_processes < 1 or models_per_process < 1:
-        raise ValueError(f"slots: {len(slot_tasks)}, processes: {num_processes}, models per process: {models_per_process}; each must be at least 1")
+        raise ValueError(
+            f"slots: {len(slot_tasks)}, processes: {num_processes}, models per process: {models_per_process}; each must be at least 1"
+        )
     tasks = list(dict.fromkeys(slot_tasks))
     num_processes = min(num_processes, len(slot_tasks))
     if len(tasks) > num_processes * models_per_process:

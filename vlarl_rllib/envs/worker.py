@@ -68,7 +68,9 @@ def _serve(connection: Connection, frames_fd: int, setup: WorkerSetup) -> None:
     table.close()
 
 
-def _play(table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent]) -> tuple[dict[str, np.ndarray], SlotEvent]:
+def _play(
+    table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent]
+) -> tuple[dict[str, np.ndarray], SlotEvent]:
     """Run one command; the parent fills in the frame. `starts` keeps each slot's last reset, whose facts hold for its
     steps.
     """
@@ -81,7 +83,7 @@ def _play(table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent])
             instruction=info["instruction"],
             task_id=info["task_id"],
             initial_state=info["initial_state"],
-            render_seconds=info["render_seconds"],
+            render_seconds=table.render_seconds,
         )
         return observation, starts[slot]
     observation, reward, terminated, truncated, info = table.step(slot, command.action)
@@ -92,7 +94,7 @@ def _play(table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent])
         terminated=terminated,
         truncated=truncated,
         success=info["success"],
-        render_seconds=info["render_seconds"],
+        render_seconds=table.render_seconds,
     )
 
 

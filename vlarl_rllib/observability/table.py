@@ -10,8 +10,8 @@ from ray.tune import Callback
 from rich.console import Console
 
 COLUMNS = (
-    ("iter", 9), ("env steps", 10), ("success", 8), ("policy loss", 12), ("value loss", 11), ("kl", 9),
-    ("sample", 8), ("update", 8), ("sync", 7), ("eta", 8),
+    ("iter", 8), ("steps", 9), ("success", 8), ("policy", 9), ("value", 8), ("kl", 9),
+    ("sample", 8), ("update", 8), ("sync", 7), ("eta", 9),
 )  # fmt: skip
 
 

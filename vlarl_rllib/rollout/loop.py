@@ -6,6 +6,7 @@ on. So nothing here can deadlock on a lock, and an exception of a sampler arrive
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import os
@@ -41,16 +42,12 @@ class Completions:
     def put(self, item: Any) -> None:
         """Called from any thread."""
         self._items.append(item)
-        try:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of announcements already
             os.write(self._writer, b"\0")
-        except BlockingIOError:  # the pipe is full of announcements already
-            pass
 
     def drain(self) -> list[Any]:
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 65536)
-        except BlockingIOError:
-            pass
         return [self._items.popleft() for _ in range(len(self._items))]
 
     def fileno(self) -> int:

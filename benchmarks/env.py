@@ -1,0 +1,176 @@
+"""What LIBERO costs on this machine: speed of one core, resets, memory, and the observation path.
+
+    python benchmarks/env.py [--suite libero_spatial] [--out FILE]
+
+Prints a table and writes the same numbers as JSON. Takes a few minutes; run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vlarl_rllib.envs import EnvSpec, horizon, num_tasks
+from vlarl_rllib.envs.vector import SlotEvent, SlotProcesses
+
+NUM_STEPS = 40
+NUM_RESETS = 5
+TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number."""
+
+    key: str
+    description: str
+    value: float
+    unit: str
+
+
+class Player:
+    """Slots of one subprocess, played one command at a time."""
+
+    def __init__(self, spec: EnvSpec, slot_tasks: list[int], models_per_process: int) -> None:
+        self.processes = SlotProcesses(spec, slot_tasks, num_processes=1, models_per_process=models_per_process)
+        self._actions = np.random.default_rng(0)
+
+    def reset(self, slot: int, task_id: int, initial_state: int = 0) -> SlotEvent:
+        self.processes.send_reset(slot, task_id, initial_state, seed=slot)
+        return self._answer()
+
+    def step(self, slot: int) -> SlotEvent:
+        arm = self._actions.uniform(-0.5, 0.5, 6)
+        self.processes.send_step(slot, np.append(arm, self._actions.integers(2)))
+        return self._answer()
+
+    def megabytes(self) -> float:
+        (resident,) = self.processes.stats()["rss_bytes"]
+        return resident / 1e6
+
+    def _answer(self) -> SlotEvent:
+        (event,) = self.processes.poll(TIMEOUT_SECONDS)
+        if event.error:
+            raise RuntimeError(event.error)
+        return event
+
+
+def measure_speed(suite: str, *, fast_render: bool) -> list[Figure]:
+    """First reset, repeated resets and steps of one slot; every step starts a new episode only when the last one ended."""
+    player = Player(EnvSpec(suite=suite, fast_render=fast_render), [0], 1)
+    label = "fast_render" if fast_render else "full render"
+    key = "fast" if fast_render else "full"
+    try:
+        began = time.perf_counter()
+        player.reset(0, 0)
+        first = time.perf_counter() - began
+        resets = [player.reset(0, 0, index).seconds for index in range(NUM_RESETS)]
+        player.step(0)
+        began = time.perf_counter()
+        steps = [player.step(0) for _ in range(NUM_STEPS)]
+        rate = NUM_STEPS / (time.perf_counter() - began)
+    finally:
+        player.processes.close()
+    drawing = statistics.median(step.render_seconds for step in steps)
+    rest = statistics.median(step.seconds - step.render_seconds for step in steps)
+    figures = [
+        Figure(f"{key}_steps_per_second", f"control steps, one process, {label}", rate, "1/s"),
+        Figure(f"{key}_render_ms", f"drawing a frame, {label}", drawing * 1e3, "ms"),
+        Figure(f"{key}_rest_ms", f"physics and observation path of a step, {label}", rest * 1e3, "ms"),
+        Figure(f"{key}_repeated_reset_seconds", f"reset of the same task, {label}", statistics.median(resets), "s"),
+    ]
+    if fast_render:
+        return figures
+    return [*figures, Figure("first_reset_seconds", "new process to first frame: imports, model, reset", first, "s")]
+
+
+def measure_sharing(suite: str) -> list[Figure]:
+    """Memory of a process, of a further slot on its model and of a further model, and the time that a swap of slots takes."""
+    num_slots = 9
+    player = Player(EnvSpec(suite=suite, fast_render=True), [0] * num_slots, 2)
+    try:
+        player.reset(0, 0)
+        player.step(0)
+        one_model = player.megabytes()
+        alone = statistics.median(_step_without_drawing(player, lambda _: 0) for _ in range(5))
+        for slot in range(1, num_slots):
+            player.reset(slot, 0, slot)
+        for slot in range(num_slots):
+            player.step(slot)
+        all_slots = player.megabytes()
+        swapping = statistics.median(_step_without_drawing(player, lambda index: index % 2) for _ in range(5))
+        began = time.perf_counter()
+        player.reset(num_slots - 1, 1 % num_tasks(suite))
+        second_model_seconds = time.perf_counter() - began
+        player.step(num_slots - 1)
+        two_models = player.megabytes()
+    finally:
+        player.processes.close()
+    return [
+        Figure("process_megabytes", "memory of a process with one model", one_model, "MB"),
+        Figure("slot_megabytes", "memory of a further slot", (all_slots - one_model) / (num_slots - 1), "MB"),
+        Figure("model_megabytes", "memory of a further model", two_models - all_slots, "MB"),
+        Figure("further_model_seconds", "first reset to another task", second_model_seconds, "s"),
+        Figure("swap_ms", "changing the slot between two steps (difference of medians)", (swapping - alone) * 1e3, "ms"),
+    ]
+
+
+def _step_without_drawing(player: Player, slot_of: Callable[[int], int]) -> float:
+    """Median seconds of ten steps, drawing apart."""
+    events = [player.step(slot_of(index)) for index in range(10)]
+    return statistics.median(event.seconds - event.render_seconds for event in events)
+
+
+def measure_observation_path() -> list[Figure]:
+    """The path from a rendered frame to the policy's image, on one core."""
+    from vlarl_rllib.envs.image import observation_image
+
+    y, x = np.mgrid[0:256, 0:256] / 256
+    waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y), np.sin(11 * x * y)], axis=-1)
+    raw = np.clip(128 + 100 * waves, 0, 255).astype(np.uint8)
+    seconds = []
+    for _ in range(100):
+        began = time.perf_counter()
+        observation_image(raw, center_crop=True, image_size=224)
+        seconds.append(time.perf_counter() - began)
+    return [Figure("observation_path_ms", "observation path, 256 to 224 pixels", statistics.median(seconds) * 1e3, "ms")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="libero_spatial", help="LIBERO suite whose tasks 0 and 1 are played")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/env.json"), help="JSON file to write")
+    arguments = parser.parse_args()
+    horizon(arguments.suite)  # a wrong name ends here
+    figures = measure_observation_path()
+    for fast_render in (False, True):
+        figures += measure_speed(arguments.suite, fast_render=fast_render)
+    figures += measure_sharing(arguments.suite)
+    table = Table("what", "value", "unit", title=f"{arguments.suite} on {os.cpu_count()} core(s)")
+    for figure in figures:
+        table.add_row(figure.description, f"{figure.value:.3g}", figure.unit)
+    Console().print(table)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "processor": platform.processor() or platform.machine()}
+    versions = {name: version(name) for name in ("mujoco", "robosuite", "numpy")}
+    values = {figure.key: figure.value for figure in figures}
+    arguments.out.write_text(json.dumps({"suite": arguments.suite, "machine": machine, "versions": versions, **values}, indent=1))
+    Console().print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    main()

@@ -1,0 +1,50 @@
+"""Environments that misbehave or tell about their process; subprocesses import them as `probe_env:Class`."""
+
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from vlarl_rllib.envs import EnvSpec
+from vlarl_rllib.envs.libero import LiberoEnv
+from vlarl_rllib.envs.synthetic import SyntheticEnv
+
+HEAVY = ("torch", "ray", "transformers", "vllm", "tensorflow")
+
+
+def loaded_heavy_modules() -> str:
+    return ",".join(name for name in HEAVY if name in sys.modules)
+
+
+class TellingLiberoEnv(LiberoEnv):
+    """The instruction is the list of heavy modules in this process."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        observation, info = super().reset(**kwargs)
+        return observation, {**info, "instruction": loaded_heavy_modules()}
+
+
+class CrashingEnv(SyntheticEnv):
+    """Takes its process along when it is built."""
+
+    def __init__(self, spec: EnvSpec) -> None:
+        os._exit(3)
+
+
+class RaisingEnv(SyntheticEnv):
+    """Raises in steps that point to the left."""
+
+    def step(self, action: np.ndarray) -> Any:
+        if action[0] < 0:
+            raise ZeroDivisionError("pointed to the left")
+        return super().step(action)
+
+
+class SlowEnv(SyntheticEnv):
+    """A step takes far longer than anybody wants to wait."""
+
+    def step(self, action: np.ndarray) -> Any:
+        time.sleep(600)
+        return super().step(action)

@@ -1,0 +1,161 @@
+"""The FSDP learners on a real tiny OpenVLA: any number of them makes the same update."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from vlarl_rllib.config import VLAPPOConfig
+from vlarl_rllib.learner.collate import INSTRUCTION_KEY, LOG_PROBS_KEY
+from vlarl_rllib.learner.learner_group import LearnerGroupError, VLALearnerGroup
+from vlarl_rllib.settings import Settings
+from vlarl_rllib.weights.shared_memory import SharedMemoryReader
+
+IMAGE_SIZE = 28
+SPACES = (gym.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
+STEPS = (8, 11, 2, 9)
+"""Of each slot's contribution below."""
+
+
+def chunk(rng: np.random.Generator, length: int, terminated: bool, instruction: str) -> SingleAgentEpisode:
+    episode = SingleAgentEpisode()
+    episode.custom_data[INSTRUCTION_KEY] = instruction
+    episode.add_env_reset(rng.integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
+    for t in range(length):
+        episode.add_env_step(
+            rng.integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8),
+            rng.integers(256, 512, 7),
+            float(rng.normal()),
+            terminated=terminated and t == length - 1,
+            extra_model_outputs={LOG_PROBS_KEY: np.full(7, -5.5, np.float32)},
+        )
+    return episode.to_numpy()
+
+
+def contributions() -> list[list[SingleAgentEpisode]]:
+    """Four slots with uneven numbers of chunks, steps and prompt tokens."""
+    rng = np.random.default_rng(0)
+    return [
+        [chunk(rng, 5, True, "push the bowl"), chunk(rng, 3, False, "push the bowl")],
+        [chunk(rng, 11, False, "pick up the black bowl and place it on the plate")],
+        [chunk(rng, 2, True, "open the drawer")],
+        [chunk(rng, 9, False, "open the drawer")],
+    ]
+
+
+def build(num_learners: int, **training: Any) -> VLALearnerGroup:
+    settings = Settings.from_dict(
+        {
+            "learners": {"num": num_learners, "micro_batch_size": 4, "timeout_seconds": 120},
+            "training": {"minibatch_size": 10, "num_epochs": 2, "lr": 2e-5, "value_lr": 1e-3, "old_log_probs": "recompute"} | training,
+            "run": {"seed": 3},
+        }
+    )
+    config = VLAPPOConfig.from_settings(settings)
+    config.validate()
+    return config.build_learner_group(spaces={"__env__": SPACES, "__env_single__": SPACES, "default_policy": SPACES})
+
+
+@pytest.fixture
+def make_group(ray_session: None) -> Iterator[Callable[..., VLALearnerGroup]]:
+    groups: list[VLALearnerGroup] = []
+
+    def make(num_learners: int, **training: Any) -> VLALearnerGroup:
+        groups.append(build(num_learners, **training))
+        return groups[-1]
+
+    yield make
+    for group in groups:
+        group.shutdown()
+
+
+def update(group: VLALearnerGroup, iteration: int = 0) -> dict[str, float]:
+    episodes = contributions()
+    refs = [ray.put(chunks) for chunks in episodes] if group.is_remote else episodes
+    results = group.update(episodes_refs=refs, num_steps=STEPS, iteration=iteration)
+    return {name: float(stats.peek()) for name, stats in results[0]["default_policy"].items()}
+
+
+def weights(group: VLALearnerGroup, version: int) -> dict[str, torch.Tensor]:
+    manifest = group.publish_weights(version)
+    return {name: tensor.clone() for bucket in SharedMemoryReader().buckets(manifest) for name, tensor in bucket.items()}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_0_1_and_2_learners_make_the_same_update_and_load_each_others_checkpoint(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:
+    local = make_group(0)
+    before = weights(local, 1)
+    metrics = update(local)
+    after = weights(local, 2)
+    assert largest_difference(before, after) > 5e-5, "the update changed nothing, so equality below would mean nothing"
+    assert metrics["optimizer_steps"] == 6  # 30 steps in 3 minibatches, 2 epochs
+    assert metrics["first_ratio_deviation"] < 1e-4
+    local.call("save_sharded", str(tmp_path))
+
+    one, two = make_group(1), make_group(2)
+    for group in (one, two):
+        other = update(group)
+        assert largest_difference(after, weights(group, 2)) <= 1e-5
+        for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm", "explained_variance"):
+            assert other[name] == pytest.approx(metrics[name], abs=1e-4), name
+
+    # Adam's moments travel too: after loading what the local learner saved, all three make the same second update.
+    local_second = (update(local, 1), weights(local, 3))[1]
+    two.call("load_sharded", str(tmp_path))
+    update(two, 1)
+    assert largest_difference(local_second, weights(two, 3)) <= 2e-5
+
+
+def test_critic_warm_up_leaves_the_policy_alone(make_group: Callable[..., VLALearnerGroup]) -> None:
+    group = make_group(0, critic_warmup_iterations=1)
+    before = weights(group, 1)
+    head = group._learner.policy.value_head
+    values_before = [p.full_tensor().clone() for p in head.parameters()]
+    update(group, iteration=0)
+    assert largest_difference(before, weights(group, 2)) == 0.0
+    assert any(not torch.equal(a, p.full_tensor()) for a, p in zip(values_before, head.parameters(), strict=True))
+    update(group, iteration=1)
+    assert largest_difference(before, weights(group, 3)) > 0.0
+
+
+def test_a_non_finite_gradient_is_skipped_counted_and_at_last_fatal(make_group: Callable[..., VLALearnerGroup]) -> None:
+    group = make_group(0, max_skipped_updates=8)
+    before = weights(group, 1)
+    group._learner.policy.value_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    metrics = update(group)
+    assert metrics["skipped_updates"] == 6
+    assert largest_difference(before, weights(group, 2)) == 0.0
+    with pytest.raises(RuntimeError, match=r"max_skipped_updates = 8; lower"):
+        update(group, 1)
+
+
+def test_a_lost_contribution_is_left_out_and_a_dead_learner_is_noticed_at_once(make_group: Callable[..., VLALearnerGroup]) -> None:
+    group = make_group(1)
+
+    @ray.remote
+    class Owner:
+        def put(self, value: Any) -> list[Any]:
+            return [ray.put(value)]
+
+    owner = Owner.remote()
+    (lost,) = ray.get(owner.put.remote(contributions()[0]))
+    ray.kill(owner)
+    refs = [lost, *(ray.put(chunks) for chunks in contributions()[1:])]
+    results = group.update(episodes_refs=refs, num_steps=STEPS, iteration=0)
+    assert float(results[0]["default_policy"]["optimizer_steps"].peek()) == 6  # 22 steps still make 3 minibatches
+    with pytest.raises(ValueError, match="0 of 1 contributions"):
+        group.update(episodes_refs=[lost], num_steps=[8], iteration=1)
+
+    ray.kill(group._workers[0])
+    with pytest.raises(LearnerGroupError, match="rank 0 failed"):
+        group.update(episodes_refs=refs[1:], num_steps=STEPS[1:], iteration=1)
