@@ -7,6 +7,8 @@ STAMP := $(VENV)/.ready
 LOCK := requirements/cpu.lock
 # OpenBLAS and OpenMP threads of several processes fight over the cores of a small machine.
 export OMP_NUM_THREADS ?= 1
+# Every actor is a process that imports torch and RLlib; without cached bytecode each one compiles them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup setup-cuda lint test test-slow libero-smoke bench lock clean
 

@@ -13,7 +13,6 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vlarl_rllib.envs import EnvSpec, horizon, num_tasks
+from vlarl_rllib.envs import EnvSpec, horizon, make_env, num_tasks
 from vlarl_rllib.envs.vector import SlotEvent, SlotProcesses
 
 NUM_STEPS = 40
@@ -68,7 +67,7 @@ class Player:
 
 
 def measure_speed(suite: str, *, fast_render: bool) -> list[Figure]:
-    """First reset, repeated resets and steps of one slot; every step starts a new episode only when the last one ended."""
+    """First reset, repeated resets and steps of one slot."""
     player = Player(EnvSpec(suite=suite, fast_render=fast_render), [0], 1)
     label = "fast_render" if fast_render else "full render"
     key = "fast" if fast_render else "full"
@@ -97,20 +96,18 @@ def measure_speed(suite: str, *, fast_render: bool) -> list[Figure]:
 
 
 def measure_sharing(suite: str) -> list[Figure]:
-    """Memory of a process, of a further slot on its model and of a further model, and the time that a swap of slots takes."""
+    """Memory of a process, of a further slot on its model and of a further model."""
     num_slots = 9
     player = Player(EnvSpec(suite=suite, fast_render=True), [0] * num_slots, 2)
     try:
         player.reset(0, 0)
         player.step(0)
         one_model = player.megabytes()
-        alone = statistics.median(_step_without_drawing(player, lambda _: 0) for _ in range(5))
         for slot in range(1, num_slots):
             player.reset(slot, 0, slot)
         for slot in range(num_slots):
             player.step(slot)
         all_slots = player.megabytes()
-        swapping = statistics.median(_step_without_drawing(player, lambda index: index % 2) for _ in range(5))
         began = time.perf_counter()
         player.reset(num_slots - 1, 1 % num_tasks(suite))
         second_model_seconds = time.perf_counter() - began
@@ -123,14 +120,25 @@ def measure_sharing(suite: str) -> list[Figure]:
         Figure("slot_megabytes", "memory of a further slot", (all_slots - one_model) / (num_slots - 1), "MB"),
         Figure("model_megabytes", "memory of a further model", two_models - all_slots, "MB"),
         Figure("further_model_seconds", "first reset to another task", second_model_seconds, "s"),
-        Figure("swap_ms", "changing the slot between two steps (difference of medians)", (swapping - alone) * 1e3, "ms"),
     ]
 
 
-def _step_without_drawing(player: Player, slot_of: Callable[[int], int]) -> float:
-    """Median seconds of ten steps, drawing apart."""
-    events = [player.step(slot_of(index)) for index in range(10)]
-    return statistics.median(event.seconds - event.render_seconds for event in events)
+def measure_swap(suite: str) -> list[Figure]:
+    """Putting one slot's state aside and another's back."""
+    env = make_env(EnvSpec(suite=suite, fast_render=True))
+    try:
+        env.reset(seed=0)
+        env.step(np.zeros(7))
+        other = env.snapshot()
+        seconds = []
+        for _ in range(100):
+            began = time.perf_counter()
+            env.snapshot()
+            env.restore(other)
+            seconds.append(time.perf_counter() - began)
+    finally:
+        env.close()
+    return [Figure("swap_ms", "changing the slot between two steps", statistics.median(seconds) * 1e3, "ms")]
 
 
 def measure_observation_path() -> list[Figure]:
@@ -158,6 +166,7 @@ def main() -> None:
     for fast_render in (False, True):
         figures += measure_speed(arguments.suite, fast_render=fast_render)
     figures += measure_sharing(arguments.suite)
+    figures += measure_swap(arguments.suite)
     table = Table("what", "value", "unit", title=f"{arguments.suite} on {os.cpu_count()} core(s)")
     for figure in figures:
         table.add_row(figure.description, f"{figure.value:.3g}", figure.unit)
@@ -171,6 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
     main()

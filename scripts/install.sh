@@ -16,8 +16,7 @@ backend=""
 case $lock in *cpu*) ls ${UV_FIND_LINKS:-/nonexistent}/torch-*+cpu-*.whl >/dev/null 2>&1 || backend="--torch-backend=cpu" ;; esac
 
 # shellcheck disable=SC2086
-"$python" -m uv pip sync --quiet --python "$python" $backend "$lock"
-"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
-UV_BIN=$("$python" -c 'import shutil, sys; print(shutil.which("uv") or "")')
-if "$python" -m uv --version >/dev/null 2>&1; then "$python" -m uv pip install --quiet --python "$python" --no-deps --editable .
-else "$python" -m pip install --quiet --no-deps --editable .; fi
+"$python" -m uv pip install --quiet --python "$python" $backend --no-deps --requirements "$lock" --editable .
+
+# The first import compiles bytecode: better now than in every actor of the first run. It is also the check that all is there.
+"$python" -c "import ray.rllib, vllm, vlarl_rllib.training, vlarl_rllib.models.openvla, vlarl_rllib.envs.libero"

@@ -56,9 +56,10 @@ def train(
 @app.command()
 def doctor(config: ConfigPath = None, overrides: Overrides = None) -> None:
     """Check this machine and, with CONFIG, print the plan of a run."""
+    settings = Settings.from_yaml(config, overrides or []) if config else None
+
     from vlarl_rllib.doctor import report
 
-    settings = Settings.from_yaml(config, overrides or []) if config else None
     raise typer.Exit(0 if report(settings) else 1)
 
 
@@ -69,14 +70,13 @@ def make_checkpoint(
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a small random OpenVLA checkpoint with its own tokenizer, for trying things out."""
-    from vlarl_rllib.models.presets import write_checkpoint
+    from vlarl_rllib.models.presets import PRESETS, write_checkpoint
 
-    if directory.exists() and any(directory.iterdir()):
-        raise SettingsError(f"{directory}: exists and is not empty; give a new directory")
-    try:
-        write_checkpoint(preset, directory, seed=seed)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    if preset not in PRESETS:
+        raise SettingsError(f"PRESET: {preset!r} does not exist; choose from {', '.join(PRESETS)}")
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise SettingsError(f"DIRECTORY: {directory} exists and is not empty; give a new directory")
+    write_checkpoint(preset, directory, seed=seed)
     typer.echo(f"wrote {directory}")
 
 
@@ -87,20 +87,20 @@ def _preflight(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Entry point. A user's mistake is one line on stderr and exit code 2."""
+    """Entry point. A user's mistake is one line on stderr and exit code 2; nothing at all is a question for help."""
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except SettingsError as error:
         _fail(str(error))
     except typer.TyperException as error:  # an unknown command or option, a value of the wrong type
-        _fail(" ".join(error.format_message().split()))
+        _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> None:
-    typer.echo(f"vlarl: {message}", err=True)
+    typer.echo(f"vlarl: {' '.join(message.split())}", err=True)
     sys.exit(2)
 
 

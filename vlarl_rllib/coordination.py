@@ -6,6 +6,7 @@ They hold handles of groups of actors, never the Algorithm.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from vlarl_rllib.types import WeightManifest
 
 logger = logging.getLogger(__name__)
 
+RUNNER_RESTART_SECONDS = 300.0
+"""Longest wait for a restarted runner while there is no other."""
 MAX_FRUITLESS_ROUNDS = 5
 """Rounds of sampling in a row that bring no step at all before the run gives up."""
 
@@ -138,8 +141,15 @@ class RolloutCollector:
                 f"sampling brought no step {fruitless} times in a row; last errors: {[e for e in errors if e] or 'no runner answered'}; "
                 "the runners' own logs are in Ray's session directory under logs/"
             )
-        if fruitless:
+        if fruitless and not errors:
+            self._wait_for_a_runner()
+
+    def _wait_for_a_runner(self) -> None:
+        """Ray restarts a dead runner by itself; RLlib takes it back once it answers a ping, which fails at once while it starts."""
+        deadline = time.monotonic() + RUNNER_RESTART_SECONDS
+        while not self._runners.num_healthy_remote_workers() and time.monotonic() < deadline:
             self._restore_runners()
+            time.sleep(0.5)
 
 
 def _slot_tasks(runner: Any) -> tuple[int, tuple[int, ...]]:

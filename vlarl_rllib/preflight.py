@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -30,12 +31,19 @@ def _check_model(settings: Settings) -> None:
         if key not in action_statistics():
             raise SettingsError(f"model.unnorm_key: {key!r} is not in preset {path!r}; choose from {', '.join(sorted(action_statistics()))}")
         return
-    if not Path(path).is_dir() and path not in HUB_MODELS and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+    directory = Path(path).expanduser()
+    if not directory.is_dir() and path not in HUB_MODELS and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
         raise SettingsError(f"model.path: {path!r} is no directory, preset or hub id; presets are {', '.join([*PRESETS, *HUB_MODELS])}")
     try:
-        read_checkpoint_facts(HUB_MODELS.get(path, path)).action_statistics(key)
-    except FileNotFoundError as error:
+        facts = read_checkpoint_facts(str(directory) if directory.is_dir() else HUB_MODELS.get(path, path))
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"model.path: a JSON file of {path} cannot be read ({error}); copy the checkpoint again") from error
+    except KeyError as error:
+        raise SettingsError(f"model.path: config.json of {path} has no {error}; give an OpenVLA checkpoint") from error
+    except (OSError, ValueError) as error:  # missing, not to be fetched, or another kind of model
         raise SettingsError(f"model.path: {error}") from error
+    try:
+        facts.action_statistics(key)
     except ValueError as error:
         raise SettingsError(f"model.unnorm_key: {error}") from error
 

@@ -33,7 +33,10 @@ class RunDirectory:
         return Settings.from_yaml(self.path / "config.yaml")
 
     def write_config(self, settings: Settings) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"--run-dir: {self.path} cannot be made ({error.strerror}); give another directory") from None
         (self.path / "config.yaml").write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False))
         latest = self.path.parent / "latest"
         if latest.is_symlink() or not latest.exists():
@@ -72,7 +75,8 @@ class RunDirectory:
 
 def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) -> RunDirectory:
     """Where a new run goes. Raises `SettingsError` where that holds a run already, or `resume_from` is no checkpoint."""
-    run = RunDirectory((path or RUNS / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}").absolute())
+    path = path or RUNS / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = RunDirectory(path.resolve())
     if (run.path / "config.yaml").exists():
         raise SettingsError(f"--run-dir: {path} holds a run already; continue it with --resume, or give another directory")
     if resume_from is not None:
@@ -85,7 +89,7 @@ def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) ->
 
 def open_run_directory(path: Path) -> RunDirectory:
     """The directory of a run to be continued. Raises `SettingsError` where there is none, or nothing to continue from."""
-    run = RunDirectory(path.absolute())
+    run = RunDirectory(path.resolve())  # runs/latest is a link, which `write_config` sets anew
     if not (run.path / "config.yaml").is_file():
         raise SettingsError(f"--run-dir: {path} holds no run (config.yaml is missing); give the directory of one, for example runs/latest")
     if run.newest_checkpoint() is None:

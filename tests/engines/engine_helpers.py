@@ -55,7 +55,7 @@ class Oracle:
     @torch.no_grad()
     def is_greedy(self, request: SampleRequest, reply: SampleReply) -> bool:
         """Whether every token is the most likely one."""
-        best = self._logits([request], torch.from_numpy(reply.tokens)[None]).argmax(-1)[0]
+        best = self._logits([request], torch.tensor(reply.tokens.tolist())[None]).argmax(-1)[0]
         return (best + self.model.action_token_ids[0]).tolist() == reply.tokens.tolist()
 
     def push(self, seed: int) -> WeightManifest:

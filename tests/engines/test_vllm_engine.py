@@ -62,7 +62,7 @@ def test_sampled_tokens_follow_the_distribution(vllm_engine, oracle):
     replies = sample(vllm_engine, [replace(frame, seed=seed) for seed in range(400)])
     first = np.array([reply.tokens[0] for reply in replies]) - oracle.model.action_token_ids[0]
     with torch.no_grad():
-        logits = oracle._logits([frame], torch.from_numpy(replies[0].tokens)[None])[0, 0]
+        logits = oracle._logits([frame], torch.tensor(replies[0].tokens.tolist())[None])[0, 0]
     probabilities = torch.softmax(logits, -1).numpy()
     # Sum of the probabilities of the drawn ids: E = sum p^2, standard deviation from the same formula.
     mean = np.square(probabilities).sum()

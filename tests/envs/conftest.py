@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+from env_helpers import TASK
 
 from vlarl_rllib.envs import EnvSpec
 from vlarl_rllib.envs.libero import LiberoEnv
-
-TASK = 5
-"""Of libero_spatial: the bowl starts on the ramekin; the scene has a cabinet and a stove, which are placed at reset."""
 
 
 @pytest.fixture(scope="session")

@@ -73,9 +73,7 @@ def slow_lanczos_weights(source: int, target: int) -> np.ndarray:
         for tap in range(source):
             t = (tap + 0.5 - center) / width
             if abs(t) < 3.0:
-                weights[x, tap] = (
-                    1.0 if t == 0 else math.sin(math.pi * t) * math.sin(math.pi * t / 3) * 3 / (math.pi * t) ** 2
-                )
+                weights[x, tap] = 1.0 if t == 0 else math.sin(math.pi * t) * math.sin(math.pi * t / 3) * 3 / (math.pi * t) ** 2
         weights[x] /= weights[x].sum()
     return weights
 
@@ -144,9 +142,7 @@ def test_earlier_images_are_not_overwritten() -> None:
     np.testing.assert_array_equal(first, kept)
 
 
-@pytest.mark.parametrize(
-    "raw", [np.zeros((256, 200, 3), np.uint8), np.zeros((256, 256), np.uint8), np.zeros((8, 8, 3))]
-)
+@pytest.mark.parametrize("raw", [np.zeros((256, 200, 3), np.uint8), np.zeros((256, 256), np.uint8), np.zeros((8, 8, 3))])
 def test_other_arrays_are_refused(raw: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"square \[H, H, 3\] uint8"):
         observation_image(raw, center_crop=True, image_size=224)

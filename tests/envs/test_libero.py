@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TASK
+from env_helpers import TASK
 from gymnasium.utils.env_checker import check_env
 
 from vlarl_rllib.envs import EnvSpec, libero_tasks

@@ -14,7 +14,7 @@ from vlarl_rllib.types import NUM_ACTION_TOKENS, SampleReply, SampleRequest, Wei
 INITIAL_VERSION = -1
 """`policy_version` of weights as loaded from the checkpoint."""
 MAX_PROMPT_TOKENS = 128
-"""Text tokens of the longest prompt an engine makes room for; LIBERO's longest has 38 (facts of the five suites)."""
+"""Text tokens of the longest prompt an engine makes room for; LIBERO's longest has 38 with Llama's tokenizer."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """vLLM raises smaller temperatures to 0.01 without saying so in the reply, and refuses larger ones."""
 MAX_SEED = 2**63 - 1

@@ -79,6 +79,7 @@ class StepLoop:
         self._action_token_ids = action_token_ids
         self._inbox: deque[_Call | _Update | _Probe] = deque()
         self._wake = threading.Condition()
+        self._starting: _Call | _Update | _Probe | None = None
         self._in_flight: dict[str, tuple[_Call, int]] = {}
         self._ids = itertools.count()
         self._error: str | None = None
@@ -143,11 +144,9 @@ class StepLoop:
             # A caller that went away has cancelled its future; from here on it can no longer do so.
             if not item.future.set_running_or_notify_cancel():
                 continue
-            try:
-                self._start(stepper, item)
-            except BaseException as error:
-                item.future.set_exception(_engine_error(error))
-                raise
+            self._starting = item
+            self._start(stepper, item)
+            self._starting = None
 
     def _start(self, stepper: Stepper, item: _Call | _Update | _Probe) -> None:
         if isinstance(item, _Call):
@@ -181,10 +180,12 @@ class StepLoop:
         failure = _engine_error(error)
         with self._wake:
             self._error = str(failure)
-            waiting = [item.future for item in self._inbox] + [call.future for call, _ in self._in_flight.values()]
+            waiting = [*self._inbox, *(call for call, _ in self._in_flight.values())]
+            if self._starting is not None:
+                waiting.append(self._starting)
             self._inbox.clear()
             self._in_flight.clear()
-        for future in (started, *waiting):
+        for future in (started, *(item.future for item in waiting)):
             # Calls of several requests occur several times; a cancelled future takes no exception.
             if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
                 future.set_exception(failure)

@@ -1,6 +1,9 @@
 """All that differs between vLLM 0.26 (torch 2.11, GPU) and 0.32 (torch 2.13, CPU), or that neither promises to keep.
 
 Importing this imports vLLM; only an engine's own process does.
+
+A difference that is not bridged: vLLM 0.26 on a CPU ignores a request's seed in any step that also holds a greedy
+request (its GPU sampler, and 0.32 everywhere, do not). Use 0.32 on CPUs.
 """
 
 from __future__ import annotations

@@ -34,6 +34,9 @@ def engine_env_vars(spec: EngineSpec) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if spec.dtype == "float32":
+        # Triton's matrix products round float32 to TF32 by default: log-probs would be 1e-3 off the learner's.
+        variables["TRITON_F32_DEFAULT"] = "ieee"
     if spec.gpus == 0:
         # Without a compiler pass the first request saves seconds of g++; on a GPU, CUDA graphs need dynamo.
         variables |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -1,6 +1,4 @@
-"""What every environment for a vision-language-action policy offers: a gymnasium environment whose state can be
-swapped.
-"""
+"""What an environment for a vision-language-action policy offers: gymnasium's interface, and state that can be swapped."""
 
 from __future__ import annotations
 

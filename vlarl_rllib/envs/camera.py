@@ -60,14 +60,10 @@ class OffscreenCamera:
         self._size = size
 
     def render(self, data: Any) -> np.ndarray:
-        """[size, size, 3] uint8 of the state in a `mujoco.MjData`, rows from bottom to top as OpenGL and robosuite have
-        them.
-        """
+        """[size, size, 3] uint8 of the state in a `mujoco.MjData`, rows from bottom to top as OpenGL has them."""
         mujoco = self._mujoco
         self._gl.make_current()
-        mujoco.mjv_updateScene(
-            self._model, data, self._options, self._perturbation, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
-        )
+        mujoco.mjv_updateScene(self._model, data, self._options, self._perturbation, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
         mujoco.mjr_render(self._viewport, self._scene, self._context)
         image = np.empty((self._size, self._size, 3), dtype=np.uint8)
         mujoco.mjr_readPixels(image, None, self._viewport, self._context)

@@ -1,5 +1,4 @@
-"""OpenVLA's observation path for LIBERO without TensorFlow: what the camera renders -> the uint8 image that the policy
-sees.
+"""OpenVLA's observation path for LIBERO without TensorFlow: from the rendered frame to the image that the policy sees.
 
 The published OpenVLA LIBERO evaluation (openvla/openvla, `experiments/robot/{libero,}/*_utils.py`) sends every frame
 through TensorFlow: rotate by 180 degrees, JPEG round trip (the training data were stored as JPEG), Lanczos-3 resize to
@@ -98,9 +97,7 @@ def _transpose_pixels(image: np.ndarray, out: np.ndarray) -> None:
 
 
 def _resample_first_axis(name: str, values: np.ndarray, target: int) -> np.ndarray:
-    """[source, N] -> [target, N] float32 scratch: the product with `lanczos_weights`, block by block along its
-    diagonal.
-    """
+    """[source, N] -> [target, N] float32 scratch: the product with `lanczos_weights`, block by block."""
     blocks, padding = _lanczos_blocks(len(values), target)
     num_blocks, num_rows, num_taps = blocks.shape
     stride = len(values) // num_blocks
@@ -163,9 +160,7 @@ def lanczos_weights(source: int, target: int) -> np.ndarray:
 
 
 def lanczos_kernel(x: np.ndarray) -> np.ndarray:
-    """Lanczos window of radius 3 at float32 distances `x`: 1 near 0 (|x| <= 1e-3, as TensorFlow has it), 0 from |x| > 3
-    on.
-    """
+    """Lanczos window of radius 3 at float32 distances `x`: 1 up to 1e-3, as in TensorFlow, and 0 beyond 3."""
     pi, radius = np.float32(np.pi), np.float32(LANCZOS_RADIUS)
     distance = np.abs(x)
     near = distance <= np.float32(1e-3)
@@ -191,9 +186,7 @@ def crop_center(image: np.ndarray) -> np.ndarray:
 
 
 class _Positions(NamedTuple):
-    """Where each output entry along one axis comes from: between source entries `low` and `high`, `fraction` of the
-    way.
-    """
+    """Where each output entry of an axis comes from: `fraction` of the way from source entry `low` to `high`."""
 
     low: np.ndarray
     high: np.ndarray
@@ -214,9 +207,7 @@ def _interpolate(name: str, values: np.ndarray, positions: _Positions, axis: int
 
 @lru_cache(maxsize=8)
 def _crop_positions(side: int) -> tuple[_Positions, _Positions]:
-    """Positions of the crop along the rows and along the columns of a [side, side * 3] image, in TensorFlow's float32
-    arithmetic.
-    """
+    """The crop's positions along both axes of a [side, side * 3] image, in TensorFlow's float32 arithmetic."""
     box = np.sqrt(np.float32(CROP_AREA))
     start = np.float32((np.float32(1.0) - box) / np.float32(2.0))
     end = np.float32(start + box)
@@ -226,7 +217,5 @@ def _crop_positions(side: int) -> tuple[_Positions, _Positions]:
     fraction = (positions - np.floor(positions)).astype(np.float32)
     channels = np.arange(3)
     rows = _Positions(low, high, fraction[:, None])
-    columns = _Positions(
-        (low[:, None] * 3 + channels).ravel(), (high[:, None] * 3 + channels).ravel(), np.repeat(fraction, 3)[None, :]
-    )
+    columns = _Positions((low[:, None] * 3 + channels).ravel(), (high[:, None] * 3 + channels).ravel(), np.repeat(fraction, 3)[None, :])
     return rows, columns

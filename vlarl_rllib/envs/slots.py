@@ -43,9 +43,7 @@ class SlotTable:
         """By task: the slot whose state is in the environment."""
         self.render_seconds = 0.0
 
-    def reset(
-        self, slot: int, task_id: int, initial_state: int, seed: int
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(self, slot: int, task_id: int, initial_state: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Begin an episode; whatever the slot was playing ends.
 
         Raises:
@@ -61,9 +59,7 @@ class SlotTable:
         self.render_seconds = env.render_seconds
         return result
 
-    def step(
-        self, slot: int, policy_action: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(self, slot: int, policy_action: np.ndarray) -> tuple[dict[str, np.ndarray], SupportsFloat, bool, bool, dict[str, Any]]:
         """One step of the slot's episode with an un-normalised policy action [7].
 
         Raises:

@@ -49,9 +49,7 @@ class SyntheticEnv(VLAEnv):
         self.env_spec = spec
         self.render_mode = "rgb_array"
         side = spec.image_size
-        self.observation_space = gymnasium.spaces.Dict(
-            {"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)}
-        )
+        self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)})
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
         self.max_steps = spec.max_steps or HORIZON
         self._state = SyntheticState(0, 0, 0, (0.0, 0.0), (0.0, 0.0), {})
@@ -74,18 +72,14 @@ class SyntheticEnv(VLAEnv):
         """[7] float64: an action that succeeds now."""
         return np.array([*self._state.target, 0.0, 0.0, 0.0, 0.0, -1.0])
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start an episode; the first frame depends on task and initial state alone, later ones on the seed too."""
         super().reset(seed=seed)
         options = options or {}
         task_id, index = int(options.get("task_id", 0)), int(options.get("initial_state", 0))
         _check_task(task_id)
         if not 0 <= index < NUM_INITIAL_STATES:
-            raise ValueError(
-                f"initial state {index} is not in the synthetic suite, whose states are 0 to {NUM_INITIAL_STATES - 1}"
-            )
+            raise ValueError(f"initial state {index} is not in the synthetic suite, whose states are 0 to {NUM_INITIAL_STATES - 1}")
         start = np.random.default_rng([task_id, index, 1])  # no seed of `reset` gives this stream
         self._state = SyntheticState(task_id, index, 0, _place(start), _place(start), {})
         info = {

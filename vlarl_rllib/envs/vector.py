@@ -39,9 +39,7 @@ __all__ = ["SlotEvent", "SlotProcesses", "assign_slots"]
 
 CLOSE_GRACE_SECONDS = 5.0
 """How long subprocesses may take to finish their step and exit before they are killed."""
-_THREADS = dict.fromkeys(
-    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
-)
+_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 """One thread each (LP is Mesa's software rasteriser): parallelism comes from the number of subprocesses."""
 
 
@@ -88,9 +86,7 @@ class SlotProcesses:
         self._send(slot, Reset(slot, task_id, initial_state, seed))
 
     def send_step(self, slot: int, policy_action: np.ndarray) -> None:
-        """Act with an un-normalised policy action [7] (gripper 1 = open, 0 = close); returns at once. The answer is a
-        `step` event.
-        """
+        """Act with an un-normalised policy action [7] (gripper 1 = open); returns at once. Answered by a `step` event."""
         self._send(slot, Step(slot, np.asarray(policy_action, dtype=np.float64)))
 
     def poll(self, timeout_seconds: float) -> list[SlotEvent]:
@@ -99,6 +95,7 @@ class SlotProcesses:
         Raises:
             RuntimeError: a subprocess died `max_consecutive_deaths` times without a successful reset in between.
         """
+        self._refuse_if_closed()
         events: list[SlotEvent] = []
         ready = wait(self.connections(), timeout_seconds)
         for index, worker in enumerate(self._workers):
@@ -112,9 +109,7 @@ class SlotProcesses:
         return events
 
     def connections(self) -> list[Connection]:
-        """What to wait on (`multiprocessing.connection.wait`, selectors) until `poll` has something; ask anew after
-        every `poll`.
-        """
+        """What to wait on (`multiprocessing.connection.wait`, selectors) for `poll` to have something; ask anew after it."""
         return [worker.connection for worker in self._workers]
 
     def pids(self) -> list[int]:
@@ -143,11 +138,14 @@ class SlotProcesses:
         os.close(self._frames_fd)
 
     def _send(self, slot: int, command: Reset | Step) -> None:
-        if self._closed:
-            raise RuntimeError("these subprocesses are closed")
+        self._refuse_if_closed()
         if slot not in self._worker_of_slot:
             raise ValueError(f"slot {slot} does not exist; slots are 0 to {self._num_slots - 1}")
         self._workers[self._worker_of_slot[slot]].send(command)
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("these subprocesses are closed; make new SlotProcesses")
 
     def _with_frame(self, event: SlotEvent) -> SlotEvent:
         if event.kind == "error":
@@ -188,9 +186,7 @@ class _Worker:
             command = [sys.executable, "-m", "vlarl_rllib.envs.worker", *map(str, fds), str(os.getpid())]
             environment = {**os.environ, **_THREADS, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
             environment.pop("CUDA_VISIBLE_DEVICES", None)  # robosuite would compare EGL's device number with it
-            started = _spawner().submit(
-                subprocess.Popen, command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL
-            )
+            started = _spawner().submit(subprocess.Popen, command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL)
             self.process = started.result()
         self.connection = Connection(ours.detach())
         self.send(setup)
@@ -249,9 +245,7 @@ def assign_slots(slot_tasks: Sequence[int], num_processes: int, models_per_proce
         ValueError: there are more distinct tasks than places.
     """
     if not slot_tasks or num_processes < 1 or models_per_process < 1:
-        raise ValueError(
-            f"slots: {len(slot_tasks)}, processes: {num_processes}, models per process: {models_per_process}; each must be at least 1"
-        )
+        raise ValueError(f"slots: {len(slot_tasks)}, processes: {num_processes}, models per process: {models_per_process}; each must be at least 1")
     tasks = list(dict.fromkeys(slot_tasks))
     num_processes = min(num_processes, len(slot_tasks))
     if len(tasks) > num_processes * models_per_process:

@@ -68,12 +68,8 @@ def _serve(connection: Connection, frames_fd: int, setup: WorkerSetup) -> None:
     table.close()
 
 
-def _play(
-    table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent]
-) -> tuple[dict[str, np.ndarray], SlotEvent]:
-    """Run one command; the parent fills in the frame. `starts` keeps each slot's last reset, whose facts hold for its
-    steps.
-    """
+def _play(table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent]) -> tuple[dict[str, np.ndarray], SlotEvent]:
+    """Run one command; the parent fills in the frame. `starts` keeps the facts of each slot's last reset."""
     slot = command.slot
     if isinstance(command, Reset):
         observation, info = table.reset(slot, command.task_id, command.initial_state, command.seed)

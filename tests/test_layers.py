@@ -1,0 +1,147 @@
+"""What holds the package together: imports point one way, importing it stays light, files and functions stay readable."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "vlarl_rllib"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("types", "settings"),
+    ("models", "envs", "rewards", "curriculum"),
+    ("weights",),
+    ("engines",),
+    ("policy",),
+    ("learner", "data"),
+    ("rollout",),
+    ("evaluation", "checkpoints", "coordination"),
+    ("observability",),
+    ("config", "algorithm"),
+    ("run_directory", "preflight"),
+    ("training", "doctor"),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+"""A part imports from itself and from the layers above it in this table, not from its neighbours or from below."""
+RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
+
+EXCEPTIONS = {
+    ("config", "algorithm"): "RLlib's config names the algorithm that it builds, and the algorithm its default config",
+    ("algorithm", "config"): "as above",
+}
+"""Imports between neighbours, and why."""
+
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 60
+HEAVY = ("torch", "ray", "vllm", "libero", "transformers", "mujoco", "robosuite")
+
+
+def part_of(file: Path) -> str:
+    """`engines` for vlarl_rllib/engines/pool.py, `types` for vlarl_rllib/types.py."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(file: Path) -> Iterator[tuple[str, int]]:
+    """Parts of the package that a file imports, inside functions and for type checkers too, with the line."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.split(".")[0] == "vlarl_rllib":
+                part = f"{name}.".split(".")[1]
+                yield part if part in RANK else "__init__", node.lineno
+
+
+def test_the_table_has_a_place_for_every_part() -> None:
+    assert {part_of(file) for file in SOURCES} <= set(RANK)
+
+
+def test_imports_point_one_way() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports {imported}"
+        for file in SOURCES
+        for imported, line in imported_parts(file)
+        if imported != part_of(file) and RANK[imported] >= RANK[part_of(file)] and (part_of(file), imported) not in EXCEPTIONS
+    ]
+    assert wrong == []
+
+
+def test_no_exception_is_out_of_use() -> None:
+    used = {(part_of(file), imported) for file in SOURCES for imported, _ in imported_parts(file)}
+    assert set(EXCEPTIONS) <= used
+
+
+def test_rollout_takes_only_key_names_from_the_learner() -> None:
+    """Runners and learners meet in the episodes, whose extra columns `learner.collate` names; nothing else is shared."""
+    taken = {
+        (node.module, alias.name)
+        for file in SOURCES
+        if part_of(file) == "rollout"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vlarl_rllib.learner")
+        for alias in node.names
+    }
+    assert all(module == "vlarl_rllib.learner.collate" and name.isupper() for module, name in taken), taken
+
+
+@pytest.mark.parametrize("module", ["vlarl_rllib", "vlarl_rllib.settings", "vlarl_rllib.cli", "vlarl_rllib.run_directory", "vlarl_rllib.preflight"])
+def test_importing_stays_light(module: str) -> None:
+    code = f"import sys, {module}\nassert not (heavy := set({HEAVY!r}) & set(sys.modules)), heavy"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_fit_in_a_readers_head() -> None:
+    assert [str(file) for file in SOURCES if len(file.read_text().splitlines()) > MAX_FILE_LINES] == []
+
+
+def test_functions_fit_on_a_screen() -> None:
+    long = [
+        f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for file in SOURCES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION_LINES
+    ]
+    assert long == []
+
+
+def test_the_library_does_not_print() -> None:
+    calls = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in SOURCES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert calls == []
+
+
+def test_no_file_names_a_package_host_or_a_developers_directory() -> None:
+    """The project installs from wherever its user's tools are set up to install from, and runs wherever it is cloned."""
+    listing = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    # In pieces, so that this file does not name them either.
+    hosts = [".".join(host) for host in (("pypi", "org"), ("files", "pythonhosted"), ("deb", "debian"), ("registry", "npmjs"))]
+    directories = [f"/{directory}/" for directory in ("root", "work", "home")]
+    forbidden = re.compile("|".join([*map(re.escape, hosts), *(rf"(?<![\w./~-]){directory}" for directory in directories)]))
+    found = []
+    for name in filter(None, listing.stdout.split("\0")):
+        file = ROOT / name
+        content = file.read_bytes() if file.is_file() else b""
+        if b"\0" in content:
+            continue
+        for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
+            if match := forbidden.search(line):
+                found.append(f"{name}:{number} {match[0]}")
+    assert found == []

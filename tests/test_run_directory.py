@@ -1,0 +1,161 @@
+"""A run's directory: its config and its rows survive kills and resumes; mistakes with --run-dir are named."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.run_directory import RunDirectory, new_run_directory, open_run_directory
+from vlarl_rllib.settings import Settings, SettingsError
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here: Path) -> RunDirectory:
+    """A run that has begun."""
+    run = new_run_directory(Path("runs/first"), "config", None)
+    run.write_config(Settings())
+    return run
+
+
+def add_checkpoint(run: RunDirectory, iteration: int) -> Path:
+    store = CheckpointStore(run.path / "checkpoints", keep=9)
+    with store.writing(iteration) as directory:
+        store.write_facts(directory, iteration=iteration, policy_version=iteration, settings={})
+    return store.list()[-1]
+
+
+# The config and the way to a run
+
+
+def test_the_config_comes_back_as_it_was(run: RunDirectory) -> None:
+    settings = Settings.from_dict(
+        {
+            "training": {"lr": 3e-7, "vf_clip": None},
+            "learners": {"fsdp": {"mesh": [-1, 1]}},
+            "env": {"tasks": None, "num_envs": 10, "models_per_process": 10},
+        }
+    )
+    run.write_config(settings)
+    assert run.settings() == settings
+
+
+def test_a_new_run_is_named_after_its_config_and_the_time(here: Path) -> None:
+    run = new_run_directory(None, "libero_smoke_cpu", None)
+    assert run.path.parent == here / "runs"
+    assert re.fullmatch(r"libero_smoke_cpu-\d{8}-\d{6}", run.path.name)
+    assert not run.path.exists()
+
+
+def test_an_empty_directory_may_become_a_run(here: Path) -> None:
+    (here / "prepared").mkdir()
+    new_run_directory(Path("prepared"), "config", None).write_config(Settings())
+    assert (here / "prepared" / "config.yaml").is_file()
+
+
+def test_a_run_is_not_overwritten(run: RunDirectory) -> None:
+    with pytest.raises(SettingsError, match=r"--run-dir: runs/first holds a run already; continue it with --resume"):
+        new_run_directory(Path("runs/first"), "config", None)
+
+
+def test_a_new_run_may_begin_from_a_checkpoint_only(run: RunDirectory) -> None:
+    with pytest.raises(SettingsError, match="--resume-from: runs/first: no complete checkpoint here"):
+        new_run_directory(Path("runs/second"), "config", Path("runs/first"))
+    assert new_run_directory(Path("runs/second"), "config", add_checkpoint(run, 5)).path.name == "second"
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(here: Path) -> None:
+    (here / "file").write_text("")
+    for path in ("file", "file/below"):
+        with pytest.raises(SettingsError, match=r"--run-dir: .*file.* cannot be made \(.+\); give another directory"):
+            new_run_directory(Path(path), "config", None).write_config(Settings())
+
+
+def test_resuming_needs_a_run_with_a_checkpoint(run: RunDirectory) -> None:
+    with pytest.raises(SettingsError, match=r"--run-dir: runs/absent holds no run \(config.yaml is missing\)"):
+        open_run_directory(Path("runs/absent"))
+    with pytest.raises(SettingsError, match="--resume: runs/first has no complete checkpoint"):
+        open_run_directory(Path("runs/first"))
+    (run.path / "checkpoints" / ".iteration_000005.partial").mkdir(parents=True)
+    with pytest.raises(SettingsError, match="no complete checkpoint"):
+        open_run_directory(Path("runs/first"))
+    add_checkpoint(run, 5)
+    assert open_run_directory(Path("runs/first")) == run
+
+
+def test_the_newest_checkpoint_is_the_one_to_continue_from(run: RunDirectory) -> None:
+    assert run.newest_checkpoint() is None
+    for iteration in (10, 5):
+        add_checkpoint(run, iteration)
+    assert run.newest_checkpoint() == run.path / "checkpoints" / "iteration_000010"
+
+
+# runs/latest
+
+
+def test_latest_is_the_run_begun_last(run: RunDirectory, here: Path) -> None:
+    assert (here / "runs" / "latest").resolve() == run.path
+    second = new_run_directory(Path("runs/second"), "config", None)
+    second.write_config(Settings())
+    assert (here / "runs" / "latest").resolve() == second.path
+
+
+def test_latest_moves_with_the_directory_of_runs(run: RunDirectory, here: Path) -> None:
+    (here / "runs").rename(here / "old_runs")
+    assert (here / "old_runs" / "latest" / "config.yaml").is_file()
+
+
+def test_a_run_can_be_continued_as_latest(run: RunDirectory, here: Path) -> None:
+    add_checkpoint(run, 5)
+    latest = open_run_directory(Path("runs/latest"))
+    latest.write_config(latest.settings())
+    assert latest == run
+    assert (here / "runs" / "latest").resolve() == run.path
+
+
+def test_a_directory_of_that_name_is_left_alone(here: Path) -> None:
+    (here / "runs" / "latest").mkdir(parents=True)
+    new_run_directory(Path("runs/first"), "config", None).write_config(Settings())
+    assert not (here / "runs" / "latest").is_symlink()
+
+
+# metrics.jsonl
+
+
+def test_rows_come_back_in_order(run: RunDirectory) -> None:
+    assert run.read_rows() == []
+    rows = [{"iteration": i, "success_rate": i / 4, "evaluation": None} for i in (1, 2, 3)]
+    for row in rows:
+        run.append_row(row)
+    assert run.read_rows() == rows
+
+
+@pytest.mark.parametrize("cut", ["{", '{"iteration": 3', '{"iteration": 3, "loss": 0.'])
+def test_a_row_cut_short_by_a_kill_is_not_read(run: RunDirectory, cut: str) -> None:
+    for iteration in (1, 2):
+        run.append_row({"iteration": iteration})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write(cut)
+    assert run.read_rows() == [{"iteration": 1}, {"iteration": 2}]
+
+
+def test_a_resumed_run_drops_the_rows_behind_its_checkpoint(run: RunDirectory) -> None:
+    for iteration in (1, 2, 3, 4):
+        run.append_row({"iteration": iteration, "played": "before"})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 5, "pl')
+    assert [row["iteration"] for row in run.keep_rows(2)] == [1, 2]
+    run.append_row({"iteration": 3, "played": "again"})
+    assert [(row["iteration"], row["played"]) for row in run.read_rows()] == [(1, "before"), (2, "before"), (3, "again")]
+
+
+def test_a_run_without_rows_keeps_none(run: RunDirectory) -> None:
+    assert run.keep_rows(5) == []
+    assert run.read_rows() == []
