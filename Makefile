@@ -27,7 +27,7 @@ $(STAMP): $(LOCK) pyproject.toml scripts/system_packages.sh
 	touch $@
 
 setup-cuda:  ## build .venv for NVIDIA GPUs (torch 2.11, vLLM 0.26)
-	$(MAKE) setup LOCK=requirements/cuda.lock
+	$(MAKE) setup LOCK=requirements/cuda.lock PYTHON=$(shell command -v python3.12)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -94,8 +94,8 @@ class VLAPPO(PPO):
 
     def cleanup(self) -> None:
         super().cleanup()
-        if getattr(self, "engine_pool", None) is not None:
-            self.engine_pool.shutdown()
+        if (pool := getattr(self, "engine_pool", None)) is not None:
+            pool.shutdown()
 
     # One iteration
 
@@ -118,7 +118,7 @@ class VLAPPO(PPO):
             seconds=seconds,
             policy_version=self.weight_sync.version,
             manifest=self.weight_sync.manifest,
-            engine_restarts=self.collector.engine_restarts,
+            engine_restarts=self.engine_pool.num_restarts if self.engine_pool is not None else 0,
             evaluation=self._evaluation,
         )
         self._evaluation = {}

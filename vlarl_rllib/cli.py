@@ -34,9 +34,9 @@ def train(
     from vlarl_rllib.run_directory import RunDirectory, new_run_directory, open_run_directory
 
     if resume:
-        if run_dir is None or resume_from is not None or overrides:
+        if run_dir is None or config is not None or resume_from is not None or overrides:
             raise SettingsError(
-                "--resume: needs --run-dir, and takes neither --set nor --resume-from (a changed config is a new run: use --resume-from)"
+                "--resume: needs --run-dir, and takes no CONFIG, --set or --resume-from (a changed config is a new run: use --resume-from)"
             )
         run: RunDirectory = open_run_directory(run_dir)
         settings = run.settings()

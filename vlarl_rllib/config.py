@@ -51,6 +51,8 @@ class VLAPPOConfig(PPOConfig):
         config = cls()
         config.vla = settings.to_dict()
         config.vla["model"]["path"] = resolve_model(settings.model.path)
+        # Once for all, since other nodes may have other numbers of cores.
+        config.vla["env"]["num_processes"] = calculate_runtime_args(settings).num_processes
         config.run_dir = str(run_dir) if run_dir else None
         config._apply(Settings.from_dict(config.vla))
         return config

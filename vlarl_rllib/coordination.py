@@ -50,10 +50,11 @@ class WeightSync:
         self._learners.call("retire_weights", self.version)
         return manifest
 
-    def make_engines_current(self) -> int:
-        """Replace dead engines and load the newest version into them; how many were replaced."""
+    def make_engines_current(self) -> None:
+        """Replace dead engines and load the newest version into them."""
         assert self.manifest is not None, "push() comes first"
-        return self._pool.ensure_current(self.manifest) if self._pool is not None else 0
+        if self._pool is not None:
+            self._pool.ensure_current(self.manifest)
 
 
 @dataclass
@@ -78,7 +79,6 @@ class RolloutCollector:
     def __init__(self, runners: EnvRunnerGroup, sync: WeightSync, pool: EnginePool | None, restore_runners: Callable[[], Any]) -> None:
         self._runners, self._sync, self._pool = runners, sync, pool
         self._restore_runners = restore_runners
-        self.engine_restarts = 0
 
     def collect(self, iteration: int, steps_per_slot: int) -> Rollout:
         """All slots' steps of `iteration`.
@@ -124,7 +124,7 @@ class RolloutCollector:
 
     def _call(self, method: str, per_runner: dict[int, dict[str, Any]] | None = None, **kwargs: Any) -> list[Any]:
         """Make engines current, tell the runners about them, then call `method` on all healthy runners."""
-        self.engine_restarts += self._sync.make_engines_current()
+        self._sync.make_engines_current()
         handles = self._pool.handles if self._pool is not None else []
         attach = {"engines": handles, "version": self._sync.version, "manifest": self._sync.manifest}
         self._runners.foreach_env_runner("attach", kwargs=attach, local_env_runner=False)

@@ -20,7 +20,7 @@ class Start:
 
 
 def derive_seed(*parts: int) -> int:
-    """A 31-bit seed that is a function of `parts` alone; distinct parts give unrelated seeds."""
+    """A 31-bit seed that is a function of `parts` alone; distinct tuples of the same length give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
 
 

@@ -67,7 +67,7 @@ def _plan(settings: Settings) -> Table:
         "steps per iteration": f"{plan.steps_per_iteration} ({settings.rollout.steps_per_iteration} per slot)",
         "optimiser steps per iteration": f"{plan.optimizer_steps} ({plan.num_minibatches} minibatches x {settings.training.num_epochs} epoch(s))",
         "forward passes per minibatch and learner": str(plan.micro_batches),
-        "learner mesh [replicas, shards]": str(list(plan.mesh)),
+        "learner mesh, replicas x shards": " x ".join(map(str, plan.mesh)),
         "evaluation": f"{plan.evaluation_episodes} episodes" if plan.evaluation_episodes else "none",
         "Ray bundles": ", ".join(str({k: round(v, 3) for k, v in bundle.items()}) for bundle in plan.bundles),
         "CPUs, GPUs reserved": f"{plan.total_cpus:g}, {plan.total_gpus:g}",

@@ -38,8 +38,8 @@ class RunDirectory:
         except OSError as error:
             raise SettingsError(f"--run-dir: {self.path} cannot be made ({error.strerror}); give another directory") from None
         (self.path / "config.yaml").write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False))
-        latest = self.path.parent / "latest"
-        if latest.is_symlink() or not latest.exists():
+        latest = RUNS.resolve() / "latest"
+        if self.path.parent == latest.parent and (latest.is_symlink() or not latest.exists()):
             latest.unlink(missing_ok=True)
             latest.symlink_to(self.path.name)
 
@@ -77,7 +77,7 @@ def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) ->
     """Where a new run goes. Raises `SettingsError` where that holds a run already, or `resume_from` is no checkpoint."""
     path = path or RUNS / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunDirectory(path.resolve())
-    if (run.path / "config.yaml").exists():
+    if run.read_rows() or run.newest_checkpoint():  # a run that failed before its first iteration may be started again in place
         raise SettingsError(f"--run-dir: {path} holds a run already; continue it with --resume, or give another directory")
     if resume_from is not None:
         try:

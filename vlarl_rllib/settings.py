@@ -71,7 +71,7 @@ class EnvSettings(Section):
     )
     max_steps: PositiveInt | None = Field(None, description="Steps after which an episode is cut off; null = the suite's published horizon.")
     fast_render: bool = Field(
-        False, description="No shadows and no multisampling: 2-3 times faster on a CPU, but not the pictures checkpoints were trained on."
+        False, description="No multisampling, shadows or reflections: 2-3 times faster on a CPU, but not the pictures checkpoints were trained on."
     )
 
 
@@ -185,8 +185,8 @@ class Settings(Section):
         if not file.is_file():
             raise SettingsError(f"{path}: no such file; give the path of a YAML file such as configs/libero_smoke_cpu.yaml")
         try:
-            values = yaml.safe_load(file.read_text()) or {}
-        except yaml.YAMLError as error:
+            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise SettingsError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
         if not isinstance(values, dict):
             raise SettingsError(f"{path}: holds {type(values).__name__}, must hold sections such as `model:`")

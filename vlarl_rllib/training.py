@@ -54,7 +54,7 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
 
     0 = done or ended by SIGTERM, 130 = ended by Ctrl-C (both with a checkpoint), 1 = failed.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     began = time.time()
     config = VLAPPOConfig.from_settings(settings, run.path)
     config.restore_from = str(CheckpointStore.resolve(resume_from).absolute()) if resume_from else None

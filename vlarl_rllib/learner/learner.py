@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -213,7 +213,7 @@ class VLALearner(PPOTorchLearner):
         inputs = batch.model_inputs(frames if len(frames) else np.zeros(1, dtype=np.int64), self._device)
         out = self.module[DEFAULT_MODULE_ID].forward_train(inputs)
         distribution = torch.log_softmax(out[ACTION_LOGITS] / self.settings.rollout.temperature, dim=-1)
-        chosen = inputs["action_tokens"] - self.policy.action_token_ids[0]
+        chosen = inputs["action_tokens"] - cast(range, self.policy.action_token_ids)[0]
         return {
             VALUES: out[VALUES],
             "log_probs": distribution.gather(-1, chosen[..., None])[..., 0],
@@ -288,7 +288,7 @@ class VLALearner(PPOTorchLearner):
         """Gather the policy and write it where engines read it; all ranks take part, rank 0 returns the manifest."""
         from vlarl_rllib.weights.source import iterate_weights
 
-        tensors = iterate_weights(self.policy, getattr(torch, self.settings.engines.dtype))
+        tensors = iterate_weights(self.policy, getattr(torch, self.settings.engines.dtype), to_host=self._rank == 0)
         self.module[DEFAULT_MODULE_ID].weights_version = version
         if self._rank != 0:
             for _ in tensors:

@@ -42,7 +42,9 @@ class VLALearnerGroup(LearnerGroup):
         self._module_spec = module_spec
         self._is_shut_down = False
         self._ts_dropped = 0
-        self._learner = self._workers = self._worker_manager = None
+        self._learner: Any = None
+        self._workers: list[Any] = []
+        self._worker_manager: Any = None
         self._settings = Settings.from_dict(self.config.vla)
         if self.is_local:
             self._learner = self.config.learner_class(config=config, module_spec=module_spec)
@@ -54,7 +56,6 @@ class VLALearnerGroup(LearnerGroup):
         learners = self._settings.learners
         group = ray.util.get_current_placement_group()
         actor_class = ray.remote(num_cpus=learners.cpus, num_gpus=learners.gpus, max_restarts=0)(self.config.learner_class)
-        self._workers = []
         for index in range(learners.num):
             options: dict[str, Any] = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(learners.cpus)))}}}
             if group is not None and bundles is not None:
@@ -142,7 +143,7 @@ class VLALearnerGroup(LearnerGroup):
         return results
 
     def __len__(self) -> int:
-        return 0 if self.is_local else len(self._workers or ())
+        return 0 if self.is_local else len(self._workers)
 
     def shutdown(self) -> None:
         """End all learners; safe to call twice."""
@@ -151,7 +152,7 @@ class VLALearnerGroup(LearnerGroup):
         self._is_shut_down = True
         if self._learner is not None:
             self._learner.shutdown()
-        for worker in self._workers or ():
+        for worker in self._workers:
             try:
                 ray.get(worker.shutdown.remote(), timeout=5)
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:

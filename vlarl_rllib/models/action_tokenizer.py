@@ -2,10 +2,10 @@
 
 An action has 7 numbers: position (x, y, z) and rotation deltas, then the gripper (1 open, 0 closed in the data sets).
 Each is normalised to [-1, 1] by the data set's 1 % and 99 % quantiles and cut into bins; bin d has the id
-`vocab_size - d`. Source: OpenVLA (Kim et al. 2024), section 3.3.
+`vocab_size - d`. Source: OpenVLA (Kim et al. 2024), section 3.2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ class ActionTokenizer:
         bins = self.vocab_size - np.asarray(ids, dtype=np.int64)
         return self.bin_centers[np.clip(bins - 1, 0, len(self.bin_centers) - 1)]
 
-    def decode_checked(self, ids: Sequence[int]) -> NDArray[np.float64]:
+    def decode_checked(self, ids: ArrayLike) -> NDArray[np.float64]:
         """Normalised action [7] of one sampled reply.
 
         Raises ValueError unless the reply is exactly seven action ids: a malformed reply must never move a robot.

@@ -76,8 +76,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
     # RLlib's surface
 
     def make_env(self) -> None:
-        if self.env is not None:
-            self.env.close()
+        self.stop()
         model = read_checkpoint_facts(self._engine_spec.model_path)
         env, settings = self.settings.env, self.settings
         plan = calculate_runtime_args(settings)

@@ -88,7 +88,8 @@ class TrainingPlayer:
         self._episodes_begun = 0
         self._chunk: SingleAgentEpisode | None = None
         self._done_chunks: list[SingleAgentEpisode] = []
-        self._instruction, self._image = "", np.empty(0)
+        self._instruction = ""
+        self._image: np.ndarray | None = None
 
     def begin_iteration(self, iteration: int, num_steps: int) -> None:
         """Ask for `num_steps` more steps; call it once per iteration."""
@@ -114,6 +115,7 @@ class TrainingPlayer:
         return self._quota > 0
 
     def request(self) -> SampleRequest:
+        assert self._image is not None, "a request without a frame"
         seed = derive_seed(self._seed, 2, self._global_slot, self._iteration, self._quota)
         return SampleRequest(self._image, self._instruction, seed, self._temperature)
 
@@ -174,7 +176,8 @@ class EvaluationPlayer:
         self._starts, self._report = starts, report
         self._current: Start | None = None
         self._length, self._reward = 0, 0.0
-        self._instruction, self._image = "", np.empty(0)
+        self._instruction = ""
+        self._image: np.ndarray | None = None
 
     def next_start(self) -> Start | None:
         self._current = self._starts.popleft() if self._starts else None
@@ -188,6 +191,7 @@ class EvaluationPlayer:
         return True
 
     def request(self) -> SampleRequest:
+        assert self._image is not None, "a request without a frame"
         return SampleRequest(self._image, self._instruction, 0, 0.0)
 
     def stepped(self, reply: SampleReply, event: SlotEvent) -> None:

@@ -16,9 +16,10 @@ def make_publisher(settings: WeightSettings, run_id: str = "run", version_bytes:
         run_id: tells runs apart in a directory listing.
         version_bytes: size of one version where it is known, to find out now rather than later that there is no room.
     """
-    from vlarl_rllib.weights.shared_memory import SharedMemoryPublisher
+    from vlarl_rllib.weights.shared_memory import TRANSPORT, SharedMemoryPublisher
 
-    return SharedMemoryPublisher(
+    publishers = {"auto": SharedMemoryPublisher, TRANSPORT: SharedMemoryPublisher}
+    return publishers[settings.transport](
         run_id=run_id,
         bucket_bytes=settings.bucket_mb * 2**20,
         checksum=settings.checksum,

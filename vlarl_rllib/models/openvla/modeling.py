@@ -135,7 +135,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """Attach a new float32 value head (all values 0); it stays out of `save_pretrained`."""
         self.value_head = ValueHead(self.config.text_config.hidden_size, seed).to(self.device)
         own_names = {f"value_head.{name}" for name in self.value_head.state_dict()}
-        self._keys_to_ignore_on_save = own_names.union(self._keys_to_ignore_on_save or ())
+        self._keys_to_ignore_on_save = own_names.union(self._keys_to_ignore_on_save or ())  # type: ignore[has-type]
         return self.value_head
 
     def forward(
