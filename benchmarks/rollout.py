@@ -74,7 +74,9 @@ def main() -> None:
     arguments = parser.parse_args()
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     results = {name: measure(arguments, lockstep) for name, lockstep in (("lock-step", True), ("closed loops", False))}
-    table = Table("loop", "steps/s", "wall s", "env s per process", "engine s", "wall / busiest", title=f"{arguments.env}, {arguments.num_envs} slots")
+    table = Table(
+        "loop", "steps/s", "wall s", "env s per process", "engine s", "wall / busiest", title=f"{arguments.env}, {arguments.num_envs} slots"
+    )
     for name, row in results.items():
         numbers = ("steps_per_second", "wall_seconds", "env_seconds", "engine_seconds", "wall_over_busiest")
         table.add_row(name, *(f"{row[key]:.2f}" for key in numbers))

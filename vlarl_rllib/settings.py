@@ -79,7 +79,11 @@ class RolloutSettings(Section):
     num_runners: PositiveInt = Field(1, description="EnvRunner actors.")
     steps_per_iteration: PositiveInt = Field(128, description="Environment steps that each slot contributes to an iteration.")
     temperature: PositiveFloat = Field(1.0, le=2.0, description="Softmax temperature over the 256 action ids (vLLM's limit is 2).")
-    lockstep: bool = Field(False, description="All slots wait for each other at each step; for comparison. Off: every slot runs its own closed loop.")
+    lockstep: bool | None = Field(
+        None,
+        description="true = all slots wait for each other at each step, so that the engine gets full batches; false = every slot runs its own loop; "
+        "null = true for CPU engines, which share the cores with the environments, false for GPU engines.",
+    )
     cpus_per_runner: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each runner and its subprocesses.")
 
 
@@ -317,12 +321,19 @@ def _impossible(s: Settings) -> Iterator[str]:
     if len(tasks) > capacity:
         yield (
             f"env.tasks: {len(tasks)} tasks need as many MuJoCo models, but {s.rollout.num_runners} runner(s) x {processes} process(es) x "
-            f"models_per_process {s.env.models_per_process} with {s.env.num_envs} slots hold {capacity}; raise env.models_per_process or env.num_envs, or list fewer"
+            f"models_per_process {s.env.models_per_process} with {s.env.num_envs} slots hold {capacity}; "
+            "raise env.models_per_process or env.num_envs, or list fewer"
         )
     steps = s.rollout.num_runners * s.env.num_envs * s.rollout.steps_per_iteration
     if s.training.minibatch_size > steps:
-        yield f"training.minibatch_size: {s.training.minibatch_size} is more than the {steps} steps of an iteration; lower it or raise rollout.steps_per_iteration"
+        yield (
+            f"training.minibatch_size: {s.training.minibatch_size} is more than the {steps} steps of an iteration; "
+            "lower it or raise rollout.steps_per_iteration"
+        )
     ranks = max(1, s.learners.num)
+    slots = s.rollout.num_runners * s.env.num_envs
+    if ranks > slots:
+        yield f"learners.num: {ranks} is more than the {slots} slots, whose steps go to one learner each; raise env.num_envs or lower learners.num"
     replicas, shards = _resolve_mesh(s.learners.fsdp.mesh, ranks)
     if replicas < 1 or shards < 1 or replicas * shards != ranks:
         yield f"learners.fsdp.mesh: {list(s.learners.fsdp.mesh)} does not multiply to {ranks} learner(s); use [1, -1]"

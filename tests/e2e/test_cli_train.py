@@ -1,5 +1,6 @@
 """`vlarl train` as a user runs it: Ctrl-C, resume, what is left behind. Hugging Face sampler, so that it starts fast."""
 
+import itertools
 import json
 import os
 import signal
@@ -79,6 +80,6 @@ def test_ctrl_c_leaves_a_checkpoint_and_nothing_else_and_resume_goes_on(tmp_path
     assert [row["iteration"] for row in after] == list(range(1, 13))
     assert [row["env_steps"] for row in after] == [32 * i for i in range(1, 13)]
     versions = [row["policy_version"] for row in after]
-    assert all(a < b for a, b in zip(versions, versions[1:], strict=False)), versions
+    assert all(a < b for a, b in itertools.pairwise(versions)), versions
     summary = json.loads((run / "summary.json").read_text())
     assert summary["iterations"] == 12 and summary["engine"] == "huggingface" and summary["logprob_gap"]["max"] < 1e-4

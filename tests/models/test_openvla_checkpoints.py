@@ -102,10 +102,13 @@ def test_an_unknown_unnorm_key_names_the_choices(golden_s):
 
 @pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "tokenizer.json"])
 def test_a_missing_file_is_named(copy_of_s, golden_s, missing):
-    (copy_of_s / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=missing):
+    def load():
         OpenVLAForActionPrediction.from_pretrained(copy_of_s, vision_towers=golden_s.vision_towers)
         OpenVLAProcessor.from_pretrained(copy_of_s)
+
+    (copy_of_s / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        load()
 
 
 def test_missing_weights_and_missing_checkpoints_are_errors(copy_of_s, golden_s):

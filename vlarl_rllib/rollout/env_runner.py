@@ -101,7 +101,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             decode=lambda tokens: tokenizer.unnormalize(tokenizer.decode_checked(tokens), stats),
             completions=Completions(),
             request_timeout_seconds=settings.engines.request_timeout_seconds,
-            lockstep=settings.rollout.lockstep,
+            lockstep=not settings.engines.gpus if settings.rollout.lockstep is None else settings.rollout.lockstep,
         )
 
     def _make_players(self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int) -> None:
