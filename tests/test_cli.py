@@ -65,7 +65,7 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "half a model": (["train", "good.yaml", "--set", "model.path=cut_short"], ("model.path:", "cut_short cannot be read")),
     "a wrong unnorm_key": (["train", "good.yaml", "--set", "model.unnorm_key=bridge"], ("model.unnorm_key: 'bridge'", "choose from libero_10")),
     "resume without a run": (["train", "--resume"], ("--resume: needs --run-dir",)),
-    "resume with a changed config": (["train", "--resume", "--run-dir", "runs/done", "--set", "run.seed=1"], ("--resume:", "neither --set")),
+    "resume with a changed config": (["train", "--resume", "--run-dir", "runs/done", "--set", "run.seed=1"], ("--resume:", "no CONFIG, --set")),
     "resume of nothing": (["train", "--resume", "--run-dir", "runs/absent"], ("--run-dir: runs/absent holds no run",)),
     "resume without a checkpoint": (["train", "--resume", "--run-dir", "runs/without_checkpoint"], ("--resume:", "no complete checkpoint")),
     "a run directory that holds a run": (["train", "good.yaml", "--run-dir", "runs/done"], ("--run-dir: runs/done holds a run already", "--resume")),

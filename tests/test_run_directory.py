@@ -61,6 +61,8 @@ def test_an_empty_directory_may_become_a_run(here: Path) -> None:
 
 
 def test_a_run_is_not_overwritten(run: RunDirectory) -> None:
+    new_run_directory(Path("runs/first"), "config", None)  # it failed before its first iteration: nothing to lose
+    run.append_row({"iteration": 1})
     with pytest.raises(SettingsError, match=r"--run-dir: runs/first holds a run already; continue it with --resume"):
         new_run_directory(Path("runs/first"), "config", None)
 
