@@ -95,3 +95,12 @@ for camera in (again, cameras[1]):
 
 def test_cameras_of_one_process_do_not_disturb_each_other() -> None:
     subprocess.run([sys.executable, "-c", TWO_CAMERAS], check=True)
+
+
+def test_a_chosen_device_is_not_looked_for_again(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking terminates EGL's display of the device, on which the first model of the process is drawing by then."""
+    machine(gpu=(2,))
+    environ: dict[str, str] = {}
+    assert configure_rendering(environ=environ) == GLBackend("egl", 2)
+    monkeypatch.setattr(rendering, "find_egl_devices", lambda: pytest.fail("the display was looked at again"))
+    assert configure_rendering(environ=environ) == GLBackend("egl", 2)

@@ -66,6 +66,9 @@ def choose_gl_backend(render_device: int = 0, environ: MutableMapping[str, str] 
     chosen = environ.get("MUJOCO_GL", "").strip().lower()
     if chosen not in ("", "egl"):
         return GLBackend(chosen)
+    if chosen and (device := environ.get("MUJOCO_EGL_DEVICE_ID")):
+        # Not asked again: looking at a display ends with terminating it, and MuJoCo may be drawing on that very one by now.
+        return GLBackend("egl", int(device))
     devices = find_egl_devices()
     if devices.gpu:
         return GLBackend("egl", devices.gpu[render_device % len(devices.gpu)])
