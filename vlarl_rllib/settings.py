@@ -70,6 +70,7 @@ class EnvSettings(Section):
         1, description="MuJoCo models a subprocess may hold; slots with the same task share one. See README for the memory of each."
     )
     max_steps: PositiveInt | None = Field(None, description="Steps after which an episode is cut off; null = the suite's published horizon.")
+    timeout_seconds: PositiveFloat = Field(600.0, description="A reset or step that takes longer ends its subprocess, which is then started anew.")
     fast_render: bool = Field(
         False, description="No multisampling, shadows or reflections: 2-3 times faster on a CPU, but not the pictures checkpoints were trained on."
     )

@@ -124,6 +124,10 @@ class SlotProcesses:
         """The slots that each subprocess plays."""
         return [worker.slots for worker in self._workers]
 
+    def kill(self, slot: int) -> None:
+        """End the subprocess of `slot` by force; `poll` then reports it dead to all its slots and starts it anew."""
+        self._workers[self._worker_of_slot[slot]].process.kill()
+
     def close(self) -> None:
         """Stop the subprocesses, those that do not stop within `CLOSE_GRACE_SECONDS` by force. May be called again."""
         if self._closed:

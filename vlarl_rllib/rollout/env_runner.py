@@ -101,6 +101,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             decode=lambda tokens: tokenizer.unnormalize(tokenizer.decode_checked(tokens), stats),
             completions=Completions(),
             request_timeout_seconds=settings.engines.request_timeout_seconds,
+            env_timeout_seconds=env.timeout_seconds,
             lockstep=not settings.engines.gpus if settings.rollout.lockstep is None else settings.rollout.lockstep,
         )
 

@@ -73,6 +73,7 @@ class SlotLoop:
         processes: the environments.
         decode: action token ids [A] -> un-normalised policy action [7]; raises ValueError for anything else.
         request_timeout_seconds: an action that takes longer counts as an engine failure.
+        env_timeout_seconds: a reset or step that takes longer ends its environment process, which is then started anew.
         lockstep: send requests only when every slot has a frame.
     """
 
@@ -84,12 +85,15 @@ class SlotLoop:
         decode: Callable[[np.ndarray], np.ndarray],
         completions: Completions,
         request_timeout_seconds: float,
+        env_timeout_seconds: float,
         lockstep: bool,
     ) -> None:
         self.completions = completions
         self._processes, self._num_slots = processes, num_slots
         self._decode, self._lockstep = decode, lockstep
-        self._request_timeout = request_timeout_seconds
+        self._request_timeout, self._env_timeout = request_timeout_seconds, env_timeout_seconds
+        self._env_calls: dict[int, float] = {}
+        """Since when each slot has been waiting for its environment."""
         self._state = [SlotState.EMPTY] * num_slots
         self._discard = [False] * num_slots
         self._replies: dict[int, SampleReply] = {}
@@ -148,6 +152,7 @@ class SlotLoop:
             self._state[slot] = SlotState.EMPTY
             return
         self._state[slot] = SlotState.RESETTING
+        self._env_calls[slot] = time.monotonic()
         self._processes.send_reset(slot, start.task_id, start.initial_state, start.seed)
 
     def _send_requests(self) -> None:
@@ -185,6 +190,7 @@ class SlotLoop:
             return
         self._replies[slot] = outcome
         self._state[slot] = SlotState.STEPPING
+        self._env_calls[slot] = time.monotonic()
         self._processes.send_step(slot, self._decode(outcome.tokens))
 
     def _fail(self, slot: int, error: Exception) -> None:
@@ -198,6 +204,7 @@ class SlotLoop:
 
     def _on_event(self, event: SlotEvent) -> None:
         slot = event.slot
+        self._env_calls.pop(slot, None)
         self.env_seconds += event.seconds
         if event.kind == "error":
             raise RuntimeError(f"environment of slot {slot} failed:\n{event.error}")
@@ -234,3 +241,8 @@ class SlotLoop:
             if now - since > self._request_timeout:
                 del self._requests[key]
                 self._fail(slot, EngineError(f"no action within engines.request_timeout_seconds = {self._request_timeout:g}"))
+        for slot, since in list(self._env_calls.items()):
+            if now - since > self._env_timeout:
+                del self._env_calls[slot]
+                logger.warning("slot %d: no answer from its environment within env.timeout_seconds = %g; its process is ended", slot, self._env_timeout)
+                self._processes.kill(slot)
