@@ -38,12 +38,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def session_processes(session: int) -> list[str]:
+def session_processes(session: str) -> list[str]:
     """Command lines of live processes that the run started (Ray starts its own sessions, so go by the parent's environment)."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         try:
-            if process.info["status"] != psutil.STATUS_ZOMBIE and process.environ().get("VLARL_TEST_SESSION") == str(session):
+            if process.info["status"] != psutil.STATUS_ZOMBIE and process.environ().get("VLARL_TEST_SESSION") == session:
                 found.append(" ".join(process.info["cmdline"]))
         except (psutil.AccessDenied, psutil.NoSuchProcess):
             continue
@@ -69,7 +69,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_nothing_else_and_resume_goes_on(tmp_path
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"iteration_{len(done):06d}"]
     assert json.loads((run / "summary.json").read_text())["iterations"] == len(done)
     time.sleep(1.0)
-    assert session_processes(os.getpid()) == []
+    assert session_processes(str(os.getpid())) == []
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("vlarl-run")]
 
     resumed = start("--resume", "--run-dir", str(run))
@@ -83,3 +83,23 @@ def test_ctrl_c_leaves_a_checkpoint_and_nothing_else_and_resume_goes_on(tmp_path
     assert all(a < b for a, b in itertools.pairwise(versions)), versions
     summary = json.loads((run / "summary.json").read_text())
     assert summary["iterations"] == 12 and summary["engine"] == "huggingface" and summary["logprob_gap"]["max"] < 1e-4
+
+
+@pytest.mark.timeout(600)
+def test_the_smoke_config_on_real_libero_with_real_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("VLARL_TEST_SESSION", f"{os.getpid()}-libero")
+    overrides = ("run.iterations=2", "rollout.steps_per_iteration=8", "training.minibatch_size=16", "env.max_steps=6", "run.dashboard=false")
+    process = start("configs/libero_smoke_cpu.yaml", "--run-dir", str(run), *(part for override in overrides for part in ("--set", override)))
+    output, _ = process.communicate(timeout=500)
+    monkeypatch.delenv("VLARL_TEST_SESSION")
+    assert process.returncode == 0, output
+    first, second = rows(run)
+    assert first["policy_version"] < second["policy_version"]
+    assert first["evaluation"]["episodes"] == second["evaluation"]["episodes"] == 2
+    assert first["approx_kl"] > 0.0 and max(row["first_ratio_deviation"] for row in (first, second)) < 1e-4
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["env_steps"] == 64 and summary["engine"] == "vllm" and summary["versions"]["mujoco"].startswith("3.3.")
+    assert summary["success_rate_initial"] is not None and summary["success_rate_final"] is not None
+    assert session_processes(f"{os.getpid()}-libero") == []
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("vlarl-run")]
