@@ -65,8 +65,8 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
         f"run directory {os.path.relpath(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), {settings.learners.num} learner(s)"
     )
     try:
-        with _signals(stopper, rows, console):
-            start_ray(plan, settings)
+        start_ray(plan, settings)
+        with _signals(stopper, rows, console):  # only now: ray.init() installs a handler of its own, which aborts on SIGTERM
             error = _fit(config, settings, run, stopper, rows, console)
     finally:
         ray.shutdown()

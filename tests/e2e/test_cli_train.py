@@ -20,7 +20,7 @@ engines: {num: 0}
 learners: {num: 0, micro_batch_size: 16}
 training: {minibatch_size: 16, entropy_coeff: 0.01}
 evaluation: {episodes: 0}
-run: {iterations: 12, checkpoint_every: 100, dashboard: false}
+run: {iterations: 40, checkpoint_every: 100, dashboard: false}
 """
 
 
@@ -51,7 +51,7 @@ def session_processes(session: str) -> list[str]:
 
 
 @pytest.mark.timeout(600)
-def test_ctrl_c_leaves_a_checkpoint_and_nothing_else_and_resume_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_nothing_else_and_resume_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(CONFIG)
     monkeypatch.setenv("VLARL_TEST_SESSION", str(os.getpid()))
@@ -64,7 +64,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_nothing_else_and_resume_goes_on(tmp_path
     monkeypatch.delenv("VLARL_TEST_SESSION")
     assert process.returncode == 130, output
     done = rows(run)
-    assert 2 <= len(done) < 12, output
+    assert 2 <= len(done) < 40, output
     assert f"--resume --run-dir {os.path.relpath(run)}" in output
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"iteration_{len(done):06d}"]
     assert json.loads((run / "summary.json").read_text())["iterations"] == len(done)
@@ -73,16 +73,24 @@ def test_ctrl_c_leaves_a_checkpoint_and_nothing_else_and_resume_goes_on(tmp_path
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("vlarl-run")]
 
     resumed = start("--resume", "--run-dir", str(run))
-    output, _ = resumed.communicate(timeout=300)
+    while len(rows(run)) < len(done) + 1 and resumed.poll() is None and time.monotonic() < deadline + 240:
+        time.sleep(0.1)
+    resumed.terminate()  # what a cluster's scheduler sends
+    output, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, output
+    assert len(rows(run)) < 40, "the signal came too late to test anything"
+
+    last = start("--resume", "--run-dir", str(run))
+    output, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, output
     after = rows(run)
     assert after[: len(done)] == done
-    assert [row["iteration"] for row in after] == list(range(1, 13))
-    assert [row["env_steps"] for row in after] == [32 * i for i in range(1, 13)]
+    assert [row["iteration"] for row in after] == list(range(1, 41))
+    assert [row["env_steps"] for row in after] == [32 * i for i in range(1, 41)]
     versions = [row["policy_version"] for row in after]
     assert all(a < b for a, b in itertools.pairwise(versions)), versions
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["iterations"] == 12 and summary["engine"] == "huggingface" and summary["logprob_gap"]["max"] < 1e-4
+    assert summary["iterations"] == 40 and summary["engine"] == "huggingface" and summary["logprob_gap"]["max"] < 1e-4
 
 
 @pytest.mark.timeout(600)

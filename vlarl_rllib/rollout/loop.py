@@ -244,5 +244,7 @@ class SlotLoop:
         for slot, since in list(self._env_calls.items()):
             if now - since > self._env_timeout:
                 del self._env_calls[slot]
-                logger.warning("slot %d: no answer from its environment within env.timeout_seconds = %g; its process is ended", slot, self._env_timeout)
+                logger.warning(
+                    "slot %d: no answer from its environment within env.timeout_seconds = %g; its process is ended", slot, self._env_timeout
+                )
                 self._processes.kill(slot)
