@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vlarl_rllib.checkpoints import CheckpointStore
-from vlarl_rllib.run_directory import RunDirectory, new_run_directory, open_run_directory
+from vlarl_rllib.run_directory import RunDirectory, check_unfinished, new_run_directory, open_run_directory
 from vlarl_rllib.settings import Settings, SettingsError
 
 
@@ -161,3 +161,10 @@ def test_a_resumed_run_drops_the_rows_behind_its_checkpoint(run: RunDirectory) -
 def test_a_run_without_rows_keeps_none(run: RunDirectory) -> None:
     assert run.keep_rows(5) == []
     assert run.read_rows() == []
+
+
+def test_a_finished_run_has_nothing_to_resume(run: RunDirectory) -> None:
+    checkpoint = add_checkpoint(run, 4)
+    check_unfinished(checkpoint, Settings.from_dict({"run": {"iterations": 5}}))
+    with pytest.raises(SettingsError, match=r"at iteration 4 of 4.*--resume-from and --set run.iterations"):
+        check_unfinished(checkpoint, Settings.from_dict({"run": {"iterations": 4}}))

@@ -31,7 +31,7 @@ def train(
     resume_from: Annotated[Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.")] = None,
 ) -> None:
     """Train a policy: one run through ray.tune.Tuner."""
-    from vlarl_rllib.run_directory import RunDirectory, new_run_directory, open_run_directory
+    from vlarl_rllib.run_directory import RunDirectory, check_unfinished, new_run_directory, open_run_directory
 
     if resume:
         if run_dir is None or config is not None or resume_from is not None or overrides:
@@ -45,12 +45,15 @@ def train(
             raise SettingsError("CONFIG: missing; give a YAML file, for example configs/libero_smoke_cpu.yaml")
         settings = Settings.from_yaml(config, overrides or [])
         run = new_run_directory(run_dir, config.stem, resume_from)
+    checkpoint = run.newest_checkpoint() if resume else resume_from
+    if checkpoint is not None:
+        check_unfinished(checkpoint, settings)
     _preflight(settings)
     run.write_config(settings)
 
     from vlarl_rllib.training import run_training
 
-    raise typer.Exit(run_training(settings, run, resume_from=run.newest_checkpoint() if resume else resume_from))
+    raise typer.Exit(run_training(settings, run, resume_from=checkpoint))
 
 
 @app.command()

@@ -95,3 +95,13 @@ def open_run_directory(path: Path) -> RunDirectory:
     if run.newest_checkpoint() is None:
         raise SettingsError(f"--resume: {path} has no complete checkpoint to continue from; start the run again in another directory")
     return run
+
+
+def check_unfinished(checkpoint: Path, settings: Settings) -> None:
+    """Raise `SettingsError` where the checkpoint has all iterations that the settings ask for."""
+    done = CheckpointStore.read_facts(CheckpointStore.resolve(checkpoint))["iteration"]
+    if done >= settings.run.iterations:
+        raise SettingsError(
+            f"run.iterations: the checkpoint is at iteration {done} of {settings.run.iterations}, so nothing is left to do; "
+            "start a new run with --resume-from and --set run.iterations=MORE"
+        )
