@@ -64,7 +64,6 @@ class VLAPPO(PPO):
         self._vla = self.config.settings()
         self._plan = calculate_runtime_args(self._vla)
         self._seconds: dict[str, float] = {}
-        self._evaluation: dict[str, Any] = {}
         self._store = CheckpointStore(Path(self.config.run_dir) / "checkpoints", self._vla.run.keep_checkpoints) if self.config.run_dir else None
         # Engines take longest to start and need nothing from the rest, so they start first and are waited for last.
         self.engine_pool = self._start_engines() if self._vla.engines.num else None
@@ -102,13 +101,11 @@ class VLAPPO(PPO):
     def step(self) -> dict[str, Any]:
         """An iteration with what belongs around it: evaluation when it is due, and the numbers of `result["vlarl"]`."""
         began = time.perf_counter()
-        if self.iteration == 0 and not self._evaluation:
-            self._evaluate_if(self._plan.evaluation_episodes > 0)
+        initial = self._evaluate(due=self.iteration == 0)
         results = super().step()
         done = self.iteration + 1
         every = self._vla.evaluation.every
-        last = done >= self._vla.run.iterations
-        self._evaluate_if(self._plan.evaluation_episodes > 0 and (last or (every > 0 and done % every == 0)))
+        evaluation = self._evaluate(due=done >= self._vla.run.iterations or (every > 0 and done % every == 0))
         seconds = dict(self._seconds)
         self._seconds = {}
         seconds["other"] = max(0.0, time.perf_counter() - began - sum(v for k, v in seconds.items() if k != "startup"))
@@ -119,9 +116,9 @@ class VLAPPO(PPO):
             policy_version=self.weight_sync.version,
             manifest=self.weight_sync.manifest,
             engine_restarts=self.engine_pool.num_restarts if self.engine_pool is not None else 0,
-            evaluation=self._evaluation,
+            initial_evaluation=initial,
+            evaluation=evaluation,
         )
-        self._evaluation = {}
         return results
 
     def training_step(self) -> None:
@@ -151,11 +148,13 @@ class VLAPPO(PPO):
 
     # Evaluation
 
-    def _evaluate_if(self, due: bool) -> None:
-        if due:
-            began = time.perf_counter()
-            self._evaluation = evaluation_metrics(self.collector.evaluate(self.evaluation_starts()))
-            self._seconds["evaluation"] = self._seconds.get("evaluation", 0.0) + time.perf_counter() - began
+    def _evaluate(self, *, due: bool) -> dict[str, Any] | None:
+        if not due or not self._plan.evaluation_episodes:
+            return None
+        began = time.perf_counter()
+        metrics = evaluation_metrics(self.collector.evaluate(self.evaluation_starts()))
+        self._seconds["evaluation"] = self._seconds.get("evaluation", 0.0) + time.perf_counter() - began
+        return metrics
 
     def evaluation_starts(self) -> list[Start]:
         """The held-out starts of an evaluation: the same every time, the tasks in turn."""

@@ -148,7 +148,7 @@ def _signals(stopper: StopAfter, rows: list[dict[str, Any]], console: Console) -
 def summarize(settings: Settings, rows: list[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
     """`summary.json`: sums and ends over all iterations of the run."""
     last = rows[-1] if rows else {}
-    evaluations = [row["evaluation"]["success_rate"] for row in rows if row["evaluation"]]
+    evaluations = [row[key]["success_rate"] for row in rows for key in ("initial_evaluation", "evaluation") if row[key]]
     gaps = [row["logprob_gap_mean"] for row in rows]
     initial, final = (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else (None, None)
     return {

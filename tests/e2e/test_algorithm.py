@@ -53,8 +53,8 @@ def engine_pid(algorithm: VLAPPO) -> int:
 
 def test_sampled_log_probs_are_the_learners_and_versions_rise(algorithm: VLAPPO) -> None:
     first, second = train(algorithm), train(algorithm)
-    assert first["evaluation"]["episodes"] == 6 and set(first["evaluation"]["success_rate_by_task"]) == {"0", "1"}
-    assert second["evaluation"] is None
+    assert first["initial_evaluation"]["episodes"] == 6 and set(first["initial_evaluation"]["success_rate_by_task"]) == {"0", "1"}
+    assert first["evaluation"] is second["initial_evaluation"] is second["evaluation"] is None
     assert (first["env_steps"], second["env_steps"]) == (STEPS, 2 * STEPS)
     assert second["policy_version"] == first["policy_version"] + 1 == algorithm.engine_pool.statuses()[0].policy_version
     for row in (first, second):

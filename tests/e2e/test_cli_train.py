@@ -104,7 +104,7 @@ def test_the_smoke_config_on_real_libero_with_real_vllm(tmp_path: Path, monkeypa
     assert process.returncode == 0, output
     first, second = rows(run)
     assert first["policy_version"] < second["policy_version"]
-    assert first["evaluation"]["episodes"] == second["evaluation"]["episodes"] == 2
+    assert first["initial_evaluation"]["episodes"] == second["evaluation"]["episodes"] == 2
     assert first["approx_kl"] > 0.0 and max(row["first_ratio_deviation"] for row in (first, second)) < 1e-4
     summary = json.loads((run / "summary.json").read_text())
     assert summary["env_steps"] == 64 and summary["engine"] == "vllm" and summary["versions"]["mujoco"].startswith("3.3.")

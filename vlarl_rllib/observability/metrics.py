@@ -47,13 +47,15 @@ def iteration_metrics(
     policy_version: int,
     manifest: WeightManifest | None,
     engine_restarts: int,
-    evaluation: dict[str, Any],
+    initial_evaluation: dict[str, Any] | None,
+    evaluation: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Pick the numbers out of RLlib's result of an iteration.
 
     Args:
         engine_restarts: so far in this trial.
-        evaluation: what `evaluation_metrics` made, or empty.
+        initial_evaluation: what `evaluation_metrics` made before the first iteration, else None.
+        evaluation: the same behind this iteration, None where none was due.
     """
     runners = results["env_runners"]
     learner = results["learners"]["default_policy"]
@@ -69,7 +71,8 @@ def iteration_metrics(
         "policy_version": policy_version,
         "sync_bytes": manifest.num_bytes if manifest else 0,
         "engine_restarts": engine_restarts,
-        "evaluation": evaluation or None,
+        "initial_evaluation": initial_evaluation,
+        "evaluation": evaluation,
     }
 
 

@@ -40,9 +40,14 @@ class LiveTable(Callback):
             self._console.print("".join(f"{name:>{width}}" for name, width in COLUMNS), style="bold")
         self._rows.append(row)
         self._on_row(row)
-        if row["evaluation"]:
-            self._console.print(f"[dim]{_evaluation_line(row)}[/dim]")
+        self._print_evaluation(row["initial_evaluation"])
         self._console.print("".join(f"{text:>{width}}" for text, (_, width) in zip(self._cells(row), COLUMNS, strict=True)))
+        self._print_evaluation(row["evaluation"])
+
+    def _print_evaluation(self, evaluation: dict[str, Any] | None) -> None:
+        if evaluation:
+            rate, episodes = 100 * evaluation["success_rate"], evaluation["episodes"]
+            self._console.print(f"[dim]evaluation: {rate:.1f} % of {episodes} greedy episodes from held-out starts[/dim]")
 
     def _cells(self, row: dict[str, Any]) -> list[str]:
         seconds = row["seconds"]
@@ -59,11 +64,3 @@ class LiveTable(Callback):
             *(f"{seconds[name]:.1f} s" for name in ("sample", "update", "sync")),
             time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} d",
         ]
-
-
-def _evaluation_line(row: dict[str, Any]) -> str:
-    evaluation = row["evaluation"]
-    return (
-        f"evaluation: {100 * evaluation['success_rate']:.1f} % of {evaluation['episodes']} greedy episodes from held-out starts, "
-        f"{row['seconds']['evaluation']:.0f} s"
-    )
