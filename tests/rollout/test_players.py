@@ -1,0 +1,99 @@
+"""What a slot contributes: exact quotas, chunks of episodes, and evaluation without repeats."""
+
+from collections import deque
+
+import gymnasium as gym
+import numpy as np
+
+from vlarl_rllib.curriculum import FixedCurriculum, Start
+from vlarl_rllib.envs.vector import SlotEvent
+from vlarl_rllib.rollout.players import EpisodeResult, EvaluationPlayer, TrainingPlayer
+from vlarl_rllib.types import SampleReply
+
+SPACES = (gym.spaces.Box(0, 255, (2, 2, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
+
+
+def event(kind: str, frame: int, *, reward: float = 0.0, terminated: bool = False, truncated: bool = False) -> SlotEvent:
+    image = np.full((2, 2, 3), frame, np.uint8)
+    return SlotEvent(
+        slot=0, kind=kind, image=image, reward=reward, terminated=terminated, truncated=truncated, success=terminated,
+        instruction="reach", task_id=0, initial_state=3,
+    )  # fmt: skip
+
+
+def reply(version: int = 7) -> SampleReply:
+    return SampleReply(np.arange(7), np.full(7, -1.0, np.float32), version)
+
+
+def player() -> TrainingPlayer:
+    curriculum = FixedCurriculum([0], {0: range(40)}, first_slot=0, seed=1)
+    return TrainingPlayer(0, 0, curriculum=curriculum, spaces=SPACES, temperature=1.0, success_reward=5.0, seed=1)
+
+
+def test_an_episode_goes_on_across_iterations_and_a_success_is_scaled() -> None:
+    slot = player()
+    slot.begin_iteration(0, 2)
+    slot.started(event("reset", 0))
+    for frame in (1, 2):
+        assert slot.wants_action()
+        slot.stepped(reply(), event("step", frame))
+    assert not slot.wants_action() and slot.missing_steps == 0
+    (first,) = slot.take()
+    assert len(first) == 2 and not first.is_done and slot.results == []
+    assert first.get_observations()[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+    slot.begin_iteration(1, 2)
+    slot.stepped(reply(8), event("step", 3, reward=1.0, terminated=True))
+    slot.started(event("reset", 10))
+    slot.stepped(reply(8), event("step", 11, truncated=True))
+    success, timed_out = slot.take()
+    assert success.get_observations()[:, 0, 0, 0].tolist() == [2, 3]
+    assert success.get_rewards().tolist() == [5.0] and success.is_terminated
+    assert timed_out.is_truncated and not timed_out.is_terminated
+    assert success.get_extra_model_outputs("policy_version").tolist() == [8]
+    assert slot.results == [EpisodeResult(0, 3, 3, True, 5.0), EpisodeResult(0, 3, 1, False, 0.0)]
+
+
+def test_a_dead_environment_costs_the_running_chunk_and_the_quota_is_still_met() -> None:
+    slot = player()
+    slot.begin_iteration(0, 3)
+    slot.started(event("reset", 0))
+    slot.stepped(reply(), event("step", 1, truncated=True))
+    slot.started(event("reset", 5))
+    slot.stepped(reply(), event("step", 6))
+    slot.dropped()
+    assert (slot.dropped_steps, slot.missing_steps) == (1, 2)
+    slot.started(event("reset", 8))
+    for frame in (9, 10):
+        slot.stepped(reply(), event("step", frame))
+    assert [len(chunk) for chunk in slot.take()] == [1, 2] and not slot.wants_action()
+
+
+def test_a_request_seed_depends_on_slot_iteration_and_step_alone() -> None:
+    def seeds(iteration: int) -> list[int]:
+        slot = player()
+        slot.begin_iteration(iteration, 3)
+        slot.started(event("reset", 0))
+        found = []
+        for frame in (1, 2, 3):
+            found.append(slot.request().seed)
+            slot.stepped(reply(), event("step", frame))
+        return found
+
+    assert seeds(0) == seeds(0) and len(set(seeds(0) + seeds(1))) == 6
+
+
+def test_evaluation_plays_each_start_once_also_when_an_environment_dies() -> None:
+    starts = deque(Start(0, state, 0) for state in (40, 41))
+    results: list[EpisodeResult] = []
+    slot = EvaluationPlayer(starts, results.append)
+    begun = slot.next_start()
+    slot.started(event("reset", 0))
+    assert slot.request().temperature == 0.0
+    slot.dropped()
+    order = [begun]
+    while (start := slot.next_start()) is not None:
+        order.append(start)
+        slot.started(event("reset", 0))
+        slot.stepped(reply(), event("step", 1, truncated=True))
+    assert [start.initial_state for start in order if start] == [40, 41, 40] and len(results) == 2
