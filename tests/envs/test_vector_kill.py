@@ -1,0 +1,30 @@
+"""Ending the subprocess of a slot by force, as the event loop does after `env.timeout_seconds`."""
+
+import time
+
+from vlarl_rllib.envs.registry import EnvSpec
+from vlarl_rllib.envs.vector import SlotEvent, SlotProcesses
+
+
+def wait_for(processes: SlotProcesses, kind: str) -> SlotEvent:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for event in processes.poll(1.0):
+            if event.kind == kind:
+                return event
+    raise AssertionError(f"no {kind} event within a minute")
+
+
+def test_a_killed_slot_is_reported_dead_and_plays_again() -> None:
+    processes = SlotProcesses(EnvSpec(name="synthetic", image_size=28), [0, 1], num_processes=2)
+    try:
+        processes.send_reset(0, 0, initial_state=0, seed=0)
+        wait_for(processes, "reset")
+        pids = processes.pids()
+        processes.kill(0)
+        assert wait_for(processes, "died").slot == 0
+        assert processes.pids()[0] != pids[0] and processes.pids()[1] == pids[1]
+        processes.send_reset(0, 0, initial_state=0, seed=0)
+        assert wait_for(processes, "reset").slot == 0
+    finally:
+        processes.close()
