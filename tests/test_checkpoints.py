@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from vlarl_rllib.checkpoints import FACTS_FILE, POINTER_FILE, CheckpointStore
+from vlarl_rllib.checkpoints import ALGORITHM_FILE, FACTS_FILE, POINTER_FILE, CheckpointStore
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def write(store: CheckpointStore, iteration: int, content: str = "weights") -> P
     with store.writing(iteration) as directory:
         (directory / "learners").mkdir()
         (directory / "learners" / "rank_0").write_text(content)
-        store.write_facts(directory, iteration=iteration, policy_version=iteration + 1, settings={"run": {"seed": 3}})
+        store.write_facts(directory, iteration=iteration, policy_version=iteration + 1, settings={"run": {"seed": 3}}, metrics={"a": np.float64(0.5)})
     return store.list()[-1]
 
 
@@ -34,13 +35,14 @@ def test_a_checkpoint_holds_what_was_written(store: CheckpointStore) -> None:
     checkpoint = write(store, 5)
     assert checkpoint == store.root / "iteration_000005"
     assert (checkpoint / "learners" / "rank_0").read_text() == "weights"
+    assert store.read_metrics(checkpoint) == {"a": 0.5}
     assert store.read_facts(checkpoint) == {"iteration": 5, "policy_version": 6, "settings": {"run": {"seed": 3}}}
 
 
 def test_nothing_is_seen_of_a_checkpoint_while_it_is_written(store: CheckpointStore) -> None:
     write(store, 1)
     with store.writing(2) as directory:
-        store.write_facts(directory, iteration=2, policy_version=3, settings={})
+        store.write_facts(directory, iteration=2, policy_version=3, settings={}, metrics={})
         assert names(store) == ["iteration_000001"]
     assert names(store) == ["iteration_000001", "iteration_000002"]
 
@@ -67,7 +69,7 @@ def test_what_a_killed_process_left_is_not_listed_and_goes_with_the_next_attempt
     assert store.list() == []
     checkpoint = write(store, 5)
     assert not left.exists()
-    assert sorted(path.name for path in checkpoint.iterdir()) == [FACTS_FILE, "learners"]
+    assert sorted(path.name for path in checkpoint.iterdir()) == [ALGORITHM_FILE, FACTS_FILE, "learners"]
 
 
 def test_the_newest_are_kept_by_number(store: CheckpointStore) -> None:
@@ -105,7 +107,7 @@ def test_a_pointer_leads_to_its_checkpoint_from_anywhere(store: CheckpointStore,
     tune = tmp_path / "trial" / "checkpoint_000000"
     tune.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    CheckpointStore(Path("checkpoints"), keep=1).point_to(5, tune)
+    CheckpointStore.write_pointer(tune, CheckpointStore(Path("checkpoints"), keep=1).newest())
     monkeypatch.chdir("/")
     assert CheckpointStore.resolve(tune) == checkpoint
 
@@ -122,9 +124,27 @@ def test_a_directory_without_checkpoint_is_refused_with_an_example(tmp_path: Pat
 
 def test_a_pointer_to_a_checkpoint_that_was_dropped_is_refused(store: CheckpointStore, tmp_path: Path) -> None:
     write(store, 1)
-    store.point_to(1, tmp_path)
+    store.write_pointer(tmp_path, store.newest())
     for iteration in (2, 3):
         write(store, iteration)
     assert json.loads((tmp_path / POINTER_FILE).read_text())["checkpoint"].endswith("iteration_000001")
     with pytest.raises(FileNotFoundError, match="iteration_000001: no complete checkpoint"):
         CheckpointStore.resolve(tmp_path)
+
+
+def test_a_pointer_written_before_the_first_checkpoint_leads_nowhere(store: CheckpointStore, tmp_path: Path) -> None:
+    store.write_pointer(tmp_path, store.newest())
+    assert store.points_nowhere(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        store.resolve(tmp_path)
+    checkpoint = write(store, 1)
+    assert not store.points_nowhere(checkpoint)
+    store.write_pointer(tmp_path, store.newest())
+    assert not store.points_nowhere(tmp_path) and store.resolve(tmp_path) == checkpoint
+
+
+def test_what_a_kill_left_of_other_iterations_goes_too(store: CheckpointStore) -> None:
+    for name in (".iteration_000003.partial", ".iteration_000004.replaced"):
+        (store.root / name / "learners").mkdir(parents=True)
+    write(store, 9)
+    assert [path.name for path in store.root.iterdir()] == ["iteration_000009"]

@@ -34,10 +34,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "cut_short").mkdir()
     (root / "cut_short" / "config.json").write_text('{"model_type": "open')
     run = RunDirectory(root / "runs" / "done")
-    run.write_config(Settings())
-    with CheckpointStore(run.path / "checkpoints", keep=1).writing(5) as directory:
-        CheckpointStore.write_facts(directory, iteration=5, policy_version=6, settings={})
-    RunDirectory(root / "runs" / "without_checkpoint").write_config(Settings())
+    with run.claimed(Settings()), CheckpointStore(run.path / "checkpoints", keep=1).writing(5) as directory:
+        CheckpointStore.write_facts(directory, iteration=5, policy_version=6, settings={}, metrics={})
+    with RunDirectory(root / "runs" / "without_checkpoint").claimed(Settings()):
+        pass
     return root
 
 

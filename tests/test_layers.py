@@ -14,7 +14,7 @@ PACKAGE = ROOT / "vlarl_rllib"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "settings"),
+    ("types", "settings", "errors"),
     ("models", "envs", "rewards", "curriculum"),
     ("weights",),
     ("engines",),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +28,14 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.registry import register_env
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.checkpoints import CheckpointStore, write_atomically
 from vlarl_rllib.config import ENVIRONMENT_NAME, VLAPPOConfig
 from vlarl_rllib.coordination import Rollout, RolloutCollector, WeightSync
 from vlarl_rllib.curriculum import Start
 from vlarl_rllib.engines.pool import EnginePool
-from vlarl_rllib.observability.metrics import evaluation_metrics, iteration_metrics
-from vlarl_rllib.settings import calculate_runtime_args
+from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
+from vlarl_rllib.observability.metrics import FAULTS, evaluation_metrics, iteration_metrics
+from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +62,14 @@ class VLAPPO(PPO):
         merged = cls.get_default_config().update_from_dict(config)
         return PlacementGroupFactory(list(calculate_runtime_args(merged.settings()).bundles), strategy=merged.placement_strategy)
 
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **kwargs: Any) -> VLAPPO:
+        """Build the algorithm that a checkpoint is of, and load it. Nothing in the checkpoint is unpickled for the settings."""
+        directory = CheckpointStore.resolve(Path(path))
+        config = VLAPPOConfig.from_settings(Settings.from_dict(CheckpointStore.read_facts(directory)["settings"]))
+        config.restore_from = str(directory)
+        return config.build_algo(**kwargs)
+
     # Set-up and end
 
     def setup(self, config: Any) -> None:
@@ -64,21 +77,36 @@ class VLAPPO(PPO):
         self._vla = self.config.settings()
         self._plan = calculate_runtime_args(self._vla)
         self._seconds: dict[str, float] = {}
-        self._store = CheckpointStore(Path(self.config.run_dir) / "checkpoints", self._vla.run.keep_checkpoints) if self.config.run_dir else None
+        self._faults: Counter[str] = Counter()
+        self._initial_evaluation: dict[str, Any] | None = None
+        self._failed_iteration: int | None = None
+        root = self._checkpoint_root()
+        self._store = CheckpointStore(root, self._vla.run.keep_checkpoints) if root else None
         # Engines take longest to start and need nothing from the rest, so they start first and are waited for last.
         self.engine_pool = self._start_engines() if self._vla.engines.num else None
         super().setup(config)
         self.weight_sync = WeightSync(self.learner_group, self.engine_pool)
         self.collector = RolloutCollector(
-            self.env_runner_group, self.weight_sync, self.engine_pool, lambda: self.restore_env_runners(self.env_runner_group)
+            self.env_runner_group,
+            self.weight_sync,
+            self.engine_pool,
+            self.learner_group,
+            restore_runners=lambda: self.restore_env_runners(self.env_runner_group),
+            timeout_seconds=self._vla.rollout.timeout_seconds,
         )
         if self.engine_pool is not None:
             self.engine_pool.wait_until_ready()
-        if self.config.restore_from:
-            self.load_checkpoint(self.config.restore_from)
-        else:
-            self.weight_sync.push()
+        self._start_over()
         self._seconds["startup"] = time.perf_counter() - began
+
+    def _checkpoint_root(self) -> Path | None:
+        """In the run's directory, or the trial's where a Tune experiment names none; None = where each save says."""
+        if self.config.run_dir:
+            return Path(self.config.run_dir) / "checkpoints"
+        storage = self._storage
+        if storage is not None and storage.storage_filesystem.type_name == "local":
+            return Path(storage.trial_fs_path) / "checkpoints"
+        return None
 
     def _start_engines(self) -> EnginePool:
         engines = self._vla.engines
@@ -101,8 +129,9 @@ class VLAPPO(PPO):
     def step(self) -> dict[str, Any]:
         """An iteration with what belongs around it: evaluation when it is due, and the numbers of `result["vlarl"]`."""
         began = time.perf_counter()
-        initial = self._evaluate(due=self.iteration == 0)
-        results = super().step()
+        if self.iteration == 0 and self._initial_evaluation is None:
+            self._initial_evaluation = self._evaluate(due=True)
+        results = self._train_on_learners_that_live()
         done = self.iteration + 1
         every = self._vla.evaluation.every
         evaluation = self._evaluate(due=done >= self._vla.run.iterations or (every > 0 and done % every == 0))
@@ -115,8 +144,8 @@ class VLAPPO(PPO):
             seconds=seconds,
             policy_version=self.weight_sync.version,
             manifest=self.weight_sync.manifest,
-            engine_restarts=self.engine_pool.num_restarts if self.engine_pool is not None else 0,
-            initial_evaluation=initial,
+            faults=self._count_faults(results["env_runners"]),
+            initial_evaluation=self._initial_evaluation if done == 1 else None,
             evaluation=evaluation,
         )
         return results
@@ -126,14 +155,12 @@ class VLAPPO(PPO):
         with self._timed("sample", ENV_RUNNER_SAMPLING_TIMER):
             rollout: Rollout = self.collector.collect(self.iteration, self._vla.rollout.steps_per_iteration)
             self.metrics.aggregate(rollout.metrics, key=ENV_RUNNER_RESULTS)
+            self._faults["dropped_steps"] += rollout.lost_steps
+            self._write_processes(rollout)
 
         with self._timed("update", LEARNER_UPDATE_TIMER):
-            learner_results = self.learner_group.update(
-                episodes_refs=rollout.refs,
-                num_steps=rollout.num_steps,
-                iteration=self.iteration,
-                timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: self.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME))},
-            )
+            steps = self.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME))
+            learner_results = self.learner_group.update(iteration=self.iteration, timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: steps})
             self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
 
         with self._timed("sync", SYNCH_WORKER_WEIGHTS_TIMER):
@@ -142,9 +169,73 @@ class VLAPPO(PPO):
     @contextmanager
     def _timed(self, name: str, timer: str) -> Iterator[None]:
         began = time.perf_counter()
-        with self.metrics.log_time((TIMERS, timer)):
-            yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+        try:
+            with self.metrics.log_time((TIMERS, timer)):
+                yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def _write_processes(self, rollout: Rollout) -> None:
+        """Who is who, for py-spy and for tests that kill: `processes.json` in the run's directory."""
+        if self._store is None:
+            return
+        processes = {
+            "algorithm": os.getpid(),
+            "runners": {str(index): pids for index, pids in rollout.pids.items()},
+            "learners": self.learner_group.pids,
+            "engines": self.engine_pool.pids if self.engine_pool is not None else [],
+        }
+        try:
+            self._store.root.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._store.root.parent / "processes.json", json.dumps(processes, indent=2))
+        except OSError as error:
+            logger.warning("processes.json: %s", error)
+
+    # Faults
+
+    def _train_on_learners_that_live(self) -> dict[str, Any]:
+        """RLlib's iteration; where a learner is lost, all of them start anew from the newest checkpoint and go on from there.
+
+        Raises:
+            LearnerGroupError: where the new ones fail too, or fail again before they get past the iteration that failed: then the
+                whole trial is to be started anew.
+        """
+        try:
+            results = super().step()
+        except LearnerGroupError as error:
+            failed = self.iteration
+            if not self.learner_group.is_remote or (self._failed_iteration is not None and failed <= self._failed_iteration):
+                raise
+            self._failed_iteration = failed
+            began = time.perf_counter()
+            logger.warning("iteration %d: %s; the learners start anew from the newest checkpoint", failed + 1, error)
+            self.learner_group.rebuild()
+            self._start_over()
+            self._faults.update(learner_restarts=1, repeated_iterations=failed - self.iteration)
+            self._seconds["recovery"] = time.perf_counter() - began
+            results = super().step()
+        if self._failed_iteration is not None and self.iteration >= self._failed_iteration:
+            self._failed_iteration = None
+        return results
+
+    def _start_over(self) -> None:
+        """Begin from the newest checkpoint of this run, else where `restore_from` says, else from the model as it is."""
+        if checkpoint := (self._store.newest() if self._store else None) or self.config.restore_from:
+            self.restore_from_path(checkpoint)
+            return
+        self.metrics.reset()
+        self._iteration = 0
+        self.collector.begin_new_episodes()
+        self.weight_sync.push()
+
+    def _count_faults(self, runner_results: dict[str, Any]) -> dict[str, int]:
+        """Totals since the run began."""
+        self._faults.update({name: int(runner_results[name]) for name in ("env_deaths", "dropped_steps")})
+        restarts = {
+            "runner_restarts": self.env_runner_group.num_remote_worker_restarts(),
+            "engine_restarts": self.engine_pool.num_restarts if self.engine_pool is not None else 0,
+        }
+        return {name: self.config.faults.get(name, 0) + self._faults[name] + restarts.get(name, 0) for name in FAULTS}
 
     # Evaluation
 
@@ -170,26 +261,57 @@ class VLAPPO(PPO):
     # Checkpoints
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write everything an exact continuation needs; visible under its final name only when complete."""
+        """Tune's checkpoint: a pointer to one in the run's directory. A failure to write is counted and the run goes on."""
+        directory = Path(checkpoint_dir)
         if self._store is None:
-            self._write_checkpoint(Path(checkpoint_dir))
-        else:
-            with self._store.writing(self.iteration) as directory:
-                self._write_checkpoint(directory)
-            self._store.point_to(self.iteration, Path(checkpoint_dir))
-        # The running episodes end here, in this run too: a resumed one cannot have them.
-        self.env_runner_group.foreach_env_runner("begin_new_episodes", local_env_runner=False)
-
-    def _write_checkpoint(self, directory: Path) -> None:
-        super().save_checkpoint(str(directory / "algorithm"))
-        (directory / "learners").mkdir(parents=True, exist_ok=True)
-        self.learner_group.call("save_sharded", str(directory / "learners"))
-        CheckpointStore.write_facts(directory, iteration=self.iteration, policy_version=self.weight_sync.version, settings=self.config.vla)
+            self.save_to_path(directory)
+            return
+        try:
+            with self._store.writing(self.iteration) as partial:
+                self._write_checkpoint(partial)
+        except (OSError, LearnerError, LearnerGroupError) as error:
+            logger.warning("no checkpoint of iteration %d: %s", self.iteration, error)
+            self._faults["failed_checkpoints"] += 1
+        CheckpointStore.write_pointer(directory, self._store.newest())
+        self.collector.begin_new_episodes()
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Read what `save_checkpoint` wrote, or what it points to, also into another number of learners."""
-        directory = CheckpointStore.resolve(Path(checkpoint_dir))
-        super().load_checkpoint(str(directory / "algorithm"))
+        """Tune's restart of a trial."""
+        if not CheckpointStore.points_nowhere(Path(checkpoint_dir)):
+            self.restore_from_path(checkpoint_dir)
+
+    def save_to_path(self, path: str | Path | None = None, **kwargs: Any) -> str:  # type: ignore[override]
+        """Write everything an exact continuation needs into `path`, an empty or new directory; the running episodes end here.
+
+        In this run too: a resumed one cannot have them.
+        """
+        directory = Path(path) if path else Path(tempfile.mkdtemp(prefix="vlarl-checkpoint-"))
+        directory.mkdir(parents=True, exist_ok=True)
+        self._write_checkpoint(directory)
+        self.collector.begin_new_episodes()
+        return str(directory)
+
+    def restore_from_path(self, path: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Read what `save_to_path` or `save_checkpoint` wrote, also into another number of learners, and push the weights.
+
+        Raises:
+            FileNotFoundError: where `path` holds no complete checkpoint.
+        """
+        directory = CheckpointStore.resolve(Path(path))
+        facts = CheckpointStore.read_facts(directory)
         self.learner_group.call("load_sharded", str(directory / "learners"))
-        self.weight_sync.version = max(self.weight_sync.version, CheckpointStore.read_facts(directory)["policy_version"])
-        self.weight_sync.push()
+        self.metrics.set_state(CheckpointStore.read_metrics(directory))
+        self._iteration = facts["iteration"]
+        self.collector.begin_new_episodes()
+        self.weight_sync.push(above=facts["policy_version"])
+
+    def _write_checkpoint(self, directory: Path) -> None:
+        (directory / "learners").mkdir()
+        self.learner_group.call("save_sharded", str((directory / "learners").resolve()))
+        CheckpointStore.write_facts(
+            directory,
+            iteration=self.iteration,
+            policy_version=self.weight_sync.version,
+            settings=self.config.vla,
+            metrics=self.metrics.get_state(),
+        )

@@ -49,11 +49,11 @@ def train(
     if checkpoint is not None:
         check_unfinished(checkpoint, settings)
     _preflight(settings)
-    run.write_config(settings)
+    with run.claimed(settings):
+        from vlarl_rllib.training import run_training
 
-    from vlarl_rllib.training import run_training
-
-    raise typer.Exit(run_training(settings, run, resume_from=checkpoint))
+        code = run_training(settings, run, resume_from=checkpoint)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -36,6 +36,8 @@ class VLAPPOConfig(PPOConfig):
         """Where checkpoints go; None = into the directory that Tune names."""
         self.restore_from: str | None = None
         """Checkpoint to begin with; None = the model as `model.path` has it."""
+        self.faults: dict[str, int] = {}
+        """Faults of earlier starts of the same run, by kind (`observability.metrics.FAULTS`)."""
         self._apply(Settings())
 
     @classmethod

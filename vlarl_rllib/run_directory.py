@@ -3,22 +3,30 @@
 runs/NAME/config.yaml       the resolved settings
           metrics.jsonl     one line per iteration (`result["vlarl"]`)
           summary.json      written at the end
+          processes.json    who is who while it runs
           checkpoints/      complete checkpoints, the newest few
           trial_.../        Tune's result.json, progress.csv and TensorBoard files
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.checkpoints import CheckpointStore, write_atomically
 from vlarl_rllib.settings import Settings, SettingsError
+
+logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 
@@ -32,20 +40,33 @@ class RunDirectory:
     def settings(self) -> Settings:
         return Settings.from_yaml(self.path / "config.yaml")
 
-    def write_config(self, settings: Settings) -> None:
+    @contextmanager
+    def claimed(self, settings: Settings) -> Iterator[None]:
+        """Make the directory ours and write its config. Raises `SettingsError` where that fails, or another process is at it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise SettingsError(f"--run-dir: {self.path} cannot be made ({error.strerror}); give another directory") from None
-        (self.path / "config.yaml").write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False))
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            except BlockingIOError:
+                raise SettingsError(f"--run-dir: {self.path} is in use by a running process; stop that first, or give another directory") from None
+            self._write_config(settings)
+            yield
+        finally:
+            os.close(lock)
+
+    def _write_config(self, settings: Settings) -> None:
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
         latest = RUNS.resolve() / "latest"
         if self.path.parent == latest.parent and (latest.is_symlink() or not latest.exists()):
             latest.unlink(missing_ok=True)
             latest.symlink_to(self.path.name)
 
     def newest_checkpoint(self) -> Path | None:
-        checkpoints = CheckpointStore(self.path / "checkpoints", keep=1).list()
-        return checkpoints[-1] if checkpoints else None
+        return CheckpointStore(self.path / "checkpoints", keep=1).newest()
 
     def read_rows(self) -> list[dict[str, Any]]:
         """The iterations so far; a line cut short by a kill ends the list."""
@@ -58,19 +79,46 @@ class RunDirectory:
                     break
         return rows
 
-    def keep_rows(self, iterations: int) -> list[dict[str, Any]]:
-        """Drop the rows behind `iterations`, which a resumed run will play again."""
-        rows = [row for row in self.read_rows() if row["iteration"] <= iterations]
-        self._metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return rows
-
-    def append_row(self, row: dict[str, Any]) -> None:
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+
+class RowLog:
+    """The iterations of a run, in memory and in `metrics.jsonl`. An iteration that is played again replaces itself and what followed it.
+
+    A full disk does not end the run: what could not be written is written with the next row.
+
+    Args:
+        run: whose rows.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._file = run._metrics
+        self.rows = run.read_rows()
+        self._whole = True  # also mends a line that a kill cut short
+
+    def add(self, row: dict[str, Any]) -> int:
+        """Append a row; returns how many were played again."""
+        kept = [earlier for earlier in self.rows if earlier["iteration"] < row["iteration"]]
+        repeated = len(self.rows) - len(kept)
+        self.rows = [*kept, row]
+        try:
+            if self._whole or repeated:
+                self._whole = True
+                write_atomically(self._file, "".join(map(_line, self.rows)))
+                self._whole = False
+            else:
+                with self._file.open("a") as file:
+                    file.write(_line(row))
+        except OSError as error:
+            self._whole = True
+            logger.warning("%s: %s; the row goes out with the next one", self._file, error)
+        return repeated
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) -> RunDirectory:
@@ -89,7 +137,7 @@ def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) ->
 
 def open_run_directory(path: Path) -> RunDirectory:
     """The directory of a run to be continued. Raises `SettingsError` where there is none, or nothing to continue from."""
-    run = RunDirectory(path.resolve())  # runs/latest is a link, which `write_config` sets anew
+    run = RunDirectory(path.resolve())  # runs/latest is a link, which `claimed` sets anew
     if not (run.path / "config.yaml").is_file():
         raise SettingsError(f"--run-dir: {path} holds no run (config.yaml is missing); give the directory of one, for example runs/latest")
     if run.newest_checkpoint() is None:

@@ -85,6 +85,9 @@ class RolloutSettings(Section):
         description="true = all slots wait for each other at each step, so that the engine gets full batches; false = every slot runs its own loop; "
         "null = true for CPU engines, which share the cores with the environments, false for GPU engines.",
     )
+    timeout_seconds: PositiveFloat = Field(
+        3600.0, description="A runner that takes longer for its part of an iteration is frozen and is started anew."
+    )
     cpus_per_runner: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each runner and its subprocesses.")
 
 
@@ -163,6 +166,9 @@ class EvaluationSettings(Section):
 class RunSettings(Section):
     iterations: PositiveInt = Field(10, description="Iterations to train.")
     checkpoint_every: PositiveInt = Field(5, description="Iterations between checkpoints; there is always one at the end.")
+    max_restarts: Natural = Field(
+        3, description="Restarts of a failed run from its newest checkpoint, with no new iteration in between, before it is given up."
+    )
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints to keep.")
     seed: Natural = Field(0, description="Seeds the model's fresh parts, the environments, sampling and the minibatches.")
     wandb: str | None = Field(None, description="Weights & Biases project; null = not logged there.")

@@ -23,11 +23,12 @@ from ray import tune
 from rich.console import Console
 
 from vlarl_rllib.algorithm import VLAPPO
-from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.checkpoints import CheckpointStore, write_atomically
 from vlarl_rllib.config import VLAPPOConfig
-from vlarl_rllib.observability.metrics import SECONDS
+from vlarl_rllib.errors import one_line
+from vlarl_rllib.observability.metrics import FAULTS, SECONDS
 from vlarl_rllib.observability.table import LiveTable
-from vlarl_rllib.run_directory import RunDirectory
+from vlarl_rllib.run_directory import RowLog, RunDirectory
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError, calculate_runtime_args
 from vlarl_rllib.weights.shared_memory import reap_stale
 
@@ -56,9 +57,11 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     """
     console = Console(highlight=False, soft_wrap=True)
     began = time.time()
+    log = RowLog(run)
+    earlier_seconds = sum(sum(row["seconds"].values()) for row in log.rows)
     config = VLAPPOConfig.from_settings(settings, run.path)
     config.restore_from = str(CheckpointStore.resolve(resume_from).absolute()) if resume_from else None
-    rows = run.keep_rows(CheckpointStore.read_facts(CheckpointStore.resolve(resume_from))["iteration"]) if resume_from else []
+    config.faults = log.rows[-1]["faults"] if log.rows else {}
     stopper = StopAfter(settings.run.iterations)
     plan = calculate_runtime_args(settings)
     console.print(
@@ -66,21 +69,46 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     )
     try:
         start_ray(plan, settings)
-        with _signals(stopper, rows, console):  # only now: ray.init() installs a handler of its own, which aborts on SIGTERM
-            error = _fit(config, settings, run, stopper, rows, console)
+        with _signals(stopper, log, console):  # only now: ray.init() installs a handler of its own, which aborts on SIGTERM
+            error = _fit_through_failures(config, settings, run, stopper, log, console)
     finally:
         ray.shutdown()
         reap_stale(Path("/dev/shm"))
-    summary = summarize(settings, run.read_rows(), time.time() - began)
-    (run.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    summary = summarize(settings, log.rows, earlier_seconds + time.time() - began)
+    write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     return _finish(run, stopper, error, console)
 
 
-def _fit(
-    config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: StopAfter, rows: list[dict[str, Any]], console: Console
+def _fit_through_failures(
+    config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: StopAfter, log: RowLog, console: Console
 ) -> Exception | None:
+    """Start the trial anew from its newest checkpoint when it fails; the error that ended it for good, or None.
+
+    A failure before the first iteration of this process is a mistake in the set-up rather than a fault, and final.
+    """
+    table = LiveTable(settings.run.iterations, console, log.add)
+    furthest, fruitless = 0, 0
+    while True:
+        known = len(log.rows), log.rows[-1:]
+        error = _fit(config, settings, run, stopper, table)
+        if error is None or stopper.requested is not None:
+            return error
+        if furthest == 0 and (len(log.rows), log.rows[-1:]) == known:
+            return error
+        iteration = log.rows[-1]["iteration"]
+        fruitless = 1 if iteration > furthest else fruitless + 1
+        furthest = max(furthest, iteration)
+        if fruitless > settings.run.max_restarts:
+            return error
+        config = config.copy(copy_frozen=False)
+        config.faults = log.rows[-1]["faults"] | {"trial_restarts": log.rows[-1]["faults"]["trial_restarts"] + 1}
+        (run.path / "error.txt").write_text(str(error))
+        console.print(f"the trial failed after iteration {iteration}: {one_line(error)}; it starts anew from its newest checkpoint", style="yellow")
+
+
+def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: StopAfter, table: LiveTable) -> Exception | None:
     """Run the one trial; what it failed with, or None."""
-    callbacks: list[Any] = [LiveTable(settings.run.iterations, rows, console, on_row=run.append_row)]
+    callbacks: list[Any] = [table]
     if settings.run.wandb:
         from ray.air.integrations.wandb import WandbLoggerCallback
 
@@ -94,7 +122,7 @@ def _fit(
             storage_path=str(run.path.parent),
             stop=stopper,
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=settings.run.checkpoint_every, checkpoint_at_end=True),
-            failure_config=tune.FailureConfig(max_failures=0),
+            failure_config=tune.FailureConfig(max_failures=0),  # `_fit_through_failures` asks for progress between restarts
             callbacks=callbacks,
             verbose=0,
         ),
@@ -128,11 +156,11 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
 
 
 @contextmanager
-def _signals(stopper: StopAfter, rows: list[dict[str, Any]], console: Console) -> Iterator[None]:
+def _signals(stopper: StopAfter, log: RowLog, console: Console) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM ends the run after its iteration with a checkpoint; before the first iteration, and the second time, at once."""
 
     def handle(number: int, frame: Any) -> None:
-        if stopper.requested is not None or not rows:
+        if stopper.requested is not None or not log.rows:
             raise KeyboardInterrupt
         stopper.requested = number
         console.print(f"{signal.Signals(number).name}: ending after this iteration with a checkpoint; once more to end at once")
@@ -166,9 +194,7 @@ def summarize(settings: Settings, rows: list[dict[str, Any]], wall_seconds: floa
         "device": {"engines": "cuda" if settings.engines.gpus else "cpu", "learners": "cuda" if settings.learners.gpus else "cpu"},
         "versions": _versions(),
         "faults": {
-            "env_deaths": int(sum(row["env_deaths"] for row in rows)),
-            "dropped_steps": int(sum(row["dropped_steps"] for row in rows)),
-            "engine_restarts": last.get("engine_restarts", 0),
+            **(last["faults"] if last else dict.fromkeys(FAULTS, 0)),
             "skipped_updates": int(sum(row["skipped_updates"] for row in rows)),
         },
     }
@@ -189,11 +215,23 @@ def _finish(run: RunDirectory, stopper: StopAfter, error: Exception | None, cons
     where = os.path.relpath(run.path)
     if error is not None:
         (run.path / "error.txt").write_text(str(error))
-        last_line = str(error).strip().splitlines()[-1]
-        console.print(f"the run failed: {last_line} (whole traceback in {where}/error.txt)", style="red")
+        console.print(f"the run failed: {one_line(error)} (whole traceback in {where}/error.txt)", style="red")
+        return 1
+    if behind := _checkpoint_is_behind(run):
+        console.print(behind, style="red")
         return 1
     if stopper.requested is not None:
         console.print(f"stopped with a checkpoint; continue with: vlarl train --resume --run-dir {where}")
         return 130 if stopper.requested == signal.SIGINT else 0
     console.print(f"done: {where}/summary.json")
     return 0
+
+
+def _checkpoint_is_behind(run: RunDirectory) -> str | None:
+    """Says so where the last iteration has no checkpoint, because writing it failed."""
+    rows, newest = run.read_rows(), run.newest_checkpoint()
+    last = rows[-1]["iteration"] if rows else 0
+    kept = CheckpointStore.read_facts(newest)["iteration"] if newest else 0
+    if kept >= last:
+        return None
+    return f"iteration {last} has no checkpoint (writing it failed), the newest is of iteration {kept}; make room and run vlarl train --resume again"

@@ -82,7 +82,7 @@ def test_a_killed_engine_is_replaced_and_serves_the_current_weights(algorithm: V
     pid = engine_pid(algorithm)
     kill_later(pid, 0.5)
     row = train(algorithm)
-    assert row["engine_failures"] >= 1 and row["engine_restarts"] == before["engine_restarts"] + 1
+    assert row["engine_failures"] >= 1 and row["faults"]["engine_restarts"] == before["faults"]["engine_restarts"] + 1
     assert row["env_steps"] == before["env_steps"] + STEPS
     assert row["logprob_gap_max"] < 1e-4
     assert engine_pid(algorithm) != pid

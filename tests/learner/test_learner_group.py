@@ -1,5 +1,6 @@
 """The FSDP learners on a real tiny OpenVLA: any number of them makes the same update."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.learner.collate import INSTRUCTION_KEY, LOG_PROBS_KEY
-from vlarl_rllib.learner.learner_group import LearnerGroupError, VLALearnerGroup
+from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError, VLALearnerGroup
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.weights.shared_memory import SharedMemoryReader
 
@@ -78,7 +79,8 @@ def make_group(ray_session: None) -> Iterator[Callable[..., VLALearnerGroup]]:
 def update(group: VLALearnerGroup, iteration: int = 0) -> dict[str, float]:
     episodes = contributions()
     refs = [ray.put(chunks) for chunks in episodes] if group.is_remote else episodes
-    results = group.update(episodes_refs=refs, num_steps=STEPS, iteration=iteration)
+    assert group.receive(refs, STEPS) == []
+    results = group.update(iteration=iteration)
     return {name: float(stats.peek()) for name, stats in results[0]["default_policy"].items()}
 
 
@@ -150,12 +152,23 @@ def test_a_lost_contribution_is_left_out_and_a_dead_learner_is_noticed_at_once(m
     owner = Owner.remote()
     (lost,) = ray.get(owner.put.remote(contributions()[0]))
     ray.kill(owner)
+    with pytest.raises(ray.exceptions.RayError):  # what its owner had can be fetched for about a second after its death
+        while True:
+            ray.get(lost)
+            time.sleep(0.1)
     refs = [lost, *(ray.put(chunks) for chunks in contributions()[1:])]
-    results = group.update(episodes_refs=refs, num_steps=STEPS, iteration=0)
+    assert group.receive(refs, STEPS) == [0]
+    results = group.update(iteration=0)
     assert float(results[0]["default_policy"]["optimizer_steps"].peek()) == 6  # 22 steps still make 3 minibatches
-    with pytest.raises(ValueError, match="0 of 1 contributions"):
-        group.update(episodes_refs=[lost], num_steps=[8], iteration=1)
+    assert group.receive([lost], [8]) == [0]
+    with pytest.raises(ValueError, match="0 contributions arrived, too few for 1 learner"):
+        group.update(iteration=1)
 
+    with pytest.raises(LearnerError, match=r"rank 0 failed: .*no complete checkpoint here"):
+        group.call("load_sharded", "/nonexistent")
     ray.kill(group._workers[0])
-    with pytest.raises(LearnerGroupError, match="rank 0 failed"):
-        group.update(episodes_refs=refs[1:], num_steps=STEPS[1:], iteration=1)
+    with pytest.raises(LearnerGroupError, match="rank 0 died"):
+        group.receive(refs[1:], STEPS[1:])
+    group.rebuild()
+    assert group.receive(refs[1:], STEPS[1:]) == []
+    assert float(group.update(iteration=1)[0]["default_policy"]["optimizer_steps"].peek()) == 6

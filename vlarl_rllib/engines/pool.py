@@ -22,6 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from vlarl_rllib.engines.protocol import INITIAL_VERSION, EngineError, EngineSpec, EngineStatus
 from vlarl_rllib.engines.vllm_engine import VLLMEngine, engine_env_vars
+from vlarl_rllib.errors import one_line
 from vlarl_rllib.types import WeightManifest
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class _Member:
     index: int
     options: dict[str, Any]
     handle: Any = None
+    pid: int = 0
     num_failures: int = 0
     """In a row; an engine that has sampled an action since it started begins a new row."""
     last_error: str = field(default="")
@@ -92,6 +94,11 @@ class EnginePool:
         except BaseException:
             self.shutdown()
             raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the engines, as of when they last answered."""
+        return [member.pid for member in self._members]
 
     @property
     def handles(self) -> list[Any]:
@@ -179,7 +186,7 @@ class EnginePool:
     def _blame(self, member: _Member, error: Any) -> _Member:
         """Count a failure. Raises RuntimeError where it is one too many."""
         member.num_failures += 1
-        member.last_error = _last_line(error)
+        member.last_error = one_line(error)
         logger.warning("vlarl-engine-%d failed (%d in a row): %s", member.index, member.num_failures, member.last_error)
         if member.num_failures >= self._max_failures:
             raise RuntimeError(f"vlarl-engine-{member.index} failed {member.num_failures} times in a row, at last with: {member.last_error}")
@@ -206,7 +213,9 @@ class EnginePool:
                 outcomes[member] = TimeoutError(f"{method} gave no answer within {timeout_seconds:g} s")
                 continue
             try:
-                outcomes[member] = ray.get(ref)
+                outcomes[member] = outcome = ray.get(ref)
+                if isinstance(outcome, EngineStatus):
+                    member.pid = outcome.pid
             except (RayError, EngineError, *REJECTIONS) as error:
                 outcomes[member] = error
         return {member: outcomes[member] for member in members}
@@ -225,10 +234,3 @@ def _wait(refs: list[Any], timeout_seconds: float, what: str) -> list[Any]:
 
 def _is_error(outcome: Any) -> bool:
     return isinstance(outcome, BaseException)
-
-
-def _last_line(error: BaseException) -> str:
-    """What went wrong, without Ray's traceback around it."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"

@@ -9,6 +9,7 @@ gathers parameters in each, so an unequal number would hang until the process gr
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,10 @@ POLICY, CRITIC = "policy", "critic"
 """Names of the two optimisers; during critic warm-up only the second one steps."""
 
 
+FIRST_MINIBATCH = ("policy_loss", "value_loss", "ratio_deviation", "clip_fraction")
+"""What is also logged of an iteration's first minibatch alone, before the weights have moved."""
+
+
 class VLALearner(PPOTorchLearner):
     """One FSDP rank. `config.vla` holds the settings; see `config.VLAPPOConfig`."""
 
@@ -62,14 +67,18 @@ class VLALearner(PPOTorchLearner):
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def join(self, rank: int, world_size: int, address: str, port: int) -> None:
-        """Join the process group of all learners; call it on all of them at once, before `build`."""
+    def ping(self) -> None:
+        """Answers as long as the actor lives and is not busy."""
+
+    def join(self, rank: int, world_size: int, address: str, port: int) -> int:
+        """Join the process group of all learners; call it on all of them at once, before `build`. Returns the process id."""
         from datetime import timedelta
 
         self._rank, self._world_size = rank, world_size
         timeout = self.settings.learners.timeout_seconds
         store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timedelta(seconds=timeout))
         fsdp.init_process_group(self._choose_device(), rank, world_size, store, timeout)
+        return os.getpid()
 
     def build(self) -> None:
         if not dist.is_initialized():  # a local learner: FSDP needs a group even for one rank
@@ -354,8 +363,7 @@ class VLALearner(PPOTorchLearner):
         means = {name: float(np.mean([entry[name] for entry in history])) for name in history[0] if name != "skipped"}
         self._log(
             **means,
-            first_ratio_deviation=history[0]["ratio_deviation"],
-            first_clip_fraction=history[0]["clip_fraction"],
+            **{f"first_{name}": history[0][name] for name in FIRST_MINIBATCH},
             optimizer_steps=float(len(history)),
             skipped_updates=sum(entry["skipped"] for entry in history),
         )

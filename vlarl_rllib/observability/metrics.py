@@ -20,6 +20,8 @@ LEARNER_METRICS = (
     "approx_kl",
     "clip_fraction",
     "first_clip_fraction",
+    "first_policy_loss",
+    "first_value_loss",
     "first_ratio_deviation",
     "explained_variance",
     "grad_norm",
@@ -33,10 +35,21 @@ LEARNER_METRICS = (
     "skipped_updates",
 )
 """What `VLALearner` logs for its policy."""
-RUNNER_SUMS = ("env_seconds", "sampler_seconds", "rollout_seconds", "env_deaths", "dropped_steps", "engine_failures")
+RUNNER_SUMS = ("env_seconds", "sampler_seconds", "rollout_seconds", "env_deaths", "dropped_steps", "engine_failures", "token_checksum")
 """What `VLAEnvRunner` logs as sums over an iteration."""
-SECONDS = ("startup", "sample", "update", "sync", "evaluation", "other")
-"""Where wall time goes; the first only in the first iteration."""
+SECONDS = ("startup", "sample", "update", "sync", "evaluation", "recovery", "other")
+"""Where wall time goes; the first only in the first iteration, `recovery` where the learners started anew."""
+FAULTS = (
+    "env_deaths",
+    "runner_restarts",
+    "engine_restarts",
+    "learner_restarts",
+    "trial_restarts",
+    "dropped_steps",
+    "repeated_iterations",
+    "failed_checkpoints",
+)
+"""What can go wrong and was mended, counted since the run began."""
 
 
 def iteration_metrics(
@@ -46,14 +59,14 @@ def iteration_metrics(
     seconds: dict[str, float],
     policy_version: int,
     manifest: WeightManifest | None,
-    engine_restarts: int,
+    faults: dict[str, int],
     initial_evaluation: dict[str, Any] | None,
     evaluation: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Pick the numbers out of RLlib's result of an iteration.
 
     Args:
-        engine_restarts: so far in this trial.
+        faults: see `FAULTS`.
         initial_evaluation: what `evaluation_metrics` made before the first iteration, else None.
         evaluation: the same behind this iteration, None where none was due.
     """
@@ -70,7 +83,7 @@ def iteration_metrics(
         "seconds": {name: float(seconds.get(name, 0.0)) for name in SECONDS},
         "policy_version": policy_version,
         "sync_bytes": manifest.num_bytes if manifest else 0,
-        "engine_restarts": engine_restarts,
+        "faults": faults,
         "initial_evaluation": initial_evaluation,
         "evaluation": evaluation,
     }

@@ -20,13 +20,13 @@ class LiveTable(Callback):
 
     Args:
         iterations: of the whole run, for the estimate of what is left.
-        rows: receives every iteration's `result["vlarl"]`; holds the earlier ones of a resumed run.
-        on_row: called with each new one.
+        add: records an iteration's `result["vlarl"]`; returns how many earlier rows it replaced.
     """
 
-    def __init__(self, iterations: int, rows: list[dict[str, Any]], console: Console, on_row: Callable[[dict[str, Any]], None]) -> None:
-        self._iterations, self._rows, self._console, self._on_row = iterations, rows, console, on_row
+    def __init__(self, iterations: int, console: Console, add: Callable[[dict[str, Any]], int]) -> None:
+        self._iterations, self._console, self._add = iterations, console, add
         self._has_header = False
+        self._spent: list[float] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks for `Tuner.restore`, which is not used here; a console cannot be pickled."""
@@ -38,8 +38,9 @@ class LiveTable(Callback):
             self._has_header = True
             self._console.print(f"[dim]ready after {row['seconds']['startup']:.0f} s[/dim]")
             self._console.print("".join(f"{name:>{width}}" for name, width in COLUMNS), style="bold")
-        self._rows.append(row)
-        self._on_row(row)
+        self._spent.append(sum(v for k, v in row["seconds"].items() if k != "startup"))
+        if repeated := self._add(row):
+            self._console.print(f"[yellow]{repeated} iteration(s) are played again after a fault: {_nonzero(row['faults'])}[/yellow]")
         self._print_evaluation(row["initial_evaluation"])
         self._console.print("".join(f"{text:>{width}}" for text, (_, width) in zip(self._cells(row), COLUMNS, strict=True)))
         self._print_evaluation(row["evaluation"])
@@ -51,8 +52,7 @@ class LiveTable(Callback):
 
     def _cells(self, row: dict[str, Any]) -> list[str]:
         seconds = row["seconds"]
-        spent = [sum(v for k, v in r["seconds"].items() if k != "startup") for r in self._rows]
-        left = (self._iterations - row["iteration"]) * sum(spent) / len(spent)
+        left = (self._iterations - row["iteration"]) * sum(self._spent) / len(self._spent)
         success = "-" if row["success_rate"] is None else f"{100 * row['success_rate']:.0f} %"
         return [
             f"{row['iteration']}/{self._iterations}",
@@ -64,3 +64,7 @@ class LiveTable(Callback):
             *(f"{seconds[name]:.1f} s" for name in ("sample", "update", "sync")),
             time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} d",
         ]
+
+
+def _nonzero(faults: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in faults.items() if count)

@@ -7,7 +7,9 @@ Episodes stay in this node's object store; what returns is one reference per slo
 from __future__ import annotations
 
 import logging
+import os
 import time
+import zlib
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +47,12 @@ class Contribution:
     """Steps that the iteration still lacks, because an engine failed."""
     engine_error: str | None = None
     metrics: Any = None
+    token_checksum: int = 0
+    """Sum of the CRC-32 of each step's action tokens: equal in two runs that took the same actions, in whatever order."""
+    runner: int = 0
+    """Number of the runner, from 1."""
+    pids: dict[str, Any] = field(default_factory=dict)
+    """Process ids: `runner`, and `environments` by subprocess."""
 
 
 class SlotVectorEnv(gym.vector.VectorEnv):
@@ -145,8 +153,12 @@ class VLAEnvRunner(SingleAgentEnvRunner):
 
     # The Algorithm's calls
 
-    def attach(self, engines: list[Any], version: int, manifest: WeightManifest | None) -> None:
-        """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`."""
+    def attach(self, engines: list[Any], version: int, manifest: WeightManifest | None) -> tuple[int, ...]:
+        """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`.
+
+        Returns:
+            The task of each slot.
+        """
         if self.settings.engines.num:
             if not isinstance(self._sampler, RemoteSampler):
                 self._sampler = RemoteSampler(self._loop.completions, engines)
@@ -160,6 +172,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 self._sampler.load_weights(manifest)
         self._version = version
         self.module.weights_version = version
+        return self._slot_tasks
 
     def sample_slots(self, iteration: int, steps_per_slot: int) -> Contribution:
         """Play until each slot has contributed `steps_per_slot` to `iteration`, or an engine fails.
@@ -178,7 +191,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         return contribution
 
     def begin_new_episodes(self) -> None:
-        """End the running episodes where they are, unseen; at checkpoints, so that a resumed run and this one go on alike."""
+        """End the running episodes where they are, unseen, and count the next `sample_slots` as a new iteration, whatever its number."""
+        self._iteration = -1
         self._loop.abandon()
         for player in self._players.values():
             player.abandon()
@@ -209,12 +223,16 @@ class VLAEnvRunner(SingleAgentEnvRunner):
     def _collect(self) -> Contribution:
         error = self._loop.engine_error
         contribution = Contribution(
-            missing_steps=sum(player.missing_steps for player in self._players.values()), engine_error=str(error) if error else None
+            missing_steps=sum(player.missing_steps for player in self._players.values()),
+            engine_error=str(error) if error else None,
+            runner=self.worker_index,
+            pids={"runner": os.getpid(), "environments": self.env.processes.pids()},
         )
         for player in self._players.values():
             if chunks := player.take():
                 contribution.refs.append(ray.put(chunks))
                 contribution.num_steps.append(sum(map(len, chunks)))
+                contribution.token_checksum += sum(zlib.crc32(tokens.tobytes()) for chunk in chunks for tokens in chunk.get_actions())
         return contribution
 
     def _log_rollout(self, contribution: Contribution, seconds: float) -> None:
@@ -237,6 +255,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             "env_deaths": float(loop.env_deaths),
             "dropped_steps": float(dropped),
             "engine_failures": float(contribution.engine_error is not None),
+            "token_checksum": float(contribution.token_checksum),
         }.items():
             self.metrics.log_value(name, value, reduce="sum")
         loop.env_seconds = loop.sampler_seconds = 0.0

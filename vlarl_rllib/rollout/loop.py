@@ -22,7 +22,7 @@ from vlarl_rllib.engines.client import SamplerClient
 from vlarl_rllib.engines.protocol import EngineError
 from vlarl_rllib.envs.vector import SlotEvent, SlotProcesses
 from vlarl_rllib.rollout.players import Player
-from vlarl_rllib.types import SampleReply, SampleRequest
+from vlarl_rllib.types import SampleReply
 
 logger = logging.getLogger(__name__)
 
@@ -161,15 +161,22 @@ class SlotLoop:
         busy = any(self._state[slot] in (SlotState.RESETTING, SlotState.SAMPLING, SlotState.STEPPING) for slot in self._players)
         if self._lockstep and busy:
             return
-        for slot, player in self._players.items():
-            if self._state[slot] is SlotState.READY and player.wants_action():
-                self._submit(slot, player.request())
+        waiting = [slot for slot, player in self._players.items() if self._state[slot] is SlotState.READY and player.wants_action()]
+        if self._lockstep:  # one call, so that the engine's batches do not depend on timing
+            self._submit(waiting)
+        else:
+            for slot in waiting:
+                self._submit([slot])
 
-    def _submit(self, slot: int, request: SampleRequest) -> None:
-        key, self._next_key = self._next_key, self._next_key + 1
-        self._requests[key] = (slot, time.monotonic())
-        self._state[slot] = SlotState.SAMPLING
-        self._sampler.submit(key, request)
+    def _submit(self, slots: list[int]) -> None:
+        items = []
+        for slot in slots:
+            key, self._next_key = self._next_key, self._next_key + 1
+            self._requests[key] = (slot, time.monotonic())
+            self._state[slot] = SlotState.SAMPLING
+            items.append((key, self._players[slot].request()))
+        if items:
+            self._sampler.submit_many(items)
 
     def _on_completion(self, key: int, outcome: SampleReply | Exception) -> None:
         if key not in self._requests:  # given up on after its time-out

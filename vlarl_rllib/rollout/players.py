@@ -156,8 +156,8 @@ class TrainingPlayer:
         return [chunk.to_numpy() for chunk in chunks]
 
     def abandon(self) -> None:
-        """Forget the running episode, so that the next iteration begins new ones (at checkpoints and around evaluations)."""
-        self._chunk = None
+        """Forget the running episode and what was not taken, so that the next iteration begins anew."""
+        self._chunk, self._done_chunks = None, []
 
     @property
     def playing(self) -> bool:
