@@ -176,6 +176,8 @@ class RolloutCollector:
     def _foreach(self, method: str, arguments: dict[int, dict[str, Any]]) -> dict[int, Any]:
         """Call `method` on the runners with these numbers; answers by number. Those that died or froze are left out."""
         indices = list(arguments)
+        if not indices:  # which RLlib would take for all
+            return {}
         answers: list[tuple[int, Any]] = self._runners.foreach_env_runner(
             [partial(_numbered, method)] * len(indices),
             kwargs=list(arguments.values()),

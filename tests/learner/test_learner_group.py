@@ -94,6 +94,13 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+def read_until_lost(ref: Any) -> None:
+    """What a process owned can still be fetched for about a second after its death."""
+    while True:
+        ray.get(ref)
+        time.sleep(0.1)
+
+
 def test_0_1_and_2_learners_make_the_same_update_and_load_each_others_checkpoint(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:
     local = make_group(0)
     before = weights(local, 1)
@@ -152,10 +159,8 @@ def test_a_lost_contribution_is_left_out_and_a_dead_learner_is_noticed_at_once(m
     owner = Owner.remote()
     (lost,) = ray.get(owner.put.remote(contributions()[0]))
     ray.kill(owner)
-    with pytest.raises(ray.exceptions.RayError):  # what its owner had can be fetched for about a second after its death
-        while True:
-            ray.get(lost)
-            time.sleep(0.1)
+    with pytest.raises(ray.exceptions.RayError):
+        read_until_lost(lost)
     refs = [lost, *(ray.put(chunks) for chunks in contributions()[1:])]
     assert group.receive(refs, STEPS) == [0]
     results = group.update(iteration=0)
