@@ -71,6 +71,9 @@ class EnvSettings(Section):
     )
     max_steps: PositiveInt | None = Field(None, description="Steps after which an episode is cut off; null = the suite's published horizon.")
     timeout_seconds: PositiveFloat = Field(600.0, description="A reset or step that takes longer ends its subprocess, which is then started anew.")
+    max_resets_per_process: PositiveInt | None = Field(
+        1000, description="Resets after which a subprocess is replaced, at the next checkpoint or evaluation; null = never."
+    )
     fast_render: bool = Field(
         False, description="No multisampling, shadows or reflections: 2-3 times faster on a CPU, but not the pictures checkpoints were trained on."
     )

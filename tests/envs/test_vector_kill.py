@@ -2,6 +2,8 @@
 
 import time
 
+import numpy as np
+
 from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.envs.vector import SlotEvent, SlotProcesses
 
@@ -26,5 +28,29 @@ def test_a_killed_slot_is_reported_dead_and_plays_again() -> None:
         assert processes.pids()[0] != pids[0] and processes.pids()[1] == pids[1]
         processes.send_reset(0, 0, initial_state=0, seed=0)
         assert wait_for(processes, "reset").slot == 0
+    finally:
+        processes.close()
+
+
+def test_a_worn_process_is_replaced_when_asked_and_plays_on() -> None:
+    processes = SlotProcesses(EnvSpec(name="synthetic", image_size=28), [0, 1], num_processes=2, max_resets=2)
+    try:
+        pids = processes.pids()
+        assert processes.recycle() == []
+        for _ in range(2):
+            processes.send_reset(1, 1, initial_state=0, seed=0)
+            wait_for(processes, "reset")
+        processes.send_reset(0, 0, initial_state=0, seed=0)
+        first = wait_for(processes, "reset")
+        assert processes.recycle() == [1]
+        assert processes.pids()[0] == pids[0] and processes.pids()[1] != pids[1]
+        assert processes.stats()["restarts"] == 0, "that is for deaths"
+        for _ in range(2):
+            processes.send_reset(0, 0, initial_state=0, seed=0)
+            again = wait_for(processes, "reset")
+            processes.send_reset(1, 1, initial_state=0, seed=0)
+            wait_for(processes, "reset")
+        assert np.array_equal(first.image, again.image)
+        assert processes.recycle() == [0, 1], "the new process counts from 0"
     finally:
         processes.close()

@@ -53,6 +53,7 @@ class SlotProcesses:
         models_per_process: environments (for LIBERO: MuJoCo models) that a subprocess may hold at a time.
         max_consecutive_deaths: deaths of one subprocess without a successful reset in between after which `poll` gives
             up.
+        max_resets: of a subprocess, after which `recycle` replaces it; None = never.
 
     Raises:
         ValueError: the tasks do not fit into the subprocesses.
@@ -66,9 +67,11 @@ class SlotProcesses:
         num_processes: int,
         models_per_process: int = 1,
         max_consecutive_deaths: int = 3,
+        max_resets: int | None = None,
     ) -> None:
         self._spec, self._num_slots = spec, len(slot_tasks)
         self._models_per_process, self._max_deaths = models_per_process, max_consecutive_deaths
+        self._max_resets = max_resets
         assignment = assign_slots(slot_tasks, num_processes, models_per_process)
         self._frames_fd = os.memfd_create("vlarl-frames")
         os.ftruncate(self._frames_fd, self._num_slots * frame_bytes(spec))
@@ -84,6 +87,7 @@ class SlotProcesses:
     def send_reset(self, slot: int, task_id: int, initial_state: int, seed: int) -> None:
         """Begin an episode in `slot`; returns at once. The answer is a `reset` event."""
         self._send(slot, Reset(slot, task_id, initial_state, seed))
+        self._workers[self._worker_of_slot[slot]].num_resets += 1
 
     def send_step(self, slot: int, policy_action: np.ndarray) -> None:
         """Act with an un-normalised policy action [7] (gripper 1 = open); returns at once. Answered by a `step` event."""
@@ -127,6 +131,21 @@ class SlotProcesses:
     def kill(self, slot: int) -> None:
         """End the subprocess of `slot` by force; `poll` then reports it dead to all its slots and starts it anew."""
         self._workers[self._worker_of_slot[slot]].process.kill()
+
+    def recycle(self) -> list[int]:
+        """Replace the subprocesses that have done `max_resets` resets, so that what a simulator or driver leaks has an end.
+
+        Call it where no running episode matters: a command under way is never answered.
+
+        Returns:
+            The slots of the new subprocesses.
+        """
+        worn = [index for index, worker in enumerate(self._workers) if self._max_resets and worker.num_resets >= self._max_resets]
+        for index in worn:
+            self._workers[index].process.kill()
+            self._workers[index].end(grace_seconds=CLOSE_GRACE_SECONDS)
+            self._workers[index] = self._start(index, self._workers[index].slots)
+        return [slot for index in worn for slot in self._workers[index].slots]
 
     def close(self) -> None:
         """Stop the subprocesses, those that do not stop within `CLOSE_GRACE_SECONDS` by force. May be called again."""
@@ -184,6 +203,7 @@ class _Worker:
 
     def __init__(self, slots: tuple[int, ...], setup: WorkerSetup, frames_fd: int) -> None:
         self.slots = slots
+        self.num_resets = 0
         ours, theirs = socket.socketpair()
         with theirs:
             fds = (theirs.fileno(), frames_fd)

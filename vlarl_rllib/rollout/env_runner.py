@@ -98,7 +98,13 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             max_steps=env.max_steps,
             fast_render=env.fast_render,
         )
-        processes = SlotProcesses(spec, list(slot_tasks), num_processes=plan.num_processes, models_per_process=env.models_per_process)
+        processes = SlotProcesses(
+            spec,
+            list(slot_tasks),
+            num_processes=plan.num_processes,
+            models_per_process=env.models_per_process,
+            max_resets=env.max_resets_per_process,
+        )
         self.env = SlotVectorEnv(processes, env.num_envs, model.image_size)
         self.num_envs = env.num_envs
         self._make_players(spec, slot_tasks, runner * env.num_envs)

@@ -111,6 +111,10 @@ class SlotLoop:
                 self._state[slot] = SlotState.EMPTY
             elif state is not SlotState.EMPTY:
                 self._discard[slot] = True
+        for slot in self._processes.recycle():
+            self._env_calls.pop(slot, None)
+            if self._state[slot] is not SlotState.SAMPLING:
+                self._state[slot], self._discard[slot] = SlotState.EMPTY, False
 
     def run(self, players: Mapping[int, Player], sampler: SamplerClient, version: int) -> None:
         """Play until every player rests, or until the engine failed (`engine_error`) and nothing is in flight any more.
