@@ -199,9 +199,10 @@ class RolloutCollector:
 
     def _check(self, fruitless: int, errors: list[str | None]) -> None:
         if fruitless >= MAX_FRUITLESS_ROUNDS:
+            reasons = ", ".join(error or "no error, and nothing played" for error in errors) or "no runner answered"
             raise RuntimeError(
-                f"sampling brought no step {fruitless} times in a row; last errors: {[e for e in errors if e] or 'no runner answered'}; "
-                "the runners' own logs are in Ray's session directory under logs/"
+                f"sampling brought no step {fruitless} times in a row; the runners' last words: {reasons}; "
+                "their own logs are in Ray's session directory under logs/"
             )
         if fruitless:
             self._wait_for_a_runner()

@@ -1,5 +1,6 @@
 """The FSDP learners on a real tiny OpenVLA: any number of them makes the same update."""
 
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,3 +178,29 @@ def test_a_lost_contribution_is_left_out_and_a_dead_learner_is_noticed_at_once(m
     group.rebuild()
     assert group.receive(refs[1:], STEPS[1:]) == []
     assert float(group.update(iteration=1)[0]["default_policy"]["optimizer_steps"].peek()) == 6
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:
+    group = make_group(0)
+    group.call("save_sharded", str(tmp_path))
+    group.call("load_sharded", str(tmp_path))
+    metadata = tmp_path / "shards" / ".metadata"
+    whole = metadata.read_bytes()
+    metadata.write_bytes(pickle.dumps(Touching(tmp_path / "touched")))
+    with pytest.raises(ValueError, match=r"names pathlib\.Path\.touch, which torch's checkpoints have no use for|names builtins\.getattr"):
+        group.call("load_sharded", str(tmp_path))
+    assert not (tmp_path / "touched").exists()
+    metadata.write_bytes(whole)
+    next((tmp_path / "shards").glob("*.distcp")).write_bytes(b"cut short")
+    with pytest.raises(OSError, match=str(tmp_path)):
+        group.call("load_sharded", str(tmp_path))
+
+
+class Touching:
+    """Its unpickling touches a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.path.touch, ()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,19 @@ from torch.distributed.checkpoint.state_dict import (
 STEPPED_FILE = "stepped.json"
 """Which optimisers had stepped. torch's state-dict functions initialise an optimiser's state with a dummy step and leave step = 1
 behind, which would shift Adam's bias correction after a resume; so an optimiser without state is neither saved nor loaded."""
+
+
+METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    "pathlib": {"Path", "PosixPath"},
+}  # fmt: skip
+"""All that the pickle `.metadata` of a checkpoint names; torch would import and call whatever else it named (2.11 to 2.13)."""
 
 
 def save_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
@@ -42,6 +58,7 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
 
     Raises:
         FileNotFoundError: where `directory` holds no complete checkpoint.
+        ValueError: where it holds something that torch does not write.
         OSError: where it is damaged, or of another model; raised on every rank.
     """
     if not (directory / STEPPED_FILE).is_file():
@@ -49,7 +66,8 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
     stepped = json.loads((directory / STEPPED_FILE).read_text())
     state = {"model": get_model_state_dict(model)} | {name: get_optimizer_state_dict(model, optimizers[name]) for name in stepped}
     try:
-        dcp.load(state, checkpoint_id=directory / "shards")
+        _refuse_foreign_metadata(directory / "shards")
+        dcp.load(state, checkpoint_id=directory / "shards", planner=_SafePlanner())
     except dcp.api.CheckpointException as error:
         raise OSError(f"{directory}: {_first_failure(error)}") from None
     set_model_state_dict(model, state["model"])
@@ -60,3 +78,24 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
 def _first_failure(error: dcp.api.CheckpointException) -> str:
     failure, _ = next(iter(error.failures.values()))
     return f"{type(failure).__name__}: {failure}"
+
+
+class _SafePlanner(dcp.DefaultLoadPlanner):
+    """Reads what is no tensor (learning rates and the like) without unpickling classes."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises for anything but numbers, strings and tensors
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in METADATA_CLASSES.get(module, ()):
+            raise ValueError(f"the checkpoint names {module}.{name}, which torch's checkpoints have no use for; do not trust it")
+        return super().find_class(module, name)
+
+
+def _refuse_foreign_metadata(shards: Path) -> None:
+    with (shards / ".metadata").open("rb") as file:
+        _MetadataUnpickler(file).load()

@@ -162,8 +162,7 @@ class SlotLoop:
     def _send_requests(self) -> None:
         if self.engine_error is not None:
             return
-        busy = any(self._state[slot] in (SlotState.RESETTING, SlotState.SAMPLING, SlotState.STEPPING) for slot in self._players)
-        if self._lockstep and busy:
+        if self._lockstep and self._waiting():
             return
         waiting = [slot for slot, player in self._players.items() if self._state[slot] is SlotState.READY and player.wants_action()]
         if self._lockstep:  # one call, so that the engine's batches do not depend on timing

@@ -1,0 +1,123 @@
+"""Does anything grow? Memory, file descriptors and shared memory of every process through hundreds of iterations, and of LIBERO through its resets."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from vlarl_rllib.envs.registry import EnvSpec
+from vlarl_rllib.envs.vector import SlotProcesses
+
+ITERATIONS = 320
+STEPS = 4 * 16
+CONFIG = f"""
+env: {{name: synthetic, tasks: [0, 1], num_envs: 4, num_processes: 2, max_steps: 8, max_resets_per_process: null}}
+rollout: {{steps_per_iteration: 16}}
+learners: {{num: 1, micro_batch_size: 32}}
+training: {{minibatch_size: 64}}
+evaluation: {{episodes: 0}}
+run: {{iterations: {ITERATIONS}, checkpoint_every: 20, dashboard: false}}
+"""
+MAX_GROWTH = 0.02
+"""Of resident memory between the first third of a run and its end."""
+
+
+class Gauge:
+    """Resident memory and file descriptors of named processes over time."""
+
+    def __init__(self) -> None:
+        self.rss: dict[str, list[float]] = defaultdict(list)
+        self.fds: dict[str, list[int]] = defaultdict(list)
+        self.shared: list[int] = []
+
+    def read(self, pids: dict[str, int]) -> None:
+        for name, pid in pids.items():
+            process = psutil.Process(pid)
+            self.rss[name].append(process.memory_info().rss / 2**20)
+            self.fds[name].append(process.num_fds())
+        self.shared.append(sum(file.stat().st_size for file in Path("/dev/shm").rglob("vlarl-*/**/*") if file.is_file()))
+
+    def report(self) -> list[str]:
+        """Prints a table; what grew too much."""
+        grown = []
+        print(f"\n{'process':16} {'MB at 1/3':>10} {'MB at end':>10} {'growth':>8} {'fds':>10}")
+        for name, values in self.rss.items():
+            window = max(1, len(values) // 10)
+            third = len(values) // 3
+            before, after = (float(np.median(part)) for part in (values[third : third + window], values[-window:]))
+            fds = self.fds[name]
+            print(f"{name:16} {before:10.1f} {after:10.1f} {after / before - 1:8.2%} {fds[third]:4} -> {fds[-1]:3}")
+            if after > before * (1 + MAX_GROWTH):
+                grown.append(f"{name}: {before:.0f} -> {after:.0f} MB")
+            if max(fds[-window:]) > max(fds[third : third + window]) + 2:
+                grown.append(f"{name}: {fds[third]} -> {fds[-1]} file descriptors")
+        print(f"shared memory of the weights: at most {max(self.shared):,} bytes")
+        return grown
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_nothing_grows_in_hundreds_of_iterations(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    run, gauge = tmp_path / "run", Gauge()
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    with (tmp_path / "output.txt").open("w") as output:
+        command = [sys.executable, "-m", "vlarl_rllib", "train", str(tmp_path / "config.yaml"), "--run-dir", str(run)]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        while not (run / "processes.json").exists() and process.poll() is None:
+            time.sleep(0.2)
+        roles = json.loads((run / "processes.json").read_text())
+        runner = roles["runners"]["1"]
+        pids = {"driver": process.pid, "algorithm": roles["algorithm"], "runner": runner["runner"], "engine": roles["engines"][0]}
+        pids |= {"learner": roles["learners"][0], "environment 0": runner["environments"][0], "environment 1": runner["environments"][1]}
+        pids |= {name: pid for name, pid in ray_processes(process.pid).items()}
+        while process.poll() is None and (tmp_path / "output.txt").read_text().count("done:") == 0:
+            if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= ITERATIONS:
+                break
+            gauge.read(pids)
+            time.sleep(2.0)
+        assert process.wait(120) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    print(
+        f"\n{summary['iterations']} iterations and syncs, {summary['env_steps']} requests, {summary['episodes']} episodes, {summary['wall_seconds']:.0f} s"
+    )
+    assert summary["policy_version"] > 300 and summary["env_steps"] >= 20_000 and summary["episodes"] >= 2_000
+    assert gauge.report() == []
+
+
+def ray_processes(driver: int) -> dict[str, int]:
+    """Ray's own, which must not grow for our sake."""
+    children = {child.name(): child.pid for child in psutil.Process(driver).children()}
+    return {name: pid for name, pid in children.items() if name in ("raylet", "gcs_server")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_libero_does_not_grow_in_two_thousand_resets() -> None:
+    spec = EnvSpec(name="libero", suite="libero_spatial", image_size=224, fast_render=True, max_steps=3)
+    processes = SlotProcesses(spec, [0], num_processes=1)
+    gauge = Gauge()
+
+    def play(command: Callable[..., None], *arguments: object) -> None:
+        command(0, *arguments)
+        while not (events := processes.poll(1.0)):
+            pass
+        assert events[0].kind in ("reset", "step"), events[0].error
+
+    try:
+        for i in range(2_000):
+            play(processes.send_reset, 0, i % 40, i)
+            play(processes.send_step, np.array([0.1, 0, 0, 0, 0, 0, 1.0]))
+            if i % 20 == 0:
+                gauge.read({"LIBERO": processes.pids()[0]})
+    finally:
+        processes.close()
+    assert gauge.report() == []
