@@ -121,7 +121,11 @@ def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: S
             name=run.path.name,
             storage_path=str(run.path.parent),
             stop=stopper,
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=settings.run.checkpoint_every, checkpoint_at_end=True),
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=settings.run.keep_checkpoints,  # of our pointers; Tune holds the whole result of each one it keeps
+                checkpoint_frequency=settings.run.checkpoint_every,
+                checkpoint_at_end=True,
+            ),
             failure_config=tune.FailureConfig(max_failures=0),  # `_fit_through_failures` asks for progress between restarts
             callbacks=callbacks,
             verbose=0,
