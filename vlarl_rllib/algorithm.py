@@ -232,7 +232,7 @@ class VLAPPO(PPO):
         """Totals since the run began."""
         self._faults.update({name: int(runner_results[name]) for name in ("env_deaths", "dropped_steps")})
         restarts = {
-            "runner_restarts": self.env_runner_group.num_remote_worker_restarts(),
+            "runner_restarts": self.collector.num_restarts,
             "engine_restarts": self.engine_pool.num_restarts if self.engine_pool is not None else 0,
         }
         return {name: self.config.faults.get(name, 0) + self._faults[name] + restarts.get(name, 0) for name in FAULTS}

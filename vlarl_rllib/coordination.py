@@ -18,7 +18,7 @@ from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from vlarl_rllib.curriculum import Start
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
-from vlarl_rllib.rollout.env_runner import Contribution
+from vlarl_rllib.rollout.env_runner import Attached, Contribution
 from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.types import WeightManifest
 
@@ -112,6 +112,9 @@ class RolloutCollector:
     ) -> None:
         self._runners, self._sync, self._pool, self._learners = runners, sync, pool, learners
         self._restore_runners, self._timeout_seconds = restore_runners, timeout_seconds
+        self.num_restarts = 0
+        """Runners that came back as a new process. RLlib counts only those that it saw dead: Ray may be faster than the next call."""
+        self._runner_pids: dict[int, int] = {}
 
     def collect(self, iteration: int, steps_per_slot: int) -> Rollout:
         """All slots' steps of `iteration`, handed to the learners.
@@ -155,11 +158,11 @@ class RolloutCollector:
         self._foreach("begin_new_episodes", {index: {} for index in self._runners.healthy_worker_ids()})
 
     @staticmethod
-    def _share(starts: list[Start], tasks: dict[int, Sequence[int]]) -> dict[int, dict[str, Any]]:
-        """Divide the starts over the runners, whose slots have these tasks, turn by turn."""
-        shares: dict[int, list[Start]] = {index: [] for index in tasks}
+    def _share(starts: list[Start], runners: dict[int, Attached]) -> dict[int, dict[str, Any]]:
+        """Divide the starts over the runners that have their tasks, turn by turn."""
+        shares: dict[int, list[Start]] = {index: [] for index in runners}
         for start in starts:
-            able = [index for index, known in tasks.items() if start.task_id in known]
+            able = [index for index, runner in runners.items() if start.task_id in runner.tasks]
             if able:
                 shares[min(able, key=lambda index: len(shares[index]))].append(start)
         return {index: {"starts": share} for index, share in shares.items()}
@@ -169,7 +172,10 @@ class RolloutCollector:
         self._sync.make_engines_current()
         handles = self._pool.handles if self._pool is not None else []
         attach = {"engines": handles, "version": self._sync.version, "manifest": self._sync.manifest}
-        attached = self._foreach("attach", dict.fromkeys(self._runners.healthy_worker_ids(), attach))
+        attached: dict[int, Attached] = self._foreach("attach", dict.fromkeys(self._runners.healthy_worker_ids(), attach))
+        pids = {index: runner.pid for index, runner in attached.items()}
+        self.num_restarts += sum(self._runner_pids.get(index, pid) != pid for index, pid in pids.items())
+        self._runner_pids.update(pids)
         arguments = dict.fromkeys(attached, kwargs) if starts is None else self._share(starts, attached)
         return list(self._foreach(method, {index: arguments[index] for index in attached if index in arguments}).values())
 

@@ -1,5 +1,6 @@
 """The whole loop inside one Ray: real vLLM, FSDP learner, environment subprocesses; and what happens when one of them is killed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.checkpoints import CheckpointStore
@@ -162,9 +164,9 @@ def test_a_runner_that_dies_before_the_learners_have_its_steps_plays_them_again(
 
     def kill_then_receive(refs: list[Any], num_steps: list[int]) -> list[int]:
         monkeypatch.undo()
-        (pid,) = algorithm.env_runner_group.foreach_env_runner(lambda runner: os.getpid(), local_env_runner=False)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(runner_pid(algorithm), signal.SIGKILL)
         time.sleep(3.0)  # what it had can still be fetched for about a second
+        wait_until_answers(algorithm.env_runner_group._worker_manager.actors()[1])  # so that RLlib never sees it dead
         return receive(refs, num_steps)
 
     monkeypatch.setattr(algorithm.learner_group, "receive", kill_then_receive)
@@ -173,6 +175,15 @@ def test_a_runner_that_dies_before_the_learners_have_its_steps_plays_them_again(
     assert row["faults"]["runner_restarts"] == before["faults"]["runner_restarts"] + 1
     assert row["env_steps"] == before["env_steps"] + 2 * STEPS
     assert row["optimizer_steps"] == before["optimizer_steps"]
+
+
+def wait_until_answers(actor: Any) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            return ray.get(actor.ping.remote())
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_frozen_runner_is_noticed_within_its_time_out(algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -53,6 +53,14 @@ class Contribution:
     """Number of the runner, from 1."""
     pids: dict[str, Any] = field(default_factory=dict)
     """Process ids: `runner`, and `environments` by subprocess."""
+
+
+class Attached(NamedTuple):
+    """A runner that is ready to sample."""
+
+    pid: int
+    tasks: tuple[int, ...]
+    """Of each slot."""
 
 
 class SlotVectorEnv(gym.vector.VectorEnv):
@@ -159,12 +167,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
 
     # The Algorithm's calls
 
-    def attach(self, engines: list[Any], version: int, manifest: WeightManifest | None) -> tuple[int, ...]:
-        """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`.
-
-        Returns:
-            The task of each slot.
-        """
+    def attach(self, engines: list[Any], version: int, manifest: WeightManifest | None) -> Attached:
+        """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`."""
         if self.settings.engines.num:
             if not isinstance(self._sampler, RemoteSampler):
                 self._sampler = RemoteSampler(self._loop.completions, engines)
@@ -178,7 +182,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 self._sampler.load_weights(manifest)
         self._version = version
         self.module.weights_version = version
-        return self._slot_tasks
+        return Attached(os.getpid(), self._slot_tasks)
 
     def sample_slots(self, iteration: int, steps_per_slot: int) -> Contribution:
         """Play until each slot has contributed `steps_per_slot` to `iteration`, or an engine fails.
