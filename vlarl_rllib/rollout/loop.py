@@ -247,10 +247,9 @@ class SlotLoop:
 
     def _check_timeouts(self) -> None:
         now = time.monotonic()
-        for key, (slot, since) in list(self._requests.items()):
+        for key, (_, since) in list(self._requests.items()):
             if now - since > self._request_timeout:
-                del self._requests[key]
-                self._fail(slot, EngineError(f"no action within engines.request_timeout_seconds = {self._request_timeout:g}"))
+                self._on_completion(key, EngineError(f"no action within engines.request_timeout_seconds = {self._request_timeout:g}"))
         for slot, since in list(self._env_calls.items()):
             if now - since > self._env_timeout:
                 del self._env_calls[slot]
