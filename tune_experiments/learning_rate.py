@@ -17,6 +17,10 @@ if __name__ == "__main__":
         VLAPPO,
         param_space=space,
         tune_config=tune.TuneConfig(num_samples=int(sys.argv[2]) if len(sys.argv) > 2 else 8, max_concurrent_trials=1),
-        run_config=tune.RunConfig(stop={"training_iteration": settings.run.iterations}),
+        run_config=tune.RunConfig(
+            stop={"training_iteration": settings.run.iterations},
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_frequency=settings.run.checkpoint_every),
+            failure_config=tune.FailureConfig(max_failures=settings.run.max_restarts),
+        ),
     )
     print(tuner.fit().get_dataframe()[["config/vla/training/lr", "config/vla/training/clip_high", "vlarl/success_rate", "vlarl/approx_kl"]])

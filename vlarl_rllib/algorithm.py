@@ -85,7 +85,7 @@ class VLAPPO(PPO):
         # Engines take longest to start and need nothing from the rest, so they start first and are waited for last.
         self.engine_pool = self._start_engines() if self._vla.engines.num else None
         super().setup(config)
-        self.weight_sync = WeightSync(self.learner_group, self.engine_pool)
+        self.weight_sync = WeightSync(self.learner_group, self.engine_pool, self.config.policy_version)
         self.collector = RolloutCollector(
             self.env_runner_group,
             self.weight_sync,

@@ -38,6 +38,8 @@ class VLAPPOConfig(PPOConfig):
         """Checkpoint to begin with; None = the model as `model.path` has it."""
         self.faults: dict[str, int] = {}
         """Faults of earlier starts of the same run, by kind (`observability.metrics.FAULTS`)."""
+        self.policy_version = 0
+        """Newest version that earlier starts of the same run have used, also after the checkpoint that this one begins with."""
         self._apply(Settings())
 
     @classmethod
@@ -74,6 +76,7 @@ class VLAPPOConfig(PPOConfig):
             max_batch=engines.max_batch,
             gpu_memory_gb=engines.gpu_memory_gb,
             enforce_eager=engines.enforce_eager,
+            mix_calls=not settings.lockstep,
             seed=settings.run.seed,
         )
 

@@ -35,10 +35,13 @@ class WeightSync:
 
     The counter is the policy version: it never repeats or decreases, also after a resume. The newest full version stays readable
     until the next one is committed, so that an engine restarted in between loads it without the learners.
+
+    Args:
+        version: the newest one that has been used, 0 = none yet.
     """
 
-    def __init__(self, learners: VLALearnerGroup, pool: EnginePool | None) -> None:
-        self.version = 0
+    def __init__(self, learners: VLALearnerGroup, pool: EnginePool | None, version: int) -> None:
+        self.version = version
         self.manifest: WeightManifest | None = None
         self._learners, self._pool = learners, pool
 
@@ -67,8 +70,8 @@ class WeightSync:
 class Rollout:
     """An iteration's steps."""
 
-    refs: list[Any] = field(default_factory=list)
-    num_steps: list[int] = field(default_factory=list)
+    slots: list[tuple[int, Any, int]] = field(default_factory=list)
+    """(runner, ref of its chunks, steps) of each slot, in an order that does not depend on who was faster."""
     metrics: list[Any] = field(default_factory=list)
     lost_steps: int = 0
     """Steps that were played and died with their runner before the learners had them."""
@@ -76,16 +79,16 @@ class Rollout:
     """By runner, its process and those of its environments."""
 
     def add(self, contribution: Contribution) -> None:
-        self.refs += contribution.refs
-        self.num_steps += contribution.num_steps
+        runner = contribution.runner
+        self.slots += [(runner, ref, steps) for ref, steps in zip(contribution.refs, contribution.num_steps, strict=True)]
+        self.slots.sort(key=lambda slot: slot[0])
         self.metrics.append(contribution.metrics)
         self.pids[contribution.runner] = contribution.pids
 
     def drop(self, indices: Sequence[int]) -> None:
-        """Forget these refs."""
-        for index in sorted(indices, reverse=True):
-            del self.refs[index]
-            self.lost_steps += self.num_steps.pop(index)
+        """Forget these slots' steps."""
+        self.lost_steps += sum(self.slots[index][2] for index in indices)
+        self.slots = [slot for index, slot in enumerate(self.slots) if index not in indices]
 
 
 class RolloutCollector:
@@ -131,12 +134,12 @@ class RolloutCollector:
             contributions: list[Contribution] = self._call("sample_slots", iteration=iteration, steps_per_slot=steps_per_slot)
             for contribution in contributions:
                 rollout.add(contribution)
-            if len(rollout.refs) >= enough and not any(contribution.missing_steps for contribution in contributions):
-                lost = self._learners.receive(rollout.refs, rollout.num_steps)
+            if len(rollout.slots) >= enough and not any(contribution.missing_steps for contribution in contributions):
+                lost = self._learners.receive([ref for _, ref, _ in rollout.slots], [steps for _, _, steps in rollout.slots])
                 if not lost:
                     return rollout
                 rollout.drop(lost)
-            fruitless = 0 if any(contribution.num_steps for contribution in contributions) else fruitless + 1
+            fruitless = 0 if any(contribution.played_steps for contribution in contributions) else fruitless + 1
             self._check(fruitless, [contribution.engine_error for contribution in contributions])
 
     def evaluate(self, starts: list[Start]) -> list[EpisodeResult]:
@@ -191,7 +194,7 @@ class RolloutCollector:
             timeout_seconds=self._timeout_seconds,
             local_env_runner=False,
         )
-        results = dict(answers)
+        results = dict(sorted(answers, key=lambda answer: answer[0]))
         for index in set(self._runners.healthy_worker_ids()) & set(indices) - results.keys():
             self._end(index, method)
         return results

@@ -85,8 +85,8 @@ class RolloutSettings(Section):
     temperature: PositiveFloat = Field(1.0, le=2.0, description="Softmax temperature over the 256 action ids (vLLM's limit is 2).")
     lockstep: bool | None = Field(
         None,
-        description="true = all slots wait for each other at each step, so that the engine gets full batches; false = every slot runs its own loop; "
-        "null = true for CPU engines, which share the cores with the environments, false for GPU engines.",
+        description="true = all slots wait for each other at each step, so that the engine gets full batches and the run repeats to the token; "
+        "false = every slot runs its own loop; null = true for CPU engines, which share the cores with the environments, false for GPU engines.",
     )
     timeout_seconds: PositiveFloat = Field(
         3600.0, description="A runner that takes longer for its part of an iteration is frozen and is started anew."
@@ -229,6 +229,11 @@ class Settings(Section):
     def task_ids(self) -> list[int]:
         """The tasks of the run, in the order given."""
         return list(range(num_tasks(self.env))) if self.env.tasks is None else list(self.env.tasks)
+
+    @property
+    def lockstep(self) -> bool:
+        """`rollout.lockstep`, or what it is by default."""
+        return not self.engines.gpus if self.rollout.lockstep is None else self.rollout.lockstep
 
 
 def num_tasks(env: EnvSettings) -> int:

@@ -61,7 +61,8 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     earlier_seconds = sum(sum(row["seconds"].values()) for row in log.rows)
     config = VLAPPOConfig.from_settings(settings, run.path)
     config.restore_from = str(CheckpointStore.resolve(resume_from).absolute()) if resume_from else None
-    config.faults = log.rows[-1]["faults"] if log.rows else {}
+    if log.rows:
+        config.faults, config.policy_version = log.rows[-1]["faults"], log.rows[-1]["policy_version"]
     stopper = StopAfter(settings.run.iterations)
     plan = calculate_runtime_args(settings)
     console.print(
@@ -102,6 +103,7 @@ def _fit_through_failures(
             return error
         config = config.copy(copy_frozen=False)
         config.faults = log.rows[-1]["faults"] | {"trial_restarts": log.rows[-1]["faults"]["trial_restarts"] + 1}
+        config.policy_version = log.rows[-1]["policy_version"]
         (run.path / "error.txt").write_text(str(error))
         console.print(f"the trial failed after iteration {iteration}: {one_line(error)}; it starts anew from its newest checkpoint", style="yellow")
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Run:
         self.output = (root / "output.txt").open("w")
         self.seen: list[dict[str, Any]] = []
         """Every row in the order it was written, those that were played again too."""
+        self._lines: set[str] = set()
         self.start(str(root / "config.yaml"), "--run-dir", str(self.path))
 
     def start(self, *arguments: str) -> None:
@@ -66,11 +68,11 @@ class Run:
         self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT, env=environment)
 
     def new_rows(self) -> list[dict[str, Any]]:
-        """Rows written since the last call; a version belongs to one iteration that was really played."""
+        """Rows written since the last call. An iteration that was played again has other times, so no two rows are alike."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
-        versions = {row["policy_version"] for row in self.seen}
-        new = [row for row in map(json.loads, lines) if row["policy_version"] not in versions]
+        new = [json.loads(line) for line in lines if line not in self._lines]
+        self._lines.update(lines)
         self.seen += new
         return new
 
@@ -135,12 +137,18 @@ def check_repeats(rows: list[dict[str, Any]]) -> int:
     return sum(len(checksums) - 1 for checksums in played.values())
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path)
+    yield run
+    run.process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_a_run_under_random_kills(tmp_path: Path) -> None:
-    print(f"\n{KILLS} kills, seed {SEED}, {tmp_path}")
+def test_a_run_under_random_kills(run: Run) -> None:
+    print(f"\n{KILLS} kills, seed {SEED}, {run.root}")
     rng = random.Random(SEED)
-    run = Run(tmp_path)
     seconds: dict[str, list[float]] = defaultdict(list)
     iteration_seconds: list[float] = []
     run.wait_for("the start")
@@ -166,7 +174,7 @@ def test_a_run_under_random_kills(tmp_path: Path) -> None:
         print(f"{sum(map(len, seconds.values())):3} {kind:15} {seconds[kind][-1]:6.1f} s, then iteration {new[-1]['iteration']}", flush=True)
 
     run.process.terminate()
-    assert run.process.wait(120) == 0, (tmp_path / "output.txt").read_text()[-2000:]
+    assert run.process.wait(120) == 0, (run.root / "output.txt").read_text()[-2000:]
     run.new_rows()
     repeated = check_repeats(run.seen)
     print(f"\n{len(run.seen)} iterations, {repeated} of them played again with the same actions")

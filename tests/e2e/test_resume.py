@@ -20,8 +20,8 @@ LOSSES = ("first_policy_loss", "first_value_loss")
 def build(run: Path, *, learners: int = 1, restore_from: Path | None = None) -> VLAPPO:
     settings = Settings.from_dict(
         {
-            "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 4, "num_processes": 2, "max_steps": 10},
-            "rollout": {"steps_per_iteration": 24},
+            "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 2, "num_processes": 1, "models_per_process": 2, "max_steps": 10},
+            "rollout": {"num_runners": 2, "steps_per_iteration": 24},
             "learners": {"num": learners, "micro_batch_size": 32, "timeout_seconds": 120},
             "training": {"minibatch_size": 48, "num_epochs": 2, "lr": 1e-4, "value_lr": 1e-3},
             "evaluation": {"episodes": 0},
@@ -88,10 +88,15 @@ def test_the_same_run_goes_on_after_a_resume_a_lost_learner_and_with_two_learner
         patch.setattr(algorithm.learner_group, "rebuild", lambda: (setattr(algorithm.learner_group, "timeout_seconds", 120.0), rebuild()))
         assert_same(train(algorithm), expected, 1e-5)
 
-    # Another process, from the same checkpoint.
+    # Another process, from the same checkpoint; its engine dies while it samples.
     resumed = make(tmp_path / "two", restore_from=pointer)
     assert resumed.iteration == 2
-    assert_same(train(resumed), expected, 1e-5)
+    engines = resumed.engine_pool.pids
+    threading.Timer(0.3, os.kill, (engines[0], signal.SIGKILL)).start()
+    rows = train(resumed)
+    assert rows[0]["engine_failures"] == 2, "of each runner; else the kill came too late to test anything"
+    assert rows[0]["faults"]["engine_restarts"] == 1 and resumed.engine_pool.pids != engines
+    assert_same(rows, expected, 1e-5)
 
     # Two learners instead of one; then one of the two dies in the middle of an update.
     two = make(tmp_path / "three", learners=2, restore_from=pointer)

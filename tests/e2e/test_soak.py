@@ -65,13 +65,14 @@ class Gauge:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_nothing_grows_in_hundreds_of_iterations(tmp_path: Path) -> None:
+def test_nothing_grows_in_hundreds_of_iterations(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     run, gauge = tmp_path / "run", Gauge()
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     with (tmp_path / "output.txt").open("w") as output:
         command = [sys.executable, "-m", "vlarl_rllib", "train", str(tmp_path / "config.yaml"), "--run-dir", str(run)]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        request.addfinalizer(process.kill)
         while not (run / "processes.json").exists():
             assert process.poll() is None, (tmp_path / "output.txt").read_text()
             time.sleep(0.2)

@@ -19,6 +19,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
     directory: Path = tmp_path_factory.mktemp("tiny")
     write_checkpoint("tiny", directory)
     return EngineSpec(
+        mix_calls=True,
         model_path=str(directory),
         dtype="float32",
         gpus=0,

@@ -138,6 +138,16 @@ def test_critic_warm_up_leaves_the_policy_alone(make_group: Callable[..., VLALea
     assert largest_difference(before, weights(group, 3)) > 0.0
 
 
+def test_an_optimiser_that_had_not_stepped_is_new_after_a_restore(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:
+    group = make_group(0)
+    group.call("save_sharded", str(tmp_path))
+    update(group)
+    first = weights(group, 1)
+    group.call("load_sharded", str(tmp_path))
+    update(group)
+    assert largest_difference(first, weights(group, 2)) == 0.0
+
+
 def test_a_non_finite_gradient_is_skipped_counted_and_at_last_fatal(make_group: Callable[..., VLALearnerGroup]) -> None:
     group = make_group(0, max_skipped_updates=8)
     before = weights(group, 1)

@@ -43,6 +43,8 @@ class EngineSpec:
     """GPU memory for weights and KV cache; None = vLLM's default fraction. On the CPU the cache is sized from `max_batch`."""
     enforce_eager: bool
     """No CUDA graphs. The CPU is always eager."""
+    mix_calls: bool
+    """Whether requests of several calls share a batch. False = each call is a batch of its own, so that its rounding does not depend on timing."""
     seed: int
 
 

@@ -1,7 +1,8 @@
 """The thread that owns a model which generates step by step: continuous batching over all callers.
 
-Whatever waits is admitted before each step. A weight update waits for what was submitted before it and holds back what
-was submitted after it, so that every action comes from one version. After the first exception nobody waits any more.
+Whatever waits is admitted before each step, or with `mix_calls` off once the model is idle. A weight update waits for what was submitted
+before it and holds back what was submitted after it, so that every action comes from one version. After the first exception nobody
+waits any more.
 """
 
 from __future__ import annotations
@@ -70,13 +71,15 @@ class StepLoop:
     Args:
         build: makes the stepper.
         action_token_ids: the only ids that a reply may hold.
+        mix_calls: see `EngineSpec.mix_calls`.
 
     Raises:
         EngineError: `build` failed.
     """
 
-    def __init__(self, build: Callable[[], Stepper], action_token_ids: range, name: str = "engine") -> None:
+    def __init__(self, build: Callable[[], Stepper], action_token_ids: range, name: str = "engine", *, mix_calls: bool = True) -> None:
         self._action_token_ids = action_token_ids
+        self._waits_for_idle = (_Update,) if mix_calls else (_Update, _Call)
         self._inbox: deque[_Call | _Update | _Probe] = deque()
         self._wake = threading.Condition()
         self._starting: _Call | _Update | _Probe | None = None
@@ -138,7 +141,7 @@ class StepLoop:
             with self._wake:
                 while not self._inbox and not self._in_flight:
                     self._wake.wait()
-                if not self._inbox or (isinstance(self._inbox[0], _Update) and self._in_flight):
+                if not self._inbox or (isinstance(self._inbox[0], self._waits_for_idle) and self._in_flight):
                     return
                 item = self._inbox.popleft()
             # A caller that went away has cancelled its future; from here on it can no longer do so.

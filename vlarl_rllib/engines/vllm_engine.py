@@ -69,7 +69,7 @@ class VLLMEngine:
 
             return VLLMStepper(spec, config, self._processor)
 
-        self._loop = StepLoop(build, config.action_token_ids, name)
+        self._loop = StepLoop(build, config.action_token_ids, name, mix_calls=spec.mix_calls)
 
     def __repr__(self) -> str:
         return self._name

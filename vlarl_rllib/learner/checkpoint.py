@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 STEPPED_FILE = "stepped.json"
 """Which optimisers had stepped. torch's state-dict functions initialise an optimiser's state with a dummy step and leave step = 1
-behind, which would shift Adam's bias correction after a resume; so an optimiser without state is neither saved nor loaded."""
+behind, which would shift Adam's bias correction after a resume; so an optimiser without state is not saved, and loads as one that has none."""
 
 
 METADATA_CLASSES = {
@@ -71,8 +71,11 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
     except dcp.api.CheckpointException as error:
         raise OSError(f"{directory}: {_first_failure(error)}") from None
     set_model_state_dict(model, state["model"])
-    for name in stepped:
-        set_optimizer_state_dict(model, optimizers[name], state[name])
+    for name, optimizer in optimizers.items():
+        if name in stepped:
+            set_optimizer_state_dict(model, optimizer, state[name])
+        else:
+            optimizer.state.clear()
 
 
 def _first_failure(error: dcp.api.CheckpointException) -> str:

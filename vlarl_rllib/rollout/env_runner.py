@@ -43,8 +43,11 @@ class Contribution:
     refs: list[Any] = field(default_factory=list)
     """One ref per slot that has new chunks; each a list of SingleAgentEpisode."""
     num_steps: list[int] = field(default_factory=list)
+    played_steps: int = 0
+    """Steps that this call played, handed over or not."""
     missing_steps: int = 0
-    """Steps that the iteration still lacks, because an engine failed."""
+    """Steps that the iteration still lacks, because an engine failed. Nothing is handed over then: a chunk that is cut there has other
+    advantages, and the runner's objects are no safer than the runner."""
     engine_error: str | None = None
     metrics: Any = None
     token_checksum: int = 0
@@ -124,7 +127,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             completions=Completions(),
             request_timeout_seconds=settings.engines.request_timeout_seconds,
             env_timeout_seconds=env.timeout_seconds,
-            lockstep=not settings.engines.gpus if settings.rollout.lockstep is None else settings.rollout.lockstep,
+            lockstep=settings.lockstep,
         )
 
     def _make_players(self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int) -> None:
@@ -187,15 +190,17 @@ class VLAEnvRunner(SingleAgentEnvRunner):
     def sample_slots(self, iteration: int, steps_per_slot: int) -> Contribution:
         """Play until each slot has contributed `steps_per_slot` to `iteration`, or an engine fails.
 
-        Called again with the same `iteration` it goes on where the failure stopped it.
+        Called again with the same `iteration` it goes on where the failure stopped it, and hands all of it over at the end.
         """
         if iteration != self._iteration:
             self._iteration = iteration
             for player in self._players.values():
                 player.begin_iteration(iteration, steps_per_slot)
         began = time.perf_counter()
+        missing = self._missing_steps()
         self._loop.run(self._players, self._require_sampler(), self._version)
         contribution = self._collect()
+        contribution.played_steps = max(0, missing - contribution.missing_steps)  # below 0 where a death cost more than was played
         self._log_rollout(contribution, time.perf_counter() - began)
         contribution.metrics = self.get_metrics()
         return contribution
@@ -230,15 +235,18 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             raise RuntimeError("attach() comes before sampling: this runner knows no engine")
         return self._sampler
 
+    def _missing_steps(self) -> int:
+        return sum(player.missing_steps for player in self._players.values())
+
     def _collect(self) -> Contribution:
         error = self._loop.engine_error
         contribution = Contribution(
-            missing_steps=sum(player.missing_steps for player in self._players.values()),
+            missing_steps=self._missing_steps(),
             engine_error=str(error) if error else None,
             runner=self.worker_index,
             pids={"runner": os.getpid(), "environments": self.env.processes.pids()},
         )
-        for player in self._players.values():
+        for player in self._players.values() if not contribution.missing_steps else ():
             if chunks := player.take():
                 contribution.refs.append(ray.put(chunks))
                 contribution.num_steps.append(sum(map(len, chunks)))
