@@ -210,7 +210,7 @@ def test_iterations_and_syncs_leave_nothing_behind(algorithm: VLAPPO) -> None:
     pids = [*roles["engines"], *roles["learners"], runner_pid(algorithm), *environment_pids(algorithm)]
 
     def sync_and_measure() -> tuple[list[int], list[int], int]:
-        for _ in range(20):
+        for _ in range(10):
             algorithm.weight_sync.push()
         train(algorithm)
         train(algorithm)
