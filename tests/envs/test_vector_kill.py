@@ -1,8 +1,10 @@
 """Ending the subprocess of a slot by force, as the event loop does after `env.timeout_seconds`."""
 
 import time
+from multiprocessing.connection import wait
 
 import numpy as np
+import psutil
 
 from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.envs.vector import SlotEvent, SlotProcesses
@@ -28,6 +30,20 @@ def test_a_killed_slot_is_reported_dead_and_plays_again() -> None:
         assert processes.pids()[0] != pids[0] and processes.pids()[1] == pids[1]
         processes.send_reset(0, 0, initial_state=0, seed=0)
         assert wait_for(processes, "reset").slot == 0
+    finally:
+        processes.close()
+
+
+def test_the_last_answer_of_a_dead_process_is_not_told() -> None:
+    """A caller would answer it with a command to the process's successor, and send that one a second command for the death."""
+    processes = SlotProcesses(EnvSpec(name="synthetic", image_size=28), [0], num_processes=1)
+    try:
+        processes.send_reset(0, 0, initial_state=0, seed=0)
+        assert wait(processes.connections(), 60), "the answer is in the pipe now"
+        processes.kill(0)
+        while psutil.Process(processes.pids()[0]).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert [event.kind for event in processes.poll(1.0)] == ["died"]
     finally:
         processes.close()
 

@@ -107,9 +107,9 @@ class SlotProcesses:
                 received, alive = worker.receive()
                 if any(event.kind == "reset" for event in received):
                     self._deaths[index] = 0
-                events += [self._with_frame(event) for event in received]
-                if not alive:
-                    events += self._bury(index)
+                # What a dead subprocess had still answered is not told: a caller that answers it would talk to the new one, which knows
+                # nothing of it, and then once more when it reads of the death.
+                events += [self._with_frame(event) for event in received] if alive else self._bury(index)
         return events
 
     def connections(self) -> list[Connection]:

@@ -185,6 +185,7 @@ class SlotLoop:
         if key not in self._requests:  # given up on after its time-out
             return
         slot, since = self._requests.pop(key)
+        assert self._state[slot] is SlotState.SAMPLING, f"an action for slot {slot}, which {self._state[slot].value}"
         self.sampler_seconds += time.monotonic() - since
         if self._discard[slot]:
             self._discard[slot] = False
@@ -220,7 +221,10 @@ class SlotLoop:
             raise RuntimeError(f"environment of slot {slot} failed:\n{event.error}")
         if event.kind == "died":
             self._on_death(slot)
-        elif self._discard[slot] or slot not in self._players:
+            return
+        expected = SlotState.RESETTING if event.kind == "reset" else SlotState.STEPPING
+        assert self._state[slot] is expected, f"a {event.kind} event of slot {slot}, which {self._state[slot].value}"
+        if self._discard[slot] or slot not in self._players:
             self._discard[slot] = False
             self._state[slot] = SlotState.EMPTY
             if slot in self._players:
