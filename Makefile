@@ -49,7 +49,7 @@ bench: $(STAMP)  ## measure the environment and the rollout loop
 	$(BIN)/python benchmarks/rollout.py
 
 lock:  ## resolve the CPU lock anew (needs uv)
-	uv pip compile pyproject.toml --extra cpu --extra data --extra dev --python-version 3.11 --overrides requirements/overrides-cpu.txt \
+	uv pip compile pyproject.toml --extra cpu --extra kbit --extra data --extra dev --python-version 3.11 --overrides requirements/overrides-cpu.txt \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header --output-file $(LOCK)
 	sed -i 's/^torch==\(.*\)+cpu$$/torch==\1/' $(LOCK)
 

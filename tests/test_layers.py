@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "checkpoints", "coordination"),
     ("observability",),
     ("config", "algorithm"),
-    ("run_directory", "preflight"),
+    ("run_directory", "preflight", "export"),
     ("training", "doctor"),
     ("cli",),
     ("__init__", "__main__"),

@@ -145,6 +145,19 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a key below a nested section": ({"learners": {"fsdp": {"offload": True}}}, ("learners.fsdp.offload: unknown key", "cpu_offload")),
     "a misspelt section": ({"modle": {}}, ("modle: unknown key", "did you mean model?")),
     "an unknown section": ({"lr": 3}, ("lr: unknown key", "sections are", "training")),
+    "a key below an optional section": ({"model": {"lora": {"ranks": 8}}}, ("model.lora.ranks: unknown key", "did you mean model.lora.rank?")),
+    "quantised without adapters": ({"model": {"quantization": "4bit"}}, ("model.quantization: 4bit", "set model.lora")),
+    "quantised and sharded": (
+        {"model": {"quantization": "8bit", "lora": {}}, "learners": {"num": 2}},
+        ("model.quantization: 8bit", "set learners.num to 1"),
+    ),
+    "quantised and offloaded": (
+        {"model": {"quantization": "8bit", "lora": {}}, "learners": {"gpus": 1, "fsdp": {"cpu_offload": True}}},
+        ("model.quantization: 8bit", "cpu_offload to false"),
+    ),
+    "another number of bits": ({"model": {"lora": {}, "quantization": "2bit"}}, ("model.quantization: '2bit'", "'8bit' or '4bit'")),
+    "unknown targets": ({"model": {"lora": {"targets": "everything"}}}, ("model.lora.targets: 'everything'", "'frozen_vision'")),
+    "a critic's path without a critic": ({"model": {"critic_path": "mini"}}, ("model.critic_path: 'mini'", "set model.critic to separate")),
     "an empty section": ({"model": None}, ("model: None", "valid dictionary")),
     "a wrong type": ({"training": {"lr": "fast"}}, ("training.lr: 'fast'", "valid number", "learning rate")),
     "a fraction of a runner": ({"rollout": {"num_runners": 1.5}}, ("rollout.num_runners: 1.5", "valid integer")),
@@ -192,8 +205,6 @@ def test_a_mistake_is_one_line_with_key_rule_and_remedy(case: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model.lora", {"rank": 32}),
-        ("model.critic", "separate"),
         ("rollout.async_mode", True),
         ("rollout.max_staleness", 2),
         ("training.whiten_rewards", True),

@@ -83,6 +83,34 @@ def make_checkpoint(
     typer.echo(f"wrote {directory}")
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's directory (its newest checkpoint), or one checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    adapter: Annotated[bool, typer.Option("--adapter/--merge", help="Only the PEFT adapter, or a whole checkpoint with it merged.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the type that the run's engines used.")] = None,
+) -> None:
+    """Write a run's policy as a Hugging Face checkpoint, or its adapter."""
+    from vlarl_rllib.export import find_training_checkpoint
+
+    if (checkpoint := find_training_checkpoint(source)) is None:
+        raise SettingsError(f"RUN_OR_CHECKPOINT: {source} is neither a run with a checkpoint nor one; give a directory such as runs/latest")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise SettingsError(f"OUT: {out} exists and is not empty; give a new directory")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise SettingsError(f"--dtype: {dtype!r} must be float32 or bfloat16")
+    if adapter and dtype:
+        raise SettingsError("--dtype: an adapter is always float32; leave it out")
+    from rich.console import Console
+
+    from vlarl_rllib.export import export_adapter, export_merged
+
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status(f"exporting iteration {checkpoint.iteration} of {source}"):
+        export_adapter(checkpoint, out) if adapter else export_merged(checkpoint, out, dtype)
+    console.print(f"wrote {out}: the {'adapter' if adapter else 'merged checkpoint'} of iteration {checkpoint.iteration}")
+
+
 def _preflight(settings: Settings) -> None:
     from vlarl_rllib.preflight import check
 

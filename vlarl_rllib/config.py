@@ -141,7 +141,8 @@ class VLAPPOConfig(PPOConfig):
             grad_clip=training.grad_clip,
             use_kl_loss=False,
         )
-        self.rl_module(model_config={"path": settings.model.path})
+        model = settings.model.model_dump(mode="json")
+        self.rl_module(model_config={"model": model, "seed": settings.run.seed, "device": "cuda" if learners.gpus else "cpu"})
         self.fault_tolerance(
             restart_failed_env_runners=True,
             delay_between_env_runner_restarts_s=0.0,  # sleeps inside the dying runner

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,8 +22,6 @@ SYNTHETIC_TASKS = 4
 """Tasks of the environment in `envs/synthetic.py`."""
 
 NOT_YET = {
-    "model.lora": None,
-    "model.critic": "shared_head",
     "rollout.async_mode": False,
     "rollout.max_staleness": 1,
     "training.whiten_rewards": False,
@@ -47,6 +45,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=False, validate_default=True, frozen=True)
 
 
+class LoraSettings(Section):
+    rank: PositiveInt = Field(32, description="Rank of the adapters.")
+    alpha: PositiveInt | None = Field(None, description="The update is scaled by alpha / rank; null = the rank, at most 16.")
+    targets: Literal["published", "frozen_vision", "language_model"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "published",
+        description="Adapted modules: published = all that OpenVLA's fine-tuning adapts; frozen_vision = projector, language model and head; "
+        "language_model = its decoder layers; or a list of module names such as [q_proj, v_proj].",
+    )
+    adapter: str | None = Field(
+        None, description="Directory of a PEFT adapter to train on; rank, alpha and targets are its own then. null = new adapters."
+    )
+
+
 class ModelSettings(Section):
     path: str = Field("tiny", min_length=1, description="Preset name (tiny, mini), checkpoint directory, or hub id.")
     unnorm_key: str = Field("libero_spatial", description="Which entry of the checkpoint's norm_stats turns tokens into actions.")
@@ -54,6 +65,14 @@ class ModelSettings(Section):
     dtype: DType = Field(
         "float32", description="Compute type of the learner's forward and backward pass; trained weights are kept in float32 throughout."
     )
+    lora: LoraSettings | None = Field(None, description="Train LoRA adapters only; null = train all weights.")
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        None, description="Keep the language model's frozen weights in 8 or 4 bits (bitsandbytes), under model.lora; null = in model.dtype."
+    )
+    critic: Literal["shared_head", "separate"] = Field(
+        "shared_head", description="shared_head = a value head on the policy's last prompt token; separate = on an OpenVLA of its own."
+    )
+    critic_path: str | None = Field(None, description="Checkpoint, preset or hub id that a separate critic starts from; null = model.path.")
 
 
 class EnvSettings(Section):
@@ -359,6 +378,14 @@ def _impossible(s: Settings) -> Iterator[str]:
             f"engines.dtype: {s.engines.dtype} differs from model.dtype {s.model.dtype}, so the sampler's log-probs are not the learner's; "
             "set training.old_log_probs to recompute, or use one dtype"
         )
+    if s.model.quantization and s.model.lora is None:
+        yield f"model.quantization: {s.model.quantization} freezes the weights, so there is nothing to train; set model.lora, or quantization to null"
+    if s.model.quantization and s.learners.num > 1:
+        yield f"model.quantization: {s.model.quantization} weights cannot be sharded; set learners.num to 1, or quantization to null"
+    if s.model.quantization and s.learners.fsdp.cpu_offload:
+        yield f"model.quantization: {s.model.quantization} weights cannot be offloaded; set learners.fsdp.cpu_offload to false"
+    if s.model.critic_path and s.model.critic != "separate":
+        yield f"model.critic_path: {s.model.critic_path!r} has no effect with critic {s.model.critic}; set model.critic to separate, or remove it"
     if s.engines.gpu_memory_gb and not s.engines.gpus:
         yield f"engines.gpu_memory_gb: {s.engines.gpu_memory_gb:g} is for GPU engines; remove it or set engines.gpus"
     if s.learners.fsdp.cpu_offload and not s.learners.gpus:
@@ -378,7 +405,9 @@ def _set_dotted(values: dict[str, Any], override: str) -> None:
         raise SettingsError(f"--set {override}: must read section.key=value, for example training.lr=1e-5")
     *parents, leaf = key.strip().split(".")
     for parent in parents:
-        below = values.setdefault(parent, {})
+        if values.get(parent) is None:
+            values[parent] = {}
+        below = values[parent]
         if not isinstance(below, dict):
             raise SettingsError(f"--set {override}: {parent} is a value, not a section")
         values = below
@@ -406,10 +435,11 @@ def known_keys() -> dict[str, str]:
 
     def walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
         for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                yield from walk(field.annotation, f"{prefix}{name}.")
-            else:
+            below = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+            if not below or field.default is None:
                 yield prefix + name, field.description or ""
+            for kind in below:
+                yield from walk(kind, f"{prefix}{name}.")
 
     return dict(walk(Settings, ""))
 
@@ -417,7 +447,7 @@ def known_keys() -> dict[str, str]:
 def _one_line(error: ValidationError) -> str:
     """The first mistake of a pydantic report as `key: value, rule, remedy`."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))  # without a union's branches
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key; {_nearest(key)}"
     message = first["msg"].removeprefix("Value error, ")
@@ -436,8 +466,6 @@ def _nearest(key: str) -> str:
         return f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections)}"
     section, leaf = key.rsplit(".", 1)
     siblings = {name.rsplit(".", 1)[1]: name for name in known if name.rsplit(".", 1)[0] == section}
-    close = difflib.get_close_matches(leaf, siblings, n=1)
-    if close:
-        return f"did you mean {siblings[close[0]]}?"
     elsewhere = [name for name in known if name.rsplit(".", 1)[1] == leaf]
-    return f"did you mean {elsewhere[0]}?" if elsewhere else f"keys of {section} are {', '.join(siblings)}"
+    close = elsewhere or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]
+    return f"did you mean {close[0]}?" if close else f"keys of {section} are {', '.join(siblings)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -44,7 +46,7 @@ def save_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
         OSError: where a rank could not write; raised on every rank.
     """
     stepped = [name for name, optimizer in optimizers.items() if optimizer.state]
-    state = {"model": get_model_state_dict(model)} | {name: get_optimizer_state_dict(model, optimizers[name]) for name in stepped}
+    state = _state(model, optimizers, stepped)
     try:
         dcp.save(state, checkpoint_id=directory / "shards")
     except dcp.api.CheckpointException as error:  # no Exception: it would end a Ray actor
@@ -64,18 +66,40 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
     if not (directory / STEPPED_FILE).is_file():
         raise FileNotFoundError(f"{directory}: no complete checkpoint here ({STEPPED_FILE} is missing); give an older one")
     stepped = json.loads((directory / STEPPED_FILE).read_text())
-    state = {"model": get_model_state_dict(model)} | {name: get_optimizer_state_dict(model, optimizers[name]) for name in stepped}
+    state = _state(model, optimizers, stepped)
     try:
         _refuse_foreign_metadata(directory / "shards")
         dcp.load(state, checkpoint_id=directory / "shards", planner=_SafePlanner())
     except dcp.api.CheckpointException as error:
         raise OSError(f"{directory}: {_first_failure(error)}") from None
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     for name, optimizer in optimizers.items():
         if name in stepped:
             set_optimizer_state_dict(model, optimizer, state[name])
         else:
             optimizer.state.clear()
+
+
+def load_trained(directory: Path, model: nn.Module) -> None:
+    """Read the trained parameters that `model`, which is not sharded, has in common with a checkpoint. Needs no process group.
+
+    Raises:
+        ValueError: where the checkpoint holds something that torch does not write.
+        OSError: where it is damaged, or lacks one of the parameters.
+    """
+    state = {"model": get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))}
+    try:
+        _refuse_foreign_metadata(directory / "shards")
+        dcp.load(state, checkpoint_id=directory / "shards", planner=_SafePlanner(), no_dist=True)
+    except dcp.api.CheckpointException as error:
+        raise OSError(f"{directory}: {_first_failure(error)}") from None
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
+
+
+def _state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], stepped: Sequence[str]) -> dict[str, Any]:
+    """Trained parameters and the state of the optimisers named. What is frozen is `model.path`'s, and stays there."""
+    trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    return {"model": trained} | {name: get_optimizer_state_dict(model, optimizers[name]) for name in stepped}
 
 
 def _first_failure(error: dcp.api.CheckpointException) -> str:

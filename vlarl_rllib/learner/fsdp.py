@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from vlarl_rllib.models.quantization import quantized_parameters
 from vlarl_rllib.settings import FSDPSettings
 
 BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -30,21 +31,27 @@ def init_process_group(device: torch.device, rank: int, world_size: int, store: 
     dist.init_process_group(BACKEND[device.type], store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
 
 
-def shard_model(model: nn.Module, *, device: torch.device, mesh_shape: tuple[int, int], dtype: torch.dtype, settings: FSDPSettings) -> None:
-    """Shard an OpenVLA policy in place: float32 shards, `dtype` compute, float32 gradient reduction.
+def shard_model(
+    model: nn.Module, *, device: torch.device, mesh_shape: tuple[int, int], compute_dtype: torch.dtype | None, settings: FSDPSettings
+) -> None:
+    """Shard an OpenVLA in place; gradients are reduced in float32.
 
     Args:
         mesh_shape: [replicas, shards]; their product is the number of ranks.
+        compute_dtype: what parameters are cast to when they are gathered. None = each is used as it is kept: with adapters the
+            frozen base lies in the compute type already, and A and B are merged in float32.
     """
     # F.linear of 3-D inputs and slices are views; the warning is about in-place operations on them, of which there are none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = _device_mesh(device, mesh_shape)
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
+    casts = compute_dtype not in (None, torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32) if casts else MixedPrecisionPolicy()
     offload: OffloadPolicy = CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy()
     if settings.checkpoint_activations:
         model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator, union-attr]
+    unsharded = quantized_parameters(model)
     for unit in (*_units(model), model):
-        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=unsharded)
 
 
 def _units(model: nn.Module) -> Iterable[nn.Module]:

@@ -101,17 +101,18 @@ class VLALearner(PPOTorchLearner):
         """Sharding comes before the optimisers, which RLlib keys by parameter identity."""
         from vlarl_rllib.models.openvla import OpenVLAProcessor
 
-        torch.manual_seed(self.settings.run.seed)
+        model = self.settings.model
         module = super()._make_module()
-        self._processor = OpenVLAProcessor.from_pretrained(self.config.model_config["path"])
+        self._processor = OpenVLAProcessor.from_pretrained(model.path)
         ranks = self._world_size
-        fsdp.shard_model(
-            module[DEFAULT_MODULE_ID].policy,
-            device=self._device,
-            mesh_shape=calculate_runtime_args(self.settings).mesh if ranks == max(1, self.settings.learners.num) else (1, ranks),
-            dtype=getattr(torch, self.settings.model.dtype),
-            settings=self.settings.learners.fsdp,
-        )
+        for sharded in module[DEFAULT_MODULE_ID].sharded_models:
+            fsdp.shard_model(
+                sharded,
+                device=self._device,
+                mesh_shape=calculate_runtime_args(self.settings).mesh if ranks == max(1, self.settings.learners.num) else (1, ranks),
+                compute_dtype=None if model.lora else getattr(torch, model.dtype),
+                settings=self.settings.learners.fsdp,
+            )
         return module
 
     def _map_module_to_device(self, module: Any) -> None:
@@ -124,21 +125,27 @@ class VLALearner(PPOTorchLearner):
         raise NotImplementedError("VLALearner trains exactly one policy; start another trial for another policy")
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
-        """AdamW for the policy and, with its own learning rate, for the value head. Frozen parameters belong to neither."""
+        """AdamW for the policy and, with its own learning rate, for value head or critic. Frozen parameters belong to neither."""
         training = self.settings.training
-        named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in self.trained_modules().named_parameters() if p.requires_grad]
         groups = {
-            POLICY: ([p for name, p in named if not name.startswith("value_head.")], training.lr, training.weight_decay),
-            CRITIC: ([p for name, p in named if name.startswith("value_head.")], training.value_lr, 0.0),
+            POLICY: ([p for name, p in named if not _is_critics(name)], training.lr, training.weight_decay),
+            CRITIC: ([p for name, p in named if _is_critics(name)], training.value_lr, 0.0),
         }
         for name, (params, lr, weight_decay) in groups.items():
+            assert all(p.dtype == torch.float32 for p in params), "AdamW's steps vanish in bfloat16"
             optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
             self.register_optimizer(module_id=module_id, optimizer_name=name, optimizer=optimizer, params=params)
 
     @property
     def policy(self) -> nn.Module:
-        """The sharded OpenVLA with its value head."""
+        """The sharded OpenVLA, with its value head where the critic is not separate."""
         return self.module[DEFAULT_MODULE_ID].policy
+
+    def trained_modules(self) -> nn.ModuleDict:
+        """All that is trained: `policy` and, where it is separate, `critic`."""
+        module = self.module[DEFAULT_MODULE_ID]
+        return nn.ModuleDict({POLICY: module.policy} | ({CRITIC: module.critic} if module.critic is not None else {}))
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {name: self.get_optimizer(DEFAULT_MODULE_ID, name) for name in (POLICY, CRITIC)}
@@ -238,7 +245,8 @@ class VLALearner(PPOTorchLearner):
         for minibatch in plan.minibatches(self._rank, training.num_epochs, training.minibatch_size, self.settings.learners.micro_batch_size):
             sums: dict[str, float] = {}
             for i, steps in enumerate(minibatch.forwards):
-                self.policy.set_requires_gradient_sync(i == len(minibatch.forwards) - 1)  # type: ignore[operator]
+                for model in self.trained_modules().values():
+                    model.set_requires_gradient_sync(i == len(minibatch.forwards) - 1)  # type: ignore[operator]
                 outputs = ppo_loss(self._loss_inputs(batch, targets, steps, minibatch.num_valid), loss_settings)
                 # FSDP averages gradients over ranks; the loss is already divided by the steps of all of them.
                 (outputs.loss * self._world_size).backward()
@@ -316,11 +324,11 @@ class VLALearner(PPOTorchLearner):
 
     def save_sharded(self, directory: str) -> None:
         """Write parameters and optimiser state; all ranks take part."""
-        save_sharded(Path(directory), self.policy, self.optimizers())
+        save_sharded(Path(directory), self.trained_modules(), self.optimizers())
 
     def load_sharded(self, directory: str) -> None:
         """Read what `save_sharded` wrote, also with another number of ranks; all ranks take part."""
-        load_sharded(Path(directory), self.policy, self.optimizers())
+        load_sharded(Path(directory), self.trained_modules(), self.optimizers())
 
     def _get_optimizer_state(self) -> dict[str, Any]:
         """Nothing: sharded state cannot travel as one learner's numpy; see `save_sharded`."""
@@ -382,6 +390,11 @@ class VLALearner(PPOTorchLearner):
 def _is_last(mask: Tensor) -> Tensor:
     """[C, T] True at the last valid step of each row."""
     return mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+
+
+def _is_critics(name: str) -> bool:
+    """Whether a parameter of `trained_modules` is the critic's."""
+    return name.startswith((f"{CRITIC}.", f"{POLICY}.value_head."))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
-from torch import Tensor
+from torch import Tensor, nn
+
+from vlarl_rllib.settings import ModelSettings
 
 ACTION_LOGITS = "action_logits"
 VALUES = "values"
@@ -20,22 +22,33 @@ WEIGHTS_VERSION = "weights_version"
 
 
 class OpenVLARLModule(TorchRLModule, ValueFunctionAPI):
-    """Holds the policy as `self.policy` in learners, and nothing in runners.
+    """Holds the policy as `self.policy` in learners, and a separate critic as `self.critic` where there is one; nothing in runners.
 
-    `model_config` is `{"path": checkpoint directory or hub id}`.
+    `model_config` is `{"model": the settings' model section, "seed": the run's, "device": where quantised weights go}`.
     """
 
     framework = "torch"
 
     def setup(self) -> None:
         self.weights_version = 0
+        self.critic: nn.Module | None = None
         if self.inference_only:
             return
-        from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
+        from vlarl_rllib.models.build import build_critic, build_policy
 
-        self.policy = OpenVLAForActionPrediction.from_pretrained(self.model_config["path"], dtype=torch.float32)
-        self.policy.add_value_head()
-        _freeze_unused(self.policy)
+        model, seed = ModelSettings.model_validate(self.model_config["model"]), self.model_config["seed"]
+        device = self.model_config["device"]
+        torch.manual_seed(seed)  # fresh adapters; the same on every rank, which keeps its own shard of them
+        self.policy = build_policy(model, device)
+        if model.critic == "separate":
+            self.critic = build_critic(model, seed, device)
+        else:
+            self.policy.add_value_head(seed)
+
+    @property
+    def sharded_models(self) -> list[nn.Module]:
+        """What FSDP shards, each on its own."""
+        return [self.policy] if self.critic is None else [self.policy, self.critic]
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         """Teacher-forced pass over `input_ids, attention_mask, pixel_values, action_tokens`.
@@ -43,11 +56,13 @@ class OpenVLARLModule(TorchRLModule, ValueFunctionAPI):
         Returns `action_logits` [N, A, 256] float32 and `values` [N] float32.
         """
         output = self.policy(**batch)
-        return {ACTION_LOGITS: output.action_logits, VALUES: output.values}
+        return {ACTION_LOGITS: output.action_logits, VALUES: output.values if self.critic is None else self.compute_values(batch)}
 
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
         """[N] float32 values of the observations in `batch` (keys as in training)."""
-        return self.policy(**batch).values
+        if self.critic is None:
+            return self.policy(**batch).values
+        return self.critic(**{name: tensor for name, tensor in batch.items() if name != "action_tokens"}).values
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         raise RuntimeError(f"OpenVLARLModule got {sorted(batch)} to act on; actions come from the engines, through VLAEnvRunner")
@@ -57,15 +72,6 @@ class OpenVLARLModule(TorchRLModule, ValueFunctionAPI):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.weights_version = int(state[WEIGHTS_VERSION])
-
-
-def _freeze_unused(policy: Any) -> None:
-    """Freeze what lies behind the feature block of each tower: published, but read by nothing, so it never gets a gradient."""
-    for tower in (policy.vision_backbone.featurizer, policy.vision_backbone.fused_featurizer):
-        read = {parameter for block in tower.live_blocks for parameter in block.parameters()}
-        for name, parameter in tower.named_parameters():
-            if name.startswith(("blocks.", "norm.", "attn_pool.")) and parameter not in read:
-                parameter.requires_grad_(False)
 
 
 __all__ = ["ACTION_LOGITS", "VALUES", "WEIGHTS_VERSION", "OpenVLARLModule"]

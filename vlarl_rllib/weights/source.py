@@ -5,8 +5,9 @@ The value head is the trainer's own: no engine has one, so it never travels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +19,27 @@ if TYPE_CHECKING:
     from vlarl_rllib.models.openvla import OpenVLAConfig
 
 VALUE_HEAD_PREFIX = "value_head."
+ADAPTER = re.compile(r"\.lora_[AB]\.")
 NUM_NAMES_SHOWN = 3
 """Names of each kind in an error message; a wrong prefix makes hundreds."""
 
 
-def published_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What an engine has to hold, as (published name, parameter or shard), in the same order on every rank."""
+def published_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
+    """What an engine has to hold, in the same order on every rank.
+
+    Yields:
+        (published name, parameter or shard, the adapted module (`models.lora`) whose merged weight takes its place, or None).
+    """
+    adapted = {f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "published_weight")}
     for name, parameter in model.named_parameters():
-        if not name.startswith(VALUE_HEAD_PREFIX):
-            yield name, parameter
+        if not name.startswith(VALUE_HEAD_PREFIX) and not ADAPTER.search(name):
+            yield name.replace(".base_layer.", "."), parameter, adapted.get(name)
 
 
 def expected_tensors(model_or_config: nn.Module | OpenVLAConfig) -> Shapes:
     """Names and full shapes of a policy's tensors, the value head excluded. A configuration allocates no memory."""
     model = model_or_config if isinstance(model_or_config, nn.Module) else _without_memory(model_or_config)
-    return {name: tuple(parameter.shape) for name, parameter in published_parameters(model)}
+    return {name: tuple(parameter.shape) for name, parameter, _ in published_parameters(model)}
 
 
 def _without_memory(config: OpenVLAConfig) -> nn.Module:
@@ -50,7 +57,8 @@ def iterate_weights(model: nn.Module, dtype: torch.dtype, *, to_host: bool = Tru
     copy exist at once, beside what the consumer keeps.
 
     Args:
-        dtype: of the yielded tensors; shards are cast before they are gathered, so bfloat16 halves the traffic.
+        dtype: of the yielded tensors; shards are cast before they are gathered, so bfloat16 halves the traffic. Adapters are
+            merged in float32 before their weight is cast.
         to_host: False on the ranks that only take part in the gather; they yield no copies, only the gathered tensor.
 
     Yields:
@@ -60,17 +68,22 @@ def iterate_weights(model: nn.Module, dtype: torch.dtype, *, to_host: bool = Tru
         ValueError: the model has nothing to send.
     """
     num_tensors = 0
-    for name, parameter in published_parameters(model):
-        tensor = parameter.detach()
-        if isinstance(tensor, DTensor):
-            # Offloaded shards lie on the CPU, whereas the mesh's collectives run on its own device.
-            shard = cast(DTensor, tensor.to(device=tensor.device_mesh.device_type, dtype=dtype))
-            tensor = shard.full_tensor()
+    for name, parameter, adapted in published_parameters(model):
+        tensor = _gather(parameter, dtype) if adapted is None else adapted.published_weight(_gather).to(dtype)
         num_tensors += 1
         # On one rank `full_tensor` is the parameter's own memory, hence always a copy.
         yield name, tensor.to(device="cpu", dtype=dtype, copy=True) if to_host else tensor
     if num_tensors == 0:
         raise ValueError("the model has no parameters to send; pass the policy itself, not a wrapper without modules")
+
+
+def _gather(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The whole of a sharded tensor, cast to `dtype` first; others as they are."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Offloaded shards lie on the CPU, whereas the mesh's collectives run on its own device.
+    return cast(DTensor, tensor.to(device=tensor.device_mesh.device_type, dtype=dtype)).full_tensor()
 
 
 def check_names_and_shapes(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> None:

@@ -311,8 +311,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     def _action_rows(self, hidden: Tensor) -> Tensor:
         """Logits [..., 256] float32 of the action ids alone."""
-        ids = self.action_token_ids
-        return F.linear(hidden, self.language_model.lm_head.weight[ids.start : ids.stop]).float()
+        head: Any = self.language_model.lm_head
+        ids = slice(self.action_token_ids.start, self.action_token_ids.stop)
+        rows = head.rows(ids) if hasattr(head, "rows") else head.weight[ids]  # an adapted head merges the rows that are asked for
+        return F.linear(hidden, rows).float()
 
 
 def right_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

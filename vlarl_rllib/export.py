@@ -1,0 +1,162 @@
+"""From a run or a training checkpoint to what other tools load: a merged Hugging Face checkpoint, or a PEFT adapter.
+
+A training checkpoint holds what was trained; what was frozen comes from the run's `model.path`, which must still be there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlarl_rllib.checkpoints import FACTS_FILE, POINTER_FILE, CheckpointStore
+from vlarl_rllib.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
+
+HUB_CODE = "openvla/openvla-7b"
+"""Repository with the published model code; exported files refer to it, for tools that run remote code. Ours do not."""
+AUTO_MAP = {
+    "AutoConfig": f"{HUB_CODE}--configuration_prismatic.OpenVLAConfig",
+    "AutoModelForVision2Seq": f"{HUB_CODE}--modeling_prismatic.OpenVLAForActionPrediction",
+}
+COPIED_FILES = (
+    "preprocessor_config.json", "dataset_statistics.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+"""Files of the base checkpoint that training does not change, as far as it has them."""
+MAX_SHARD_SIZE = "5GB"
+PROVENANCE_FILE = "vlarl_export.json"
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """A complete checkpoint of a run."""
+
+    directory: Path
+    iteration: int
+    settings: Settings
+
+
+def find_training_checkpoint(path: Path) -> TrainingCheckpoint | None:
+    """The checkpoint at `path`, or the newest one where `path` is a run's directory; None where it is neither."""
+    if (path / FACTS_FILE).is_file() or (path / POINTER_FILE).is_file():
+        directory: Path | None = CheckpointStore.resolve(path)
+    else:
+        directory = CheckpointStore(path / "checkpoints", keep=1).newest()
+    if directory is None:
+        return None
+    facts = CheckpointStore.read_facts(directory)
+    return TrainingCheckpoint(directory, facts["iteration"], Settings.from_dict(facts["settings"]))
+
+
+def resolve_policy(path: str) -> str:
+    """What `from_pretrained` loads for a run's directory, training checkpoint, model directory, preset or hub id.
+
+    A run or training checkpoint is exported once, into `exports/` of its run.
+
+    Raises:
+        SettingsError: none of these.
+    """
+    from vlarl_rllib.models.presets import resolve_model
+
+    checkpoint = find_training_checkpoint(Path(path).expanduser())
+    if checkpoint is None:
+        try:
+            return resolve_model(path)
+        except ValueError as error:
+            raise SettingsError(f"CHECKPOINT: {error}, nor a run with a checkpoint") from None
+    target = checkpoint.directory.parent.parent / "exports" / checkpoint.directory.name
+    if not (target / PROVENANCE_FILE).is_file():  # written last
+        shutil.rmtree(target, ignore_errors=True)
+        export_merged(checkpoint, target)
+    return str(target)
+
+
+def export_merged(checkpoint: TrainingCheckpoint, out: Path, dtype: str | None = None) -> None:
+    """Write a checkpoint with the published names, files and shards, adapters merged.
+
+    Args:
+        dtype: "float32" or "bfloat16"; None = the engines' own, so that the export gives exactly the actions that they gave.
+    """
+    import torch
+    from huggingface_hub import save_torch_state_dict
+
+    from vlarl_rllib.weights.source import iterate_weights
+
+    policy = load_policy(checkpoint)
+    dtype = dtype or checkpoint.settings.engines.dtype
+    tensors = dict(iterate_weights(policy, getattr(torch, dtype)))
+    out.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(tensors, out, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
+    _write_config(policy, out, dtype)
+    _copy_files(checkpoint.settings.model.path, out)
+    _write_provenance(checkpoint, out, "merged")
+
+
+def export_adapter(checkpoint: TrainingCheckpoint, out: Path) -> None:
+    """Write the adapter as PEFT does. Raises SettingsError where the run trained none."""
+    from vlarl_rllib.models.lora import save_adapter
+
+    if checkpoint.settings.model.lora is None:
+        raise SettingsError("--adapter: the run trained all weights (model.lora is null), so there is no adapter; use --merge")
+    policy = load_policy(checkpoint)
+    save_adapter(policy, policy.lora_config, out, checkpoint.settings.model.path)
+    _write_provenance(checkpoint, out, "adapter")
+
+
+def load_policy(checkpoint: TrainingCheckpoint) -> OpenVLAForActionPrediction:
+    """The policy of a training checkpoint on the CPU, adapters not yet merged, without its value head."""
+    import torch
+    from torch import nn
+
+    from vlarl_rllib.learner.checkpoint import load_trained
+    from vlarl_rllib.models.build import build_policy
+
+    torch.manual_seed(checkpoint.settings.run.seed)  # adapters that no forward reads are not stored: they are as they were drawn
+    policy = build_policy(checkpoint.settings.model)
+    load_trained(checkpoint.directory / "learners", nn.ModuleDict({"policy": policy}))
+    return policy.eval()
+
+
+def _write_config(policy: OpenVLAForActionPrediction, out: Path, dtype: str) -> None:
+    config: dict[str, Any] = policy.config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "dtype"):  # the last under its published name
+        config.pop(name, None)
+    config |= {"architectures": ["OpenVLAForActionPrediction"], "auto_map": AUTO_MAP, "torch_dtype": dtype}
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_files(base: str, out: Path) -> None:
+    from vlarl_rllib.models.openvla.configuration import find_checkpoint_file
+
+    for name in COPIED_FILES:
+        source = find_checkpoint_file(base, name)
+        if source is None:
+            continue
+        if name.endswith("_config.json") and "auto_map" in (values := json.loads(source.read_text(encoding="utf-8"))):
+            values["auto_map"] = {key: _hub_form(reference) for key, reference in values["auto_map"].items()}
+            (out / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(source, out / name)
+
+
+def _hub_form(reference: str) -> str:
+    """`module.Class` beside the checkpoint -> the same in the published repository."""
+    return reference if "--" in reference else f"{HUB_CODE}--{reference}"
+
+
+def _write_provenance(checkpoint: TrainingCheckpoint, out: Path, kind: str) -> None:
+    origin = {
+        "kind": kind,
+        "checkpoint": str(checkpoint.directory),
+        "iteration": checkpoint.iteration,
+        "base_model": checkpoint.settings.model.path,
+        "unnorm_key": checkpoint.settings.model.unnorm_key,
+        "vlarl_rllib": importlib.metadata.version("vlarl-rllib"),
+    }
+    (out / PROVENANCE_FILE).write_text(json.dumps(origin, indent=2) + "\n")

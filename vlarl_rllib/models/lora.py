@@ -1,0 +1,240 @@
+"""LoRA adapters: PEFT's layers and files, with one merged product instead of PEFT's extra ones.
+
+r = rank, N = rows of the input (batch x sequence), I = in features, O = out features.
+
+PEFT computes `x Wᵀ + s (x Aᵀ) Bᵀ`. Here a layer multiplies once with `W' = W + s B A`, rounded to the compute type as the sampler's
+weights are, and its backward pass forms the two low-rank gradients alone. So the learner runs on exactly the weights that the engines
+hold, and saves the extra products. W' is made anew in both passes: it would otherwise double the memory of the base.
+
+The base may be quantised (`models/quantization.py`); then W is what it dequantises to.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import layer as peft_layers
+from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vlarl_rllib.settings import LoraSettings
+
+ADAPTER_NAME = "default"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+"""In front of every name of an adapter file."""
+
+PUBLISHED_TARGETS = (
+    "q", "kv", "qkv", "proj", "fc1", "fc2", "fc3",
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
+)  # fmt: skip
+"""Module names of the adapters published with OpenVLA's fine-tuning code (PEFT 0.11's `all-linear`): both towers with their patch
+embeddings, the projector, the language model and its head; 439 modules of the 7B model."""
+TARGETS: dict[str, str | tuple[str, ...]] = {
+    "published": PUBLISHED_TARGETS,
+    "frozen_vision": r"projector\.fc[123]|language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|language_model\.lm_head",
+    "language_model": r"language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
+}
+"""What `model.lora.targets` stands for; a pattern must match a whole module name."""
+MAX_ALPHA = 16
+"""Default alpha is min(rank, 16), as in OpenVLA's fine-tuning code."""
+UNSUPPORTED = ("use_dora", "use_bdlora", "arrow_config", "modules_to_save", "trainable_token_indices", "layer_replication", "fan_in_fan_out")
+"""Fields of an adapter's config that change what is computed and are not implemented here."""
+
+
+def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """`W + scaling * B A` in float32, out of place.
+
+    Args:
+        weight: [O, I], or [O, C, h, w] of a convolution.
+        lora_a: [r, I], or [r, C, h, w].
+        lora_b: [O, r], or [O, r, 1, 1].
+    """
+    merged = torch.addmm(weight.flatten(1).float(), lora_b.flatten(1).float(), lora_a.flatten(1).float(), alpha=scaling)
+    return merged.view(weight.shape)
+
+
+class _Merged(peft_layers.LoraLayer):
+    """What both kinds of layers share; `base_layer`, `lora_A` and `lora_B` are PEFT's."""
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """(A, B, scaling)."""
+        lora_a, lora_b = cast(nn.Linear, self.lora_A[ADAPTER_NAME]), cast(nn.Linear, self.lora_B[ADAPTER_NAME])
+        return lora_a.weight, lora_b.weight, self.scaling[ADAPTER_NAME]
+
+    def base_weight(self) -> Tensor:
+        """The base layer's weight, dequantised where it is quantised."""
+        return dequantize_module_weight(self.base_layer)
+
+    @torch.no_grad()
+    def published_weight(self, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """The merged weight in float32, from whole tensors that `gather` makes of shards."""
+        lora_a, lora_b, scaling = self.factors
+        return merge_lora(gather(self.base_weight()), gather(lora_a), gather(lora_b), scaling)
+
+
+class MergedLinear(peft_layers.Linear, _Merged):
+    """A linear layer with an adapter."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = _MergedProduct.apply(x, *self.factors[:2], self)
+        return out if self.base_layer.bias is None else out + self.base_layer.bias
+
+    def rows(self, ids: slice) -> Tensor:
+        """Rows of the merged weight in the base's type, differentiable; for a head of which only some outputs are wanted."""
+        lora_a, lora_b, scaling = self.factors
+        weight = self.base_weight()
+        return merge_lora(weight[ids], lora_a, lora_b[ids], scaling).to(weight.dtype)
+
+
+class MergedConv2d(peft_layers.Conv2d, _Merged):
+    """A convolution with an adapter: the patch embeddings, small enough for autograd's own way through the merge."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        conv = cast(nn.Conv2d, self.base_layer)
+        weight = merge_lora(conv.weight, *self.factors).to(x.dtype)
+        return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class _MergedProduct(torch.autograd.Function):
+    """x [..., I] -> x W'ᵀ [..., O]; gradients for x, A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, layer: MergedLinear) -> Tensor:
+        ctx.save_for_backward(x, lora_a, lora_b)
+        ctx.layer = layer
+        return F.linear(x, _merged(layer, lora_a, lora_b, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, lora_a, lora_b = ctx.saved_tensors
+        (grad,) = grad_outputs
+        scaling = ctx.layer.scaling[ADAPTER_NAME]
+        # The base weight is read from the layer rather than saved: FSDP has gathered it again by now.
+        grad_x = grad @ _merged(ctx.layer, lora_a, lora_b, x.dtype) if ctx.needs_input_grad[0] else None
+        grad_a = grad_b = None
+        if ctx.needs_input_grad[1]:
+            rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
+            low = grad_rows @ lora_b.to(grad.dtype)
+            grad_a = (low.T @ rows).to(lora_a.dtype) * scaling
+            grad_b = (grad_rows.T @ (rows @ lora_a.to(x.dtype).T)).to(lora_b.dtype) * scaling
+        return grad_x, grad_a, grad_b, None
+
+
+def _merged(layer: MergedLinear, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> Tensor:
+    return merge_lora(layer.base_weight(), lora_a, lora_b, layer.scaling[ADAPTER_NAME]).to(dtype)
+
+
+def add_lora(model: nn.Module, settings: LoraSettings) -> LoraConfig:
+    """Put adapters into `model` in place: float32, B = 0 and A drawn from torch's global generator, or those of `settings.adapter`.
+
+    Everything else is frozen.
+
+    Raises:
+        FileNotFoundError: no adapter in `settings.adapter`.
+        ValueError: an adapter of another kind or for another model, or targets that match nothing.
+    """
+    config = read_adapter_config(settings.adapter) if settings.adapter else _new_config(settings)
+    config._register_custom_module({nn.Linear: MergedLinear, nn.Conv2d: MergedConv2d})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # of keys that an inference-only adapter would have
+        inject_adapter_in_model(config, model, ADAPTER_NAME)
+    for parameter in adapter_parameters(model).values():
+        parameter.data = parameter.data.float()
+    if settings.adapter:
+        load_adapter_weights(model, settings.adapter)
+    return config
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, MergedLinear | MergedConv2d]]:
+    """(published module name, layer) of every adapted module."""
+    for name, module in model.named_modules():
+        if isinstance(module, (MergedLinear, MergedConv2d)):
+            yield name, module
+
+
+# Names and files
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every A and B under the name that PEFT's files give it."""
+    return {peft_name(name): parameter for name, parameter in model.named_parameters() if is_adapter(name)}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return f".lora_A.{ADAPTER_NAME}." in name or f".lora_B.{ADAPTER_NAME}." in name
+
+
+def peft_name(name: str) -> str:
+    """`layer.lora_A.default.weight` -> `base_model.model.layer.lora_A.weight`."""
+    return PEFT_PREFIX + name.replace(f".{ADAPTER_NAME}.weight", ".weight")
+
+
+def published_name(name: str) -> str:
+    """Published name of a parameter that is not an adapter's: `layer.base_layer.weight` -> `layer.weight`."""
+    return name.replace(".base_layer.", ".")
+
+
+def read_adapter_config(directory: str | Path) -> LoraConfig:
+    """PEFT's `adapter_config.json`, for training on: dropout off.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: not LoRA, or a variant that is not implemented here.
+    """
+    if not (Path(directory) / ADAPTER_CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{directory}: no PEFT adapter here ({ADAPTER_CONFIG_FILE} is missing)")
+    config = LoraConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{directory}: the adapter is of type {getattr(config, 'peft_type', None)}, must be LORA")
+    unsupported = [name for name in UNSUPPORTED if getattr(config, name, None)]
+    if config.bias != "none" or config.lora_bias or unsupported:
+        raise ValueError(f"{directory}: the adapter uses {', '.join(unsupported) or 'bias'}, which is not supported; plain LoRA without bias is")
+    config.lora_dropout, config.inference_mode = 0.0, False
+    config.init_lora_weights = True
+    return config
+
+
+def load_adapter_weights(model: nn.Module, directory: str | Path) -> None:
+    """Copy an adapter file into `model`. Raises ValueError unless it has exactly the model's adapters."""
+    stored = load_file(Path(directory) / ADAPTER_WEIGHTS_FILE)
+    own = adapter_parameters(model)
+    wrong = sorted(stored.keys() ^ own.keys()) or sorted(name for name, tensor in stored.items() if tensor.shape != own[name].shape)
+    if wrong:
+        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit this model, the first is {wrong[0]}; was it trained on another one?")
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            own[name].copy_(tensor)
+
+
+def save_adapter(model: nn.Module, config: LoraConfig, directory: str | Path, base_model: str) -> None:
+    """Write an adapter that PEFT loads onto `base_model`, a directory or hub id. `model` must not be sharded."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    saved = copy.copy(config)
+    saved.base_model_name_or_path, saved.inference_mode = base_model, True
+    saved.save_pretrained(str(directory))
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(model).items()}
+    save_file(tensors, directory / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _new_config(settings: LoraSettings) -> LoraConfig:
+    targets = TARGETS[settings.targets] if isinstance(settings.targets, str) else settings.targets
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha or min(settings.rank, MAX_ALPHA),
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        init_lora_weights="gaussian",
+    )
