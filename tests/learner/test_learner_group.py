@@ -183,6 +183,15 @@ def test_a_frozen_bfloat16_base_under_float32_adapters(make_group: Callable[...,
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantised_base_in_bfloat16(make_group: Callable[..., VLALearnerGroup], bits: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="k-bit weights need bitsandbytes")
+    group = make_group(0, LORA | {"quantization": bits, "dtype": "bfloat16"}, lr=1e-3)
+    before = weights(group, 1)
+    assert update(group)["skipped_updates"] == 0
+    assert changed(before, weights(group, 2))
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_base_sends_what_it_computes_with(make_group: Callable[..., VLALearnerGroup], bits: str) -> None:
     pytest.importorskip("bitsandbytes", reason="k-bit weights need bitsandbytes")
     group = make_group(0, LORA | {"quantization": bits}, lr=1e-3)

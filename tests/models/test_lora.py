@@ -214,7 +214,10 @@ def test_merging_by_hand():
     weight, lora_a, lora_b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[0.5]])
     # 1 + 2 x 0.5 x 3 = 4 and 2 + 2 x 0.5 x 4 = 6
     assert merge_lora(weight, lora_a, lora_b, 2.0).tolist() == [[4.0, 6.0]]
-    assert merge_lora(weight.bfloat16(), lora_a, lora_b, 2.0).dtype == torch.float32
+    # One rounding: 256 + 1 + 1 is 258, which bfloat16 has; 256 + 1 alone would have been rounded back to 256 first.
+    ones = torch.ones(1, 2), torch.ones(1, 1)
+    assert merge_lora(torch.tensor([[256.0, 0.0]]).bfloat16(), *ones, 2.0).tolist() == [[258.0, 2.0]]
+    assert merge_lora(weight.bfloat16(), lora_a, lora_b, 2.0).dtype == torch.bfloat16
 
 
 def test_bfloat16_runs_on_the_weights_that_are_sent():

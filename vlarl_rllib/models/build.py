@@ -47,9 +47,11 @@ def build_critic(settings: ModelSettings, seed: int, device: torch.device | str 
 def _add_adapters(policy: OpenVLAForActionPrediction, settings: ModelSettings) -> LoraConfig | None:
     if settings.lora is None:
         return None
-    from vlarl_rllib.models.lora import add_lora
+    from vlarl_rllib.models.lora import add_lora, set_dequantized_dtype
 
-    return add_lora(policy, settings.lora)
+    config = add_lora(policy, settings.lora)
+    set_dequantized_dtype(policy, getattr(torch, settings.dtype))
+    return config
 
 
 def _freeze_unused(policy: OpenVLAForActionPrediction) -> None:
