@@ -5,7 +5,6 @@ A training checkpoint holds what was trained; what was frozen comes from the run
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 from dataclasses import dataclass
@@ -157,6 +156,5 @@ def _write_provenance(checkpoint: TrainingCheckpoint, out: Path, kind: str) -> N
         "iteration": checkpoint.iteration,
         "base_model": checkpoint.settings.model.path,
         "unnorm_key": checkpoint.settings.model.unnorm_key,
-        "vlarl_rllib": importlib.metadata.version("vlarl-rllib"),
     }
     (out / PROVENANCE_FILE).write_text(json.dumps(origin, indent=2) + "\n")

@@ -208,7 +208,7 @@ def write_checkpoint(preset_name: str, directory: str | Path, seed: int = 0) -> 
     directory.mkdir(parents=True, exist_ok=True)
     build_model(preset, seed).save_pretrained(directory)
     PrismaticImageProcessor.for_image_size(preset.image_size).save_pretrained(directory)
-    _write_tokenizer(preset, directory)
+    write_tokenizer(preset, directory)
 
 
 def build_config(preset: Preset) -> "OpenVLAConfig":
@@ -254,7 +254,7 @@ def build_model(preset: Preset, seed: int = 0) -> "OpenVLAForActionPrediction":
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = OpenVLAForActionPrediction(build_config(preset))
-        _initialize_for_exploration(model)
+        initialize_for_exploration(model)
     return model.eval()
 
 
@@ -284,7 +284,7 @@ def _dataset_statistics(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _initialize_for_exploration(model: "OpenVLAForActionPrediction") -> None:
+def initialize_for_exploration(model: "OpenVLAForActionPrediction") -> None:
     """Scale random weights so that the first policy explores and sees the image.
 
     Every linear map keeps the size of what it is given, so that action logits have a standard deviation of about 1:
@@ -307,7 +307,7 @@ def _action_vocab_size(preset: Preset) -> int:
     return preset.word_vocab_size + 256
 
 
-def _write_tokenizer(preset: Preset, directory: Path) -> None:
+def write_tokenizer(preset: Preset, directory: Path) -> None:
     """Word-level tokenizer: splits at spaces; `:`, `?` and newline are tokens; an unknown word becomes `<unk>`."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 
