@@ -1,8 +1,9 @@
 """What LIBERO costs on this machine: speed of one core, resets, memory, and the observation path.
 
-    python benchmarks/env.py [--suite libero_spatial] [--out FILE]
+    python benchmarks/env.py [--suite libero_spatial] [--only-observation-path] [--out FILE]
 
-Prints a table and writes the same numbers as JSON. Takes a few minutes; run it on an idle machine.
+Prints a table and writes the same numbers as JSON. Takes a few minutes, or seconds for the observation path alone; run
+it on an idle machine.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -142,31 +145,59 @@ def measure_swap(suite: str) -> list[Figure]:
 
 
 def measure_observation_path() -> list[Figure]:
-    """The path from a rendered frame to the policy's image, on one core."""
-    from vlarl_rllib.envs.image import observation_image
+    """The path from a rendered frame to the policy's image on one core: the whole and its stages, in milliseconds."""
+    from PIL import Image
+
+    from vlarl_rllib.envs import image
 
     y, x = np.mgrid[0:256, 0:256] / 256
-    waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y), np.sin(11 * x * y)], axis=-1)
-    raw = np.clip(128 + 100 * waves, 0, 255).astype(np.uint8)
-    seconds = []
-    for _ in range(100):
-        began = time.perf_counter()
-        observation_image(raw, center_crop=True, image_size=224)
-        seconds.append(time.perf_counter() - began)
-    return [Figure("observation_path_ms", "observation path, 256 to 224 pixels", statistics.median(seconds) * 1e3, "ms")]
+    waves = 128 + 100 * np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y), np.sin(11 * x * y)], axis=-1)
+    noisy = waves + np.random.default_rng(0).normal(0, 10, waves.shape)
+    figures = []
+    for name, picture in (("smooth", waves), ("noisy", noisy)):
+        raw = np.clip(picture, 0, 255).astype(np.uint8)
+        compressed = image.jpeg_round_trip(raw)
+        resized = image.resize_lanczos(compressed, image.RESIZED_SIDE)
+        stages: dict[str, Callable[[], object]] = {
+            "observation_path": partial(image.observation_image, raw, center_crop=True, image_size=224),
+            "jpeg": partial(image.jpeg_round_trip, raw),
+            "lanczos": partial(image.resize_lanczos, compressed, image.RESIZED_SIDE),
+            "crop": partial(image.crop_center, resized),
+            "small_resize": partial(Image.fromarray(resized).resize, (112, 112), Image.Resampling.BICUBIC),
+        }
+        for stage, run in stages.items():
+            what = "whole observation path, 256 to 224 pixels" if stage == "observation_path" else f"of which {stage}, alone"
+            figures.append(Figure(f"{stage}_{name}_ms", f"{what}, {name} picture", median_milliseconds(run), "ms"))
+    return figures
+
+
+def median_milliseconds(run: Callable[[], object], repeats: int = 5, count: int = 100) -> float:
+    """Least of several medians, after a warm-up: other programs on the machine only ever add time."""
+    run()
+    medians = []
+    for _ in range(repeats):
+        seconds = []
+        for _ in range(count):
+            began = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - began)
+        medians.append(statistics.median(seconds))
+    return min(medians) * 1e3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="libero_spatial", help="LIBERO suite whose tasks 0 and 1 are played")
+    parser.add_argument("--only-observation-path", action="store_true", help="no simulator")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/env.json"), help="JSON file to write")
     arguments = parser.parse_args()
     horizon(arguments.suite)  # a wrong name ends here
     figures = measure_observation_path()
-    for fast_render in (False, True):
-        figures += measure_speed(arguments.suite, fast_render=fast_render)
-    figures += measure_sharing(arguments.suite)
-    figures += measure_swap(arguments.suite)
+    if not arguments.only_observation_path:
+        for fast_render in (False, True):
+            figures += measure_speed(arguments.suite, fast_render=fast_render)
+        figures += measure_sharing(arguments.suite)
+        figures += measure_swap(arguments.suite)
     table = Table("what", "value", "unit", title=f"{arguments.suite} on {os.cpu_count()} core(s)")
     for figure in figures:
         table.add_row(figure.description, f"{figure.value:.3g}", figure.unit)

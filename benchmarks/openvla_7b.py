@@ -57,6 +57,9 @@ def write_random_7b(directory: Path, device: str) -> None:
     config.save_pretrained(directory)
     PrismaticImageProcessor.for_image_size(224).save_pretrained(directory)
     write_tokenizer(replace(PRESETS["tiny"], word_vocab_size=32000 - 256), directory)
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the card is the learner's and the engine's from here on
 
 
 def settings_for(arguments: argparse.Namespace, model: str) -> Any:
@@ -69,7 +72,7 @@ def settings_for(arguments: argparse.Namespace, model: str) -> Any:
             "model": {"path": model, "unnorm_key": "libero_spatial", "dtype": dtype, "lora": {"rank": 32}, "quantization": arguments.quantization},
             "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 16, "num_processes": 2, "models_per_process": 2},
             "rollout": {"steps_per_iteration": arguments.steps},
-            "engines": {"dtype": dtype, "max_batch": 16, **gpu, **({} if arguments.cpu else {"gpu_memory_gb": 20.0})},
+            "engines": {"dtype": dtype, "max_batch": 16, **gpu},
             "learners": {"num": 1, "micro_batch_size": arguments.micro_batch_size, **gpu},
             "training": {"minibatch_size": 64, "lr": 1e-4, "old_log_probs": "recompute"},
             "evaluation": {"episodes": 0},
@@ -233,7 +236,9 @@ def main() -> None:
 
             with timed("quantised and bfloat16 forward"):
                 result["forward"] = quantization_error(arguments, resolve_model(model), device)
+            print(json.dumps(result), flush=True)
         result |= train(arguments, model, run)
+        print(json.dumps(result), flush=True)
         from vlarl_rllib.export import export_merged, find_training_checkpoint
 
         checkpoint = find_training_checkpoint(run)

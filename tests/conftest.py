@@ -1,9 +1,16 @@
-"""One Ray for the whole session; every test that needs actors shares it."""
+"""One Ray for the whole session, which every test that needs actors shares, and the golden checkpoints."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from benchmarks.parity import Golden
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token file in the home directory
@@ -16,3 +23,24 @@ def ray_session() -> Iterator[None]:
     ray.init(num_cpus=8, include_dashboard=False, object_store_memory=2**28, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def golden_s() -> Golden:
+    """The smallest golden checkpoint. Tests that change it must copy it."""
+    from benchmarks.parity import DEFAULT_DIRECTORY, load_golden
+
+    return load_golden("S", DEFAULT_DIRECTORY)
+
+
+@pytest.fixture(scope="session", params=["S", "B", "A"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Each golden checkpoint in turn: a tiny model, and what the original implementation computed with it."""
+    from benchmarks.parity import load_golden
+
+    if request.param == "S":
+        return request.getfixturevalue("golden_s")
+    folder = os.environ.get("VLARL_GOLDEN_DIR")
+    if folder is None:
+        pytest.skip(f"VLARL_GOLDEN_DIR is not set: golden checkpoint {request.param} is kept outside the repository")
+    return load_golden(request.param, Path(folder))

@@ -57,6 +57,11 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a wrong override": (["train", "good.yaml", "--set", "training.lr"], ("--set training.lr:", "section.key=value")),
     "no such model": (["train", "good.yaml", "--set", "model.path=./absent"], ("model.path: './absent'", "presets are tiny")),
     "a directory without a model": (["train", "good.yaml", "--set", "model.path=runs"], ("model.path:", "has no config.json")),
+    "an adapter that is none": (["train", "good.yaml", "--set", "model.lora.adapter=runs"], ("model.lora.adapter: runs", "PEFT adapter")),
+    "a critic of another size": (
+        ["train", "good.yaml", "--set", "model.critic=separate", "--set", "model.critic_path=mini"],
+        ("model.critic_path: mini sees 112 pixels, the policy 28", "choose one of that size"),
+    ),
     "another kind of model": (["train", "good.yaml", "--set", "model.path=other_model"], ("model.path:", "must be 'openvla'")),
     "a model without sizes": (
         ["train", "good.yaml", "--set", "model.path=no_sizes"],
@@ -71,6 +76,15 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a run directory that holds a run": (["train", "good.yaml", "--run-dir", "runs/done"], ("--run-dir: runs/done holds a run already", "--resume")),
     "a run directory that is a file": (["train", "good.yaml", "--run-dir", "good.yaml"], ("--run-dir:", "good.yaml cannot be made")),
     "no checkpoint to start from": (["train", "good.yaml", "--resume-from", "runs/done"], ("--resume-from: runs/done: no complete checkpoint",)),
+    "no suite": (["eval", "tiny"], ("--suite: missing", "libero_spatial")),
+    "an unknown suite": (["eval", "tiny", "--suite", "libero_spatail"], ("--suite: 'libero_spatail'", "did you mean libero_spatial?")),
+    "a task that is not in the suite": (["eval", "tiny", "--suite", "libero_goal", "--tasks", "0,10"], ("--tasks: 10", "0 to 9")),
+    "tasks that are no numbers": (["eval", "tiny", "--suite", "libero_goal", "--tasks", "all"], ("--tasks: 'all'", "such as 0,3")),
+    "too many trials": (["eval", "tiny", "--suite", "libero_goal", "--trials", "51"], ("--trials: 51", "between 1 and 50")),
+    "no checkpoint to evaluate": (["eval", "./absent", "--suite", "libero_goal"], ("CHECKPOINT: './absent'", "presets are tiny")),
+    "a run without a checkpoint to evaluate": (["eval", "runs/without_checkpoint", "--env", "synthetic"], ("CHECKPOINT:", "has no config.json")),
+    "results over other things": (["eval", "tiny", "--env", "synthetic", "--out", "other_model"], ("--out: other_model holds other things",)),
+    "results over a file": (["eval", "tiny", "--env", "synthetic", "--out", "good.yaml"], ("--out: good.yaml cannot be made",)),
     "an unknown preset": (["make-checkpoint", "large", "new"], ("PRESET: 'large'", "choose from tiny, mini")),
     "a checkpoint over another": (["make-checkpoint", "tiny", "other_model"], ("DIRECTORY: other_model", "give a new directory")),
 }
@@ -112,7 +126,7 @@ def test_help_names_the_commands_at_once(arguments: list[str], place: Path) -> N
     done = vlarl_quickly(arguments, place)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage:" in done.stdout
-    for command in ("train", "doctor", "make-checkpoint"):
+    for command in ("train", "eval", "doctor", "make-checkpoint"):
         assert f"  {command} " in done.stdout
 
 

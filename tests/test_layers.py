@@ -14,6 +14,7 @@ PACKAGE = ROOT / "vlarl_rllib"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("published", "plan"),
     ("types", "settings", "errors"),
     ("models", "envs", "rewards", "curriculum"),
     ("weights",),
@@ -21,11 +22,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("policy",),
     ("learner", "data"),
     ("rollout",),
-    ("evaluation", "checkpoints", "coordination"),
+    ("checkpoints", "coordination"),
     ("observability",),
     ("config", "algorithm"),
     ("run_directory", "preflight", "export"),
     ("training", "doctor"),
+    ("evaluation",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -35,6 +37,7 @@ RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 EXCEPTIONS = {
     ("config", "algorithm"): "RLlib's config names the algorithm that it builds, and the algorithm its default config",
     ("algorithm", "config"): "as above",
+    ("plan", "settings"): "for type checkers alone: the plan is made of the settings, whose validation asks it what cannot be planned",
 }
 """Imports between neighbours, and why."""
 

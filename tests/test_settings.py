@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import pytest
 
+from vlarl_rllib.published import PUBLISHED_MODELS
 from vlarl_rllib.settings import LIBERO_TASKS, NOT_YET, RuntimeArgs, Settings, SettingsError, calculate_runtime_args, known_keys
 
 ROOT = Path(__file__).parents[1]
@@ -14,9 +15,9 @@ PACKAGE = ROOT / "vlarl_rllib"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 DOCUMENTED = """
-model:      {path: tiny, unnorm_key: libero_spatial, center_crop: true, dtype: float32, lora: null, critic: shared_head}
+model:      {path: tiny, unnorm_key: null, center_crop: null, dtype: float32, lora: null, critic: shared_head}
 env:        {name: libero, suite: libero_spatial, tasks: [0, 1], num_envs: 4, num_processes: null, models_per_process: 1, max_steps: null, fast_render: false}
-rollout:    {num_runners: 1, steps_per_iteration: 128, temperature: 1.0, async_mode: false, max_staleness: 1}
+rollout:    {num_runners: 1, steps_per_iteration: 128, temperature: null, async_mode: false, max_staleness: 1}
 engines:    {num: 1, gpus: 0, dtype: float32, max_batch: 64}          # num: 0 = in-process Hugging Face sampler
 learners:   {num: 1, gpus: 0, micro_batch_size: 16, fsdp: {mesh: [1, -1], cpu_offload: false, checkpoint_activations: false}}
 training:   {lr: 1.0e-5, value_lr: 1.0e-4, gamma: 0.99, gae_lambda: 0.95, clip_low: 0.2, clip_high: 0.28, vf_clip: 0.2, entropy_coeff: 0.0, kl_coeff: 0.0, grad_clip: 1.0,
@@ -176,7 +177,6 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a mesh without learners": ({"learners": {"fsdp": {"mesh": [-1, -1]}}}, ("learners.fsdp.mesh: [-1, -1]", "use [1, -1]")),
     "two dtypes": ({"engines": {"dtype": "bfloat16"}}, ("engines.dtype: bfloat16", "model.dtype float32", "training.old_log_probs to recompute")),
     "GPUs without engines": ({"engines": {"num": 0, "gpus": 1}}, ("engines.gpus: 1", "set engines.num to at least 1")),
-    "GPU memory without GPU": ({"engines": {"gpu_memory_gb": 20}}, ("engines.gpu_memory_gb: 20", "set engines.gpus")),
     "offload without GPU": ({"learners": {"fsdp": {"cpu_offload": True}}}, ("learners.fsdp.cpu_offload: true", "set learners.gpus")),
     "an evaluation of nothing": ({"evaluation": {"every": 2, "episodes": 0}}, ("evaluation.every: 2", "raise episodes")),
     "warm-up all the way": (
@@ -350,6 +350,41 @@ def test_an_evaluation_plays_each_held_out_start_once(tasks: list[int], episodes
     assert plan(env={"tasks": tasks}, evaluation={"episodes": episodes}).evaluation_episodes == expected
 
 
+@pytest.mark.parametrize(
+    ("path", "key", "crop", "temperature"),
+    [
+        ("openvla-7b", "bridge_orig", False, 1.0),
+        ("openvla/openvla-7b", "bridge_orig", False, 1.0),
+        ("openvla-7b-finetuned-libero-spatial", "libero_spatial", True, 1.5),
+        ("openvla/openvla-7b-finetuned-libero-object", "libero_object", True, 1.5),
+        ("openvla-7b-finetuned-libero-goal", "libero_goal", True, 1.5),
+        ("openvla/openvla-7b-finetuned-libero-10", "libero_10", True, 1.5),
+        # Presets, directories and others' checkpoints: the suite's statistics.
+        ("tiny", "libero_goal", True, 1.0),
+        ("checkpoints/openvla-7b", "libero_goal", True, 1.0),
+        ("someone/openvla-7b", "libero_goal", True, 1.0),
+    ],
+)
+def test_null_means_what_fits_the_model(path: str, key: str, crop: bool, temperature: float) -> None:
+    result = settings(model={"path": path}, env={"suite": "libero_goal"})
+    assert (result.unnorm_key, result.center_crop, result.temperature) == (key, crop, temperature)
+    assert Settings.from_dict(result.to_dict()) == result
+
+
+@pytest.mark.parametrize("path", ["tiny", "openvla-7b", "openvla-7b-finetuned-libero-spatial"])
+def test_what_is_said_wins_over_what_fits_the_model(path: str) -> None:
+    result = settings(model={"path": path, "unnorm_key": "my_robot", "center_crop": path == "openvla-7b"}, rollout={"temperature": 0.7})
+    assert (result.unnorm_key, result.center_crop, result.temperature) == ("my_robot", path == "openvla-7b", 0.7)
+
+
+def test_published_models_fit_the_suites_and_vllm() -> None:
+    assert {model.unnorm_key for model in PUBLISHED_MODELS.values()} == {"bridge_orig", *LIBERO_TASKS} - {"libero_90"}
+    for name, model in PUBLISHED_MODELS.items():
+        assert model.hub_id == f"openvla/{name}"
+        # An explicit value of the same size is accepted.
+        assert settings(rollout={"temperature": model.temperature}).temperature == model.temperature
+
+
 # No key without an effect
 
 THROUGH_PLAN: dict[str, tuple[dict[str, Any], str]] = {
@@ -365,7 +400,7 @@ def attributes_read_outside_settings() -> set[tuple[str, str]]:
     """(`x`, `y`) of every `x.y` and `....x.y` in the package, `settings.py` apart."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())) if file.name != "settings.py" else ():
+        for node in ast.walk(ast.parse(file.read_text())) if file.name not in ("settings.py", "plan.py") else ():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = node.value
                 found.add((owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else "", node.attr))

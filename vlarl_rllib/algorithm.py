@@ -243,7 +243,8 @@ class VLAPPO(PPO):
         if not due or not self._plan.evaluation_episodes:
             return None
         began = time.perf_counter()
-        metrics = evaluation_metrics(self.collector.evaluate(self.evaluation_starts()))
+        rounds = self.collector.evaluate(self.evaluation_starts())
+        metrics = evaluation_metrics([result for played in rounds for result in played.results])
         self._seconds["evaluation"] = self._seconds.get("evaluation", 0.0) + time.perf_counter() - began
         return metrics
 

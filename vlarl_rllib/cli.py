@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +82,52 @@ def make_checkpoint(
         raise SettingsError(f"DIRECTORY: {directory} exists and is not empty; give a new directory")
     write_checkpoint(preset, directory, seed=seed)
     typer.echo(f"wrote {directory}")
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A run's directory, a training checkpoint, a model's directory, hub id or preset.")
+    ],
+    suite: Annotated[str | None, typer.Option(help="LIBERO suite; none for --env synthetic.", show_default=False)] = None,
+    env: Annotated[str, typer.Option(help="libero or synthetic.")] = "libero",
+    tasks: Annotated[str | None, typer.Option(metavar="0,3", help="Tasks of the suite; default all.", show_default=False)] = None,
+    trials: Annotated[int, typer.Option(help="Initial states of each task, from the first.")] = 50,
+    out: Annotated[
+        Path | None, typer.Option(help="Where results go, or are continued; default runs/eval-<suite>-<time>.", show_default=False)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="vllm, or hf = Hugging Face inside each runner.")] = "vllm",
+    unnorm_key: Annotated[str | None, typer.Option(help="Action statistics; default the suite's.", show_default=False)] = None,
+    center_crop: Annotated[bool, typer.Option(help="Crop 90 % of the frame's area, as the LIBERO checkpoints were trained.")] = True,
+    max_steps: Annotated[int | None, typer.Option(help="Cut episodes off here; default the suite's horizon.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of the poses of fixtures.")] = 7,
+    gpus: Annotated[float, typer.Option(help="GPUs of each engine; a fraction shares one, 0 = CPU.")] = 0.0,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default bfloat16 on a GPU, float32 on a CPU.", show_default=False)] = None,
+    num_engines: Annotated[int, typer.Option(help="vLLM engines.")] = 1,
+    num_runners: Annotated[int, typer.Option(help="Runner actors.")] = 1,
+    num_envs: Annotated[int | None, typer.Option(help="Slots of each runner; default cores.", show_default=False)] = None,
+    num_processes: Annotated[int | None, typer.Option(help="Environment processes of each runner; default cores.", show_default=False)] = None,
+    videos: Annotated[int, typer.Option(help="Films of each task, of its first episodes.")] = 1,
+    fast_render: Annotated[bool, typer.Option("--fast-render", help="Faster in software, but not the pictures of the protocol.")] = False,
+) -> None:
+    """Evaluate a policy under LIBERO's protocol; the same command goes on where it was stopped."""
+    from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
+    from vlarl_rllib.evaluation.session import run_evaluation
+    from vlarl_rllib.run_directory import RUNS
+
+    request = EvaluationRequest(
+        checkpoint, suite=suite, env=env, tasks=_task_numbers(tasks), trials=trials, seed=seed, max_steps=max_steps, unnorm_key=unnorm_key,
+        center_crop=center_crop, fast_render=fast_render, engine=engine, dtype=dtype, gpus=gpus, num_engines=num_engines,
+        num_runners=num_runners, num_envs=num_envs, num_processes=num_processes, videos=videos,
+    )  # fmt: skip
+    raise typer.Exit(run_evaluation(request, out or RUNS / f"eval-{suite or env}-{time.strftime('%Y%m%d-%H%M%S')}"))
+
+
+def _task_numbers(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise SettingsError(f"--tasks: {text!r} must be task numbers with commas between them, such as 0,3") from None
 
 
 @app.command()

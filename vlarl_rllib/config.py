@@ -54,7 +54,9 @@ class VLAPPOConfig(PPOConfig):
 
         config = cls()
         config.vla = settings.to_dict()
-        config.vla["model"]["path"] = resolve_model(settings.model.path)
+        for key in ("path", "critic_path"):
+            if config.vla["model"][key]:
+                config.vla["model"][key] = resolve_model(config.vla["model"][key])
         # Once for all, since other nodes may have other numbers of cores.
         config.vla["env"]["num_processes"] = calculate_runtime_args(settings).num_processes
         config.run_dir = str(run_dir) if run_dir else None
@@ -74,7 +76,6 @@ class VLAPPOConfig(PPOConfig):
             dtype=engines.dtype,
             gpus=engines.gpus,
             max_batch=engines.max_batch,
-            gpu_memory_gb=engines.gpu_memory_gb,
             enforce_eager=engines.enforce_eager,
             mix_calls=not settings.lockstep,
             seed=settings.run.seed,

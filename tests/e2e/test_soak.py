@@ -28,6 +28,8 @@ run: {{iterations: {ITERATIONS}, checkpoint_every: 20, dashboard: false}}
 """
 MAX_GROWTH = 0.02
 """Of resident memory between the first third of a run and its end."""
+SLACK_MB = 2.0
+"""What an allocator may round to; more than 2 % of Ray's smallest processes."""
 
 
 class Gauge:
@@ -55,7 +57,7 @@ class Gauge:
             before, after = (float(np.median(part)) for part in (values[third : third + window], values[-window:]))
             fds = self.fds[name]
             print(f"{name:16} {before:10.1f} {after:10.1f} {after / before - 1:8.2%} {fds[third]:4} -> {fds[-1]:3}")
-            if after > before * (1 + MAX_GROWTH):
+            if after > before * (1 + MAX_GROWTH) + SLACK_MB:
                 grown.append(f"{name}: {before:.0f} -> {after:.0f} MB")
             if max(fds[-window:]) > max(fds[third : third + window]) + 2:
                 grown.append(f"{name}: {fds[third]} -> {fds[-1]} file descriptors")
@@ -68,7 +70,8 @@ class Gauge:
 def test_nothing_grows_in_hundreds_of_iterations(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     run, gauge = tmp_path / "run", Gauge()
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    # Ray's GCS remembers so many calls (3 KB each) for the dashboard: here so few that it has them all by the first third.
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_task_events_max_num_task_in_gcs": "1500"}
     with (tmp_path / "output.txt").open("w") as output:
         command = [sys.executable, "-m", "vlarl_rllib", "train", str(tmp_path / "config.yaml"), "--run-dir", str(run)]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)

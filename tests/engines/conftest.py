@@ -7,6 +7,7 @@ import pytest
 import torch
 from engine_helpers import Oracle
 
+from benchmarks.parity import engine_spec
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
@@ -18,16 +19,7 @@ from vlarl_rllib.weights.shared_memory import SharedMemoryPublisher
 def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
     directory: Path = tmp_path_factory.mktemp("tiny")
     write_checkpoint("tiny", directory)
-    return EngineSpec(
-        mix_calls=True,
-        model_path=str(directory),
-        dtype="float32",
-        gpus=0,
-        max_batch=8,
-        gpu_memory_gb=None,
-        enforce_eager=True,
-        seed=0,
-    )
+    return engine_spec(directory)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def test_facts_need_no_simulator() -> None:
         "import sys, vlarl_rllib.envs as envs\n"
         "assert 'gymnasium' not in sys.modules and 'numpy' not in sys.modules\n"
         "envs.task_instructions('libero_10'); envs.num_initial_states('libero_10', 3); envs.horizon('libero_10')\n"
-        "heavy = {'mujoco', 'robosuite', 'libero', 'torch', 'ray', 'cv2'} & set(sys.modules)\n"
+        "heavy = {'mujoco', 'robosuite', 'libero', 'torch', 'ray', 'cv2', 'numba'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,13 +1,11 @@
-"""What a slot contributes: exact quotas, chunks of episodes, and evaluation without repeats."""
-
-from collections import deque
+"""What a slot contributes: exact quotas, chunks of episodes."""
 
 import gymnasium as gym
 import numpy as np
 
-from vlarl_rllib.curriculum import FixedCurriculum, Start
+from vlarl_rllib.curriculum import FixedCurriculum
 from vlarl_rllib.envs.vector import SlotEvent
-from vlarl_rllib.rollout.players import EpisodeResult, EvaluationPlayer, TrainingPlayer
+from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer
 from vlarl_rllib.types import SampleReply
 
 SPACES = (gym.spaces.Box(0, 255, (2, 2, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
@@ -81,19 +79,3 @@ def test_a_request_seed_depends_on_slot_iteration_and_step_alone() -> None:
         return found
 
     assert seeds(0) == seeds(0) and len(set(seeds(0) + seeds(1))) == 6
-
-
-def test_evaluation_plays_each_start_once_also_when_an_environment_dies() -> None:
-    starts = deque(Start(0, state, 0) for state in (40, 41))
-    results: list[EpisodeResult] = []
-    slot = EvaluationPlayer(starts, results.append)
-    begun = slot.next_start()
-    slot.started(event("reset", 0))
-    assert slot.request().temperature == 0.0
-    slot.dropped()
-    order = [begun]
-    while (start := slot.next_start()) is not None:
-        order.append(start)
-        slot.started(event("reset", 0))
-        slot.stepped(reply(), event("step", 1, truncated=True))
-    assert [start.initial_state for start in order if start] == [40, 41, 40] and len(results) == 2

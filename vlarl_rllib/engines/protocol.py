@@ -39,8 +39,6 @@ class EngineSpec:
     """GPUs of this engine; 0 = CPU. A fraction shares the device."""
     max_batch: int
     """Sequences in flight at once; more wait in the engine's queue."""
-    gpu_memory_gb: float | None
-    """GPU memory for weights and KV cache; None = vLLM's default fraction. On the CPU the cache is sized from `max_batch`."""
     enforce_eager: bool
     """No CUDA graphs. The CPU is always eager."""
     mix_calls: bool

@@ -34,8 +34,10 @@ from vlarl_rllib.types import NUM_ACTION_TOKENS
 logger = logging.getLogger(__name__)
 
 TESTED_VERSIONS = ("0.26", "0.32")
-CPU_BLOCK_TOKENS = 128
-"""vLLM's default KV-cache block on the CPU."""
+BLOCK_TOKENS = 128
+"""vLLM's default KV-cache block on the CPU; on GPUs 16, which divides it."""
+LEAST_UTILIZATION = 0.01
+"""Share of the card that vLLM wants to find free before it starts; with a cache of given size it has no other meaning."""
 MAX_STEP_TOKENS = 32768
 """Bound on the tokens of one step, hence on activation memory; more prompts wait for the next step."""
 
@@ -149,24 +151,19 @@ def build_llm(spec: EngineSpec, config: OpenVLAConfig, architecture: str, transf
         mm_processor_cache_gb=0,
         distributed_executor_backend="uni",
         weight_transfer_config={"backend": transfer_backend},
-        **(_cpu_memory(spec, text, length) if on_cpu else _gpu_memory(spec)),
+        skip_mm_profiling=on_cpu,
+        **_cache_memory(spec, text, length),
     )
     llm.init_weight_transfer_engine({"init_info": {}})
     return llm
 
 
-def _cpu_memory(spec: EngineSpec, text: Any, length: int) -> dict[str, Any]:
-    """A cache for exactly `max_batch` sequences; vLLM's own choice is most of the machine's memory."""
+def _cache_memory(spec: EngineSpec, text: Any, length: int) -> dict[str, Any]:
+    """A cache for exactly `max_batch` sequences. vLLM's own choice is most of the machine's memory on a CPU, and on a GPU what it finds
+    free, which fails where a learner fills the same card in the meantime."""
     token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * _element_bytes(spec.dtype)
-    blocks = spec.max_batch * -(-length // CPU_BLOCK_TOKENS) + 1
-    return {"kv_cache_memory_bytes": blocks * CPU_BLOCK_TOKENS * token_bytes, "skip_mm_profiling": True}
-
-
-def _gpu_memory(spec: EngineSpec) -> dict[str, Any]:
-    if spec.gpu_memory_gb is None:
-        return {}
-    total_bytes = torch.cuda.get_device_properties(0).total_memory
-    return {"gpu_memory_utilization": min(1.0, spec.gpu_memory_gb * 1e9 / total_bytes)}
+    blocks = spec.max_batch * -(-length // BLOCK_TOKENS) + 1
+    return {"kv_cache_memory_bytes": blocks * BLOCK_TOKENS * token_bytes, "gpu_memory_utilization": LEAST_UTILIZATION}
 
 
 def _element_bytes(dtype: str) -> int:

@@ -3,8 +3,8 @@
 The published OpenVLA LIBERO evaluation (openvla/openvla, `experiments/robot/{libero,}/*_utils.py`) sends every frame
 through TensorFlow: rotate by 180 degrees, JPEG round trip (the training data were stored as JPEG), Lanczos-3 resize to
 224, centre crop of 90 % of the area. A checkpoint scores what it was published with only on images made the same way,
-so each stage below follows TensorFlow's arithmetic in float32: over 6.0 M subpixels the whole path differs from
-TensorFlow 2.15 in 82, each by one level.
+so each stage below follows TensorFlow's arithmetic in float32: over 9.0 M subpixels the whole path differs from
+TensorFlow 2.21 in 61, each by one level.
 
 Letters: H = side of the raw square image, S = side of the policy's image, both in pixels.
 """
@@ -12,10 +12,8 @@ Letters: H = side of the raw square image, S = side of the policy's image, both 
 from __future__ import annotations
 
 import io
-import math
 import threading
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -50,9 +48,8 @@ def observation_image(raw: np.ndarray, *, center_crop: bool, image_size: int) ->
     """
     if raw.ndim != 3 or raw.shape[0] != raw.shape[1] or raw.shape[2] != 3 or raw.dtype != np.uint8:
         raise ValueError(f"raw is {raw.dtype} {raw.shape}; the observation path takes a square [H, H, 3] uint8 image")
-    image = resize_lanczos(jpeg_round_trip(raw), RESIZED_SIDE)
-    if center_crop:
-        image = crop_center(image)
+    compressed = jpeg_round_trip(raw)
+    image = _crop_by_column(_resize_by_column(compressed, RESIZED_SIDE)) if center_crop else resize_lanczos(compressed, RESIZED_SIDE)
     if image_size != RESIZED_SIDE:
         resized = Image.fromarray(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
         image = np.array(resized, dtype=np.uint8)
@@ -64,8 +61,8 @@ def jpeg_round_trip(raw: np.ndarray) -> np.ndarray:
 
     The rotation makes robosuite's frame upright, and mirrored left to right as OpenVLA's LIBERO training images are.
     TensorFlow encodes with the accurate DCT, which is Pillow's, and decodes with the fast integer DCT and smooth chroma
-    upsampling, which Pillow cannot
-    select: decoding with Pillow instead changes most subpixels, some by more than ten levels.
+    upsampling, which Pillow cannot select: decoding with Pillow instead changes most subpixels, some by more than ten
+    levels.
     """
     buffer = io.BytesIO()
     Image.fromarray(raw).transpose(Image.Transpose.ROTATE_180).save(buffer, format="JPEG", quality=JPEG_QUALITY)
@@ -75,68 +72,85 @@ def jpeg_round_trip(raw: np.ndarray) -> np.ndarray:
 def resize_lanczos(image: np.ndarray, side: int) -> np.ndarray:
     """Resize square [H, H, 3] uint8 to [side, side, 3] uint8 like `tf.image.resize(..., "lanczos3", antialias=True)`.
 
-    Separable: all rows, then all columns, in float32 without rounding in between; at the end round half to even and
-        clip.
+    Separable: all rows, then all columns, in float32 without rounding in between; at the end round half to even and clip.
     """
-    source = len(image)
-    rows = _resample_first_axis("rows", image.reshape(source, -1), side)
-    by_column = _scratch("by_column", (source, side, 3))
-    _transpose_pixels(rows.reshape(side, source, 3), out=by_column)
-    values = _resample_first_axis("columns", by_column.reshape(source, -1), side)
-    np.rint(values, out=values)
-    np.clip(values, 0.0, 255.0, out=values)
+    from vlarl_rllib.envs.image_kernels import transpose_pixels
+
     resized = np.empty((side, side, 3), dtype=np.uint8)
-    _transpose_pixels(values.astype(np.uint8).reshape(side, side, 3), out=resized)
+    transpose_pixels(_resize_by_column(image, side), resized)
     return resized
 
 
-def _transpose_pixels(image: np.ndarray, out: np.ndarray) -> None:
-    """Write contiguous [A, B, 3] into contiguous [B, A, 3]; a pixel moves as one opaque item, twice as fast."""
-    pixel = np.dtype((np.void, 3 * image.itemsize))
-    np.copyto(out.view(pixel)[..., 0], image.view(pixel)[..., 0].T)
+def crop_center(image: np.ndarray) -> np.ndarray:
+    """Crop the central 90 % of the area of square [H, H, 3] uint8 and stretch it back to [H, H, 3] uint8.
+
+    `tf.image.crop_and_resize` on values in [0, 1]: bilinear, corners aligned with the crop box of side sqrt(0.9). The
+    conversion back is floor(x * 255.5), which is `tf.image.convert_image_dtype(..., tf.uint8)`.
+    """
+    from vlarl_rllib.envs.image_kernels import transpose_pixels
+
+    levels = _scratch("levels", image.shape)
+    transpose_pixels(np.ascontiguousarray(image), levels)
+    return _crop_by_column(levels)
 
 
-def _resample_first_axis(name: str, values: np.ndarray, target: int) -> np.ndarray:
-    """[source, N] -> [target, N] float32 scratch: the product with `lanczos_weights`, block by block."""
-    blocks, padding = _lanczos_blocks(len(values), target)
-    num_blocks, num_rows, num_taps = blocks.shape
-    stride = len(values) // num_blocks
-    padded = _scratch(name + "_padded", ((num_blocks - 1) * stride + num_taps, values.shape[1]))
-    padded[padding : padding + len(values)] = values
-    windows = np.lib.stride_tricks.sliding_window_view(padded, num_taps, axis=0)[::stride].swapaxes(1, 2)
-    out = _scratch(name, (num_blocks, num_rows, values.shape[1]))
-    return np.matmul(blocks, windows, out=out).reshape(target, -1)
+def _resize_by_column(image: np.ndarray, side: int) -> np.ndarray:
+    """`resize_lanczos` as float32 scratch [side, side, 3] of whole numbers, indexed by column, row, channel.
+
+    Both passes then run along contiguous memory, and so does the first one of `_crop_by_column`.
+    """
+    from vlarl_rllib.envs.image_kernels import resample_rows, transpose_pixels
+
+    source = len(image)
+    filters = _lanczos_filters(source, side)
+    rows, columns = _scratch("rows", (side, source, 3)), _scratch("columns", (source, side, 3))
+    levels = _scratch("levels", (side, side, 3))
+    resample_rows(np.ascontiguousarray(image).reshape(source, -1), *filters, rows.reshape(side, -1))
+    transpose_pixels(rows, columns)
+    resample_rows(columns.reshape(source, -1), *filters, levels.reshape(side, -1))
+    np.rint(levels, out=levels)
+    return np.clip(levels, 0.0, 255.0, out=levels)
+
+
+def _crop_by_column(levels: np.ndarray) -> np.ndarray:
+    """`crop_center` of whole numbers [S, S, 3] float32 indexed by column, row, channel; they are overwritten."""
+    from vlarl_rllib.envs.image_kernels import interpolate_rows, transpose_pixels
+
+    side = len(levels)
+    positions = _crop_positions(side)
+    columns, rows = _scratch("cropped_columns", levels.shape), _scratch("cropped_rows", levels.shape)
+    levels *= np.float32(1.0 / 255.0)
+    interpolate_rows(levels.reshape(side, -1), *positions, columns.reshape(side, -1))
+    transpose_pixels(columns, rows)
+    cropped = levels  # its memory is free now
+    interpolate_rows(rows.reshape(side, -1), *positions, cropped.reshape(side, -1))
+    np.clip(cropped, 0.0, 1.0, out=cropped)
+    cropped *= np.float32(255.5)
+    return cropped.astype(np.uint8)
 
 
 def _scratch(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 array of this thread, zero when new and kept for the next call of this shape.
+    """Float32 array of this thread, kept for the next call of this shape.
 
     Fresh arrays of this size come from the operating system page by page, which took longer than the arithmetic on
     them.
     """
     array: np.ndarray | None = getattr(_THREAD, name, None)
     if array is None or array.shape != shape:
-        array = np.zeros(shape, dtype=np.float32)
+        array = np.empty(shape, dtype=np.float32)
         setattr(_THREAD, name, array)
     return array
 
 
 @lru_cache(maxsize=8)
-def _lanczos_blocks(source: int, target: int) -> tuple[np.ndarray, int]:
-    """The non-zero part of `lanczos_weights` as equal blocks: ([B, target / B, taps] float32, zero rows to put before
-    the input).
-
-    B = gcd(source, target): every block reads a window that starts source / B pixels after the one before (for 256 ->
-    224, 32 blocks of 7 outputs from 15 inputs each, a tenth of the work of the dense product).
-    """
+def _lanczos_filters(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """The non-zero part of `lanczos_weights`: ([target] int64 first source pixel, [target, taps] float32 weights)."""
     weights = lanczos_weights(source, target)
-    num_blocks = math.gcd(source, target)
-    rows, stride = target // num_blocks, source // num_blocks
-    reach = math.ceil(LANCZOS_RADIUS * max(source / target, 1.0))
-    num_taps = stride + 2 * reach
-    padded = np.pad(weights, ((0, 0), (reach, reach)))
-    blocks = [padded[b * rows : (b + 1) * rows, b * stride : b * stride + num_taps] for b in range(num_blocks)]
-    return np.ascontiguousarray(np.stack(blocks)), reach
+    used = weights != 0.0
+    first, last = used.argmax(axis=1), source - 1 - used[:, ::-1].argmax(axis=1)
+    num_taps = int((last - first).max()) + 1
+    first = np.minimum(first, source - num_taps)
+    return first, np.take_along_axis(weights, first[:, None] + np.arange(num_taps), axis=1)
 
 
 @lru_cache(maxsize=8)
@@ -169,53 +183,16 @@ def lanczos_kernel(x: np.ndarray) -> np.ndarray:
     return np.where(distance > radius, np.float32(0.0), np.where(near, np.float32(1.0), value))
 
 
-def crop_center(image: np.ndarray) -> np.ndarray:
-    """Crop the central 90 % of the area of square [H, H, 3] uint8 and stretch it back to [H, H, 3] uint8.
-
-    `tf.image.crop_and_resize` on values in [0, 1]: bilinear, corners aligned with the crop box of side sqrt(0.9). The
-    conversion back is floor(x * 255.5), which is `tf.image.convert_image_dtype(..., tf.uint8)`.
-    """
-    side = len(image)
-    rows, columns = _crop_positions(side)
-    pixels = _scratch("pixels", (side, side * 3))
-    np.multiply(image.reshape(side, -1), np.float32(1.0 / 255.0), out=pixels)
-    cropped = _interpolate("crop_rows", _interpolate("crop_columns", pixels, columns, axis=1), rows, axis=0)
-    np.clip(cropped, 0.0, 1.0, out=cropped)
-    cropped *= np.float32(255.5)
-    return cropped.astype(np.uint8).reshape(side, side, 3)
-
-
-class _Positions(NamedTuple):
-    """Where each output entry of an axis comes from: `fraction` of the way from source entry `low` to `high`."""
-
-    low: np.ndarray
-    high: np.ndarray
-    fraction: np.ndarray
-    """Float32, shaped to broadcast along the axis."""
-
-
-def _interpolate(name: str, values: np.ndarray, positions: _Positions, axis: int) -> np.ndarray:
-    """Linear interpolation of 2-D `values` along `axis`: a + (b - a) * fraction, in that order."""
-    start, end = _scratch(name + "_start", values.shape), _scratch(name, values.shape)
-    np.take(values, positions.low, axis=axis, out=start, mode="clip")
-    np.take(values, positions.high, axis=axis, out=end, mode="clip")
-    end -= start
-    end *= positions.fraction
-    end += start
-    return end
-
-
 @lru_cache(maxsize=8)
-def _crop_positions(side: int) -> tuple[_Positions, _Positions]:
-    """The crop's positions along both axes of a [side, side * 3] image, in TensorFlow's float32 arithmetic."""
+def _crop_positions(side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each output entry of an axis lies, in TensorFlow's float32 arithmetic.
+
+    Returns [side] int64 source entry below and [side] int64 above it, and [side] float32 how far it is between them.
+    """
     box = np.sqrt(np.float32(CROP_AREA))
     start = np.float32((np.float32(1.0) - box) / np.float32(2.0))
     end = np.float32(start + box)
     scale = np.float32((end - start) * np.float32(side - 1) / np.float32(side - 1))
     positions = start * np.float32(side - 1) + np.arange(side, dtype=np.float32) * scale
-    low, high = np.floor(positions).astype(np.int64), np.ceil(positions).astype(np.int64)
-    fraction = (positions - np.floor(positions)).astype(np.float32)
-    channels = np.arange(3)
-    rows = _Positions(low, high, fraction[:, None])
-    columns = _Positions((low[:, None] * 3 + channels).ravel(), (high[:, None] * 3 + channels).ravel(), np.repeat(fraction, 3)[None, :])
-    return rows, columns
+    low, high = np.floor(positions), np.ceil(positions)
+    return low.astype(np.int64), high.astype(np.int64), (positions - low).astype(np.float32)

@@ -228,7 +228,7 @@ class VLALearner(PPOTorchLearner):
         """One pass through the sharded policy. Without frames a dummy row runs, so that no rank misses a collective."""
         inputs = batch.model_inputs(frames if len(frames) else np.zeros(1, dtype=np.int64), self._device)
         out = self.module[DEFAULT_MODULE_ID].forward_train(inputs)
-        distribution = torch.log_softmax(out[ACTION_LOGITS] / self.settings.rollout.temperature, dim=-1)
+        distribution = torch.log_softmax(out[ACTION_LOGITS] / self.settings.temperature, dim=-1)
         chosen = inputs["action_tokens"] - cast(range, self.policy.action_token_ids)[0]
         return {
             VALUES: out[VALUES],

@@ -21,7 +21,7 @@ def build_policy(settings: ModelSettings, device: torch.device | str = "cpu") ->
     adapters draw from torch's global generator.
 
     Args:
-        device: where quantised weights are made; the rest stays on the CPU until FSDP places it.
+        device: where a quantised policy is put: on a CPU a 7B one takes minutes. Others stay on the CPU until FSDP places them.
     """
     dtype = getattr(torch, settings.dtype)
     options: dict[str, Any] = {"dtype": dtype if settings.lora else torch.float32}

@@ -13,17 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlarl_rllib.published import PUBLISHED_MODELS
+
 if TYPE_CHECKING:
     from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 
-HUB_MODELS = {
-    "openvla-7b": "openvla/openvla-7b",
-    "openvla-7b-finetuned-libero-spatial": "openvla/openvla-7b-finetuned-libero-spatial",
-    "openvla-7b-finetuned-libero-object": "openvla/openvla-7b-finetuned-libero-object",
-    "openvla-7b-finetuned-libero-goal": "openvla/openvla-7b-finetuned-libero-goal",
-    "openvla-7b-finetuned-libero-10": "openvla/openvla-7b-finetuned-libero-10",
-}
-"""Published checkpoints, by name."""
+HUB_MODELS = {name: model.hub_id for name, model in PUBLISHED_MODELS.items()}
+"""Hub ids of the published checkpoints, by name."""
 
 # Words of the instructions of the five LIBERO suites.
 LIBERO_WORDS = """

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import zlib
-from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,12 +24,13 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from vlarl_rllib.curriculum import FixedCurriculum, Start
 from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec
-from vlarl_rllib.envs.registry import EnvSpec, training_and_held_out_states
+from vlarl_rllib.envs.registry import EnvSpec, env_class, training_and_held_out_states
 from vlarl_rllib.envs.vector import SlotProcesses
 from vlarl_rllib.models.action_tokenizer import ActionTokenizer
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop
-from vlarl_rllib.rollout.players import EpisodeResult, EvaluationPlayer, TrainingPlayer, success_by_task
+from vlarl_rllib.rollout.players import TrainingPlayer, success_by_task
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS, WeightManifest
 
@@ -63,7 +64,9 @@ class Attached(NamedTuple):
 
     pid: int
     tasks: tuple[int, ...]
-    """Of each slot."""
+    """Of each slot, as it begins with."""
+    evaluating: tuple[Start, ...]
+    """Starts of the evaluation episodes that go on here."""
 
 
 class SlotVectorEnv(gym.vector.VectorEnv):
@@ -90,6 +93,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self._sampler: SamplerClient | None = None
         self._version = 0
         self._iteration = -1
+        self._evaluation: Evaluation | None = None
         super().__init__(config=config, **kwargs)
 
     # RLlib's surface
@@ -105,7 +109,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             name=env.name,
             suite=env.suite,
             image_size=model.image_size,
-            center_crop=settings.model.center_crop,
+            center_crop=settings.center_crop,
             max_steps=env.max_steps,
             fast_render=env.fast_render,
         )
@@ -119,7 +123,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self.env = SlotVectorEnv(processes, env.num_envs, model.image_size)
         self.num_envs = env.num_envs
         self._make_players(spec, slot_tasks, runner * env.num_envs)
-        tokenizer, stats = ActionTokenizer(model.action_vocab_size, model.num_bins), model.action_statistics(settings.model.unnorm_key)
+        tokenizer, stats = ActionTokenizer(model.action_vocab_size, model.num_bins), model.action_statistics(settings.unnorm_key)
         self._loop = SlotLoop(
             processes,
             env.num_envs,
@@ -140,7 +144,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 first_slot + slot,
                 curriculum=curriculum,
                 spaces=(self.env.single_observation_space, self.env.single_action_space),
-                temperature=self.settings.rollout.temperature,
+                temperature=self.settings.temperature,
                 success_reward=self.settings.rewards.success,
                 seed=self.settings.run.seed,
             )
@@ -185,7 +189,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 self._sampler.load_weights(manifest)
         self._version = version
         self.module.weights_version = version
-        return Attached(os.getpid(), self._slot_tasks)
+        evaluating = self._evaluation.queue.playing.values() if self._evaluation else ()
+        return Attached(os.getpid(), self._slot_tasks, tuple(evaluating))
 
     def sample_slots(self, iteration: int, steps_per_slot: int) -> Contribution:
         """Play until each slot has contributed `steps_per_slot` to `iteration`, or an engine fails.
@@ -207,28 +212,35 @@ class VLAEnvRunner(SingleAgentEnvRunner):
 
     def begin_new_episodes(self) -> None:
         """End the running episodes where they are, unseen, and count the next `sample_slots` as a new iteration, whatever its number."""
-        self._iteration = -1
+        self._iteration, self._evaluation = -1, None
         self._loop.abandon()
         for player in self._players.values():
             player.abandon()
 
-    def evaluate(self, starts: list[Start]) -> tuple[list[EpisodeResult], list[Start], str | None]:
-        """Play one greedy episode from each start that one of this runner's slots has the task of.
+    def evaluate(
+        self, starts: list[Start], *, change_tasks: bool = False, seconds: float | None = None, record: Collection[Start] = ()
+    ) -> EvaluationRound:
+        """Play one greedy episode from each of `starts`, and go on with those of the last call; `begin_new_episodes` ends it.
 
-        Returns:
-            (results, starts not played because an engine failed, the engine's error).
+        Args:
+            starts: as far as this call gets to them, the slots have their tasks, and no engine fails.
+            change_tasks: whether slots may leave the task that they begin with, at the cost of building models.
+            seconds: after which running episodes rest until the next call; None = play to the end.
+            record: starts whose episodes are filmed.
         """
-        self.begin_new_episodes()
-        queues: dict[int, deque[Start]] = {}
-        for start in starts:
-            queues.setdefault(start.task_id, deque()).append(start)
-        results: list[EpisodeResult] = []
-        players = {slot: EvaluationPlayer(queues[task], results.append) for slot, task in enumerate(self._slot_tasks) if task in queues}
-        self._loop.run(players, self._require_sampler(), self._version)
-        played = {(result.task_id, result.initial_state) for result in results}
-        self.begin_new_episodes()
-        error = self._loop.engine_error
-        return results, [s for s in starts if (s.task_id, s.initial_state) not in played], str(error) if error else None
+        if self._evaluation is None:
+            self.begin_new_episodes()
+            queue = StartQueue(
+                self._slot_tasks, self.env.processes.slots_of_process(), self.settings.env.models_per_process, change_tasks=change_tasks
+            )
+            frames_per_second = env_class(self.settings.env.name).metadata["render_fps"]
+            self._evaluation = Evaluation(queue, self.num_envs, frames_per_second)
+        evaluation, deaths = self._evaluation, self._loop.env_deaths
+        evaluation.begin_round(starts, seconds, record)
+        self._loop.run(evaluation.players, self._require_sampler(), self._version)
+        evaluation.round.env_deaths = self._loop.env_deaths - deaths
+        evaluation.round.engine_error = str(self._loop.engine_error) if self._loop.engine_error else None
+        return evaluation.round
 
     def _require_sampler(self) -> SamplerClient:
         if self._sampler is None:

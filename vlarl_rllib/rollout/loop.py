@@ -125,9 +125,7 @@ class SlotLoop:
         """
         self.engine_error = None
         self._players, self._sampler, self._version = players, sampler, version
-        for slot in players:
-            if self._state[slot] is SlotState.EMPTY:
-                self._begin(slot)
+        self._begin_idle()
         self._send_requests()
         while self._waiting():
             wait([*self._processes.connections(), self.completions.fileno()], timeout=POLL_SECONDS)
@@ -149,6 +147,11 @@ class SlotLoop:
         )
 
     # What happens to a slot
+
+    def _begin_idle(self) -> None:
+        for slot in self._players:
+            if self._state[slot] is SlotState.EMPTY:
+                self._begin(slot)
 
     def _begin(self, slot: int) -> None:
         start = self._players[slot].next_start()
@@ -236,7 +239,8 @@ class SlotLoop:
             self._state[slot] = SlotState.READY
             self._players[slot].stepped(self._replies.pop(slot), event)
             if event.terminated or event.truncated:
-                self._begin(slot)
+                self._state[slot] = SlotState.EMPTY
+                self._begin_idle()  # others too: the end of an episode may be what one that had nothing to do has waited for
 
     def _on_death(self, slot: int) -> None:
         """The process is being restarted; an answer still on its way to this slot finds nobody."""

@@ -1,12 +1,11 @@
-"""What a slot does with its frames: collect training steps, or play one greedy episode per start.
+"""What a slot does with its frames: here, collect training steps; `rollout/evaluation.py` has the greedy episodes.
 
 The event loop (`loop.SlotLoop`) asks a player what comes next and tells it what happened; it knows nothing about episodes itself.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +28,8 @@ class EpisodeResult:
     length: int
     success: bool
     reward: float
+    video: bytes | None = None
+    """MP4 of the frames that the policy saw, where it was asked for."""
 
 
 class Player(Protocol):
@@ -162,51 +163,6 @@ class TrainingPlayer:
     @property
     def playing(self) -> bool:
         return self._chunk is not None
-
-
-class EvaluationPlayer:
-    """Plays one greedy episode from each start of a queue that slots with the same task share: none twice, none left out.
-
-    Args:
-        starts: starts still to be played; taken from the left.
-        report: called with each episode's result.
-    """
-
-    def __init__(self, starts: deque[Start], report: Callable[[EpisodeResult], None]) -> None:
-        self._starts, self._report = starts, report
-        self._current: Start | None = None
-        self._length, self._reward = 0, 0.0
-        self._instruction = ""
-        self._image: np.ndarray | None = None
-
-    def next_start(self) -> Start | None:
-        self._current = self._starts.popleft() if self._starts else None
-        return self._current
-
-    def started(self, event: SlotEvent) -> None:
-        self._instruction, self._image = event.instruction, event.image
-        self._length, self._reward = 0, 0.0
-
-    def wants_action(self) -> bool:
-        return True
-
-    def request(self) -> SampleRequest:
-        assert self._image is not None, "a request without a frame"
-        return SampleRequest(self._image, self._instruction, 0, 0.0)
-
-    def stepped(self, reply: SampleReply, event: SlotEvent) -> None:
-        self._image = event.image
-        self._length += 1
-        self._reward += event.reward
-        if event.terminated or event.truncated:
-            self._report(EpisodeResult(event.task_id, event.initial_state, self._length, event.success, self._reward))
-            self._current = None
-
-    def dropped(self) -> None:
-        """The episode is to be played again, by whichever slot comes first."""
-        if self._current is not None:
-            self._starts.append(self._current)
-            self._current = None
 
 
 def success_by_task(results: list[EpisodeResult]) -> Mapping[int, float]:

@@ -1,0 +1,92 @@
+"""What is on the disk, and going on from there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
+from vlarl_rllib.rollout.players import EpisodeResult
+from vlarl_rllib.settings import SettingsError
+
+QUESTION = {"checkpoint": "model", "tasks": [0], "trials": 5, "seed": 7, "checkpoint_files": None}
+
+
+def begin(path: Path, question: dict[str, object] = QUESTION) -> EvaluationDirectory:
+    with open_evaluation(path, question) as directory:
+        return directory
+
+
+def lines(path: Path) -> list[str]:
+    return (path / "episodes.jsonl").read_text().splitlines()
+
+
+def test_finished_episodes_are_on_the_disk_at_once_and_found_again(tmp_path: Path) -> None:
+    directory = begin(tmp_path / "new" / "place")
+    directory.add([EpisodeResult(0, 2, 7, True, 1.0)])
+    assert [json.loads(line) for line in lines(directory.path)] == [{"task": 0, "trial": 2, "success": True, "steps": 7}]
+    directory.add([EpisodeResult(0, 0, 9, False, 0.0), EpisodeResult(0, 1, 9, False, 0.0)])
+    directory.add([])
+    again = begin(directory.path)
+    assert again.finished == {(0, 0), (0, 1), (0, 2)} and again.episodes == directory.episodes
+    assert json.loads((directory.path / "evaluation.json").read_text())["versions"]["ray"]
+
+
+def test_a_line_cut_by_a_kill_is_dropped_and_what_follows_is_whole(tmp_path: Path) -> None:
+    begin(tmp_path).add([EpisodeResult(0, trial, 5, True, 1.0) for trial in (0, 1)])
+    file = tmp_path / "episodes.jsonl"
+    for cut in (b'{"task": 0, "tri', b"\xff\x00", b'{"task": 0}', b"3"):
+        whole = file.read_bytes()
+        file.write_bytes(whole + cut)
+        assert begin(tmp_path).finished == {(0, 0), (0, 1)}
+        assert file.read_bytes() == whole
+    file.write_bytes(whole[:-1])  # only the end of the line is missing
+    begin(tmp_path).add([EpisodeResult(0, 2, 5, True, 1.0)])
+    assert begin(tmp_path).finished == {(0, 0), (0, 1), (0, 2)}
+
+
+def test_of_an_episode_that_is_there_twice_the_first_counts(tmp_path: Path) -> None:
+    begin(tmp_path).add([EpisodeResult(0, 0, 5, True, 1.0), EpisodeResult(0, 0, 9, False, 0.0)])
+    assert [episode["success"] for episode in begin(tmp_path).episodes] == [True]
+
+
+def test_a_video_is_kept_under_its_episode(tmp_path: Path) -> None:
+    begin(tmp_path).add(
+        [EpisodeResult(3, 0, 5, True, 1.0, b"film"), EpisodeResult(3, 1, 5, False, 0.0, b"other"), EpisodeResult(3, 2, 5, False, 0.0)]
+    )
+    assert {path.name: path.read_bytes() for path in (tmp_path / "videos").iterdir()} == {
+        "task_03_trial_000_success.mp4": b"film",
+        "task_03_trial_001_failure.mp4": b"other",
+    }
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 8), ("trials", 50), ("tasks", [0, 1]), ("checkpoint_files", "abc")])
+def test_another_question_is_refused_and_the_key_named(tmp_path: Path, key: str, value: object) -> None:
+    begin(tmp_path)
+    before = (tmp_path / "evaluation.json").read_text()
+    with pytest.raises(SettingsError, match=rf"--out: .* holds another evaluation, whose {key} is") as error:
+        begin(tmp_path, {**QUESTION, key: value})
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "evaluation.json").read_text() == before
+
+
+def test_a_directory_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(SettingsError, match=r"holds other things \(thesis.tex"):
+        begin(tmp_path)
+    with pytest.raises(SettingsError, match="cannot be made"):
+        begin(tmp_path / "thesis.tex")
+
+
+def test_two_processes_do_not_share_a_directory(tmp_path: Path) -> None:
+    with open_evaluation(tmp_path, QUESTION), pytest.raises(SettingsError, match="in use by a running process"):
+        begin(tmp_path)
+
+
+def test_changed_versions_are_noticed(tmp_path: Path) -> None:
+    assert begin(tmp_path).versions_before == {}
+    file = tmp_path / "evaluation.json"
+    values = json.loads(file.read_text())
+    values["versions"]["mujoco"] = "1.0"
+    file.write_text(json.dumps(values))
+    assert begin(tmp_path).versions_before["mujoco"] == "1.0"

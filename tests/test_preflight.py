@@ -1,0 +1,32 @@
+"""What is checked, and what is only remarked on, before Ray starts."""
+
+from typing import Any
+
+import pytest
+
+from vlarl_rllib.preflight import check_model, doubts
+from vlarl_rllib.settings import LIBERO_TASKS, Settings
+
+
+@pytest.mark.parametrize("suite", LIBERO_TASKS)
+def test_a_preset_has_the_statistics_of_every_suite(suite: str) -> None:
+    settings = Settings.from_dict({"env": {"suite": suite}})
+    check_model(settings.model.path, settings.unnorm_key)
+    assert doubts(settings) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "remark"),
+    [
+        ({"model": {"unnorm_key": "libero_goal"}, "env": {"suite": "libero_10"}}, "libero_10 is played with the action statistics of libero_goal"),
+        ({"model": {"path": "openvla-7b"}}, "libero_spatial is played with the action statistics of bridge_orig"),
+        ({"model": {"path": "openvla-7b-finetuned-libero-spatial"}, "env": {"suite": "libero_goal"}}, "of libero_spatial; set env.suite"),
+        ({"model": {"path": "openvla-7b-finetuned-libero-10"}, "env": {"suite": "libero_10"}}, None),
+        ({"model": {"unnorm_key": "libero_spatial_no_noops"}}, None),
+        ({"model": {"unnorm_key": "libero_goal"}, "env": {"name": "synthetic"}}, None),
+    ],
+)
+def test_another_suites_statistics_are_worth_a_line(sections: dict[str, Any], remark: str | None) -> None:
+    found = doubts(Settings.from_dict(sections))
+    assert len(found) == (remark is not None)
+    assert all(remark in line and "\n" not in line for line in found)

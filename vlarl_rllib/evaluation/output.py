@@ -1,0 +1,113 @@
+"""What an evaluation leaves behind, and how it goes on after a kill.
+
+DIR/evaluation.json   what was asked, and the versions that answered
+    episodes.jsonl    one line per finished episode, on the disk before the next is waited for
+    videos/           task_00_trial_000_success.mp4
+    results.json, results.csv, report.md      made of the above (`report.py`)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlarl_rllib.checkpoints import write_atomically
+from vlarl_rllib.run_directory import claimed, installed_versions
+from vlarl_rllib.settings import SettingsError
+
+if TYPE_CHECKING:
+    from vlarl_rllib.rollout.players import EpisodeResult
+
+QUESTION_FILE = "evaluation.json"
+EPISODES_FILE = "episodes.jsonl"
+
+
+class EvaluationDirectory:
+    """One evaluation's directory; made by `open_evaluation`.
+
+    Attributes:
+        question: what was asked.
+        episodes: the finished ones, in the order in which they ended.
+        versions_before: of packages when the evaluation began, where they are others now.
+    """
+
+    def __init__(self, path: Path, question: dict[str, Any]) -> None:
+        self.path, self.question = path, question
+        self.versions_before: dict[str, str] = {}
+        self._check_question()
+        self.episodes = self._read_episodes()
+        self._mend()
+
+    @property
+    def finished(self) -> set[tuple[int, int]]:
+        """(task, trial) of the finished episodes."""
+        return {(episode["task"], episode["trial"]) for episode in self.episodes}
+
+    def add(self, results: Sequence[EpisodeResult]) -> None:
+        """Keep finished episodes, and their videos first, so that an episode that is kept has its video."""
+        lines = ""
+        for result in results:
+            episode = {"task": result.task_id, "trial": result.initial_state, "success": result.success, "steps": result.length}
+            if result.video is not None:
+                self._keep_video(episode, result.video)
+            self.episodes.append(episode)
+            lines += json.dumps(episode) + "\n"
+        if lines:
+            with (self.path / EPISODES_FILE).open("a") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _keep_video(self, episode: dict[str, Any], video: bytes) -> None:
+        videos = self.path / "videos"
+        videos.mkdir(exist_ok=True)
+        outcome = "success" if episode["success"] else "failure"
+        (videos / f"task_{episode['task']:02d}_trial_{episode['trial']:03d}_{outcome}.mp4").write_bytes(video)
+
+    def _check_question(self) -> None:
+        file, versions = self.path / QUESTION_FILE, installed_versions()
+        if not file.is_file():
+            if others := sorted(path.name for path in self.path.iterdir() if not path.name.startswith(".")):
+                raise SettingsError(f"--out: {self.path} holds other things ({others[0]}, ...); give a new directory")
+            write_atomically(file, json.dumps({**self.question, "versions": versions}, indent=2) + "\n")
+            return
+        before = json.loads(file.read_text())
+        for key, value in self.question.items():
+            if before.get(key) != value:
+                raise SettingsError(
+                    f"--out: {self.path} holds another evaluation, whose {key} is {json.dumps(before.get(key))} and not {json.dumps(value)}; "
+                    "give another directory, or ask the same again"
+                )
+        if before["versions"] != versions:
+            self.versions_before = before["versions"]
+
+    def _read_episodes(self) -> list[dict[str, Any]]:
+        """All whole lines, of each episode the first one."""
+        file = self.path / EPISODES_FILE
+        episodes: dict[tuple[int, int], dict[str, Any]] = {}
+        for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+            try:
+                episode = json.loads(line)
+                episodes.setdefault((episode["task"], episode["trial"]), episode)
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue  # cut by a kill
+        return list(episodes.values())
+
+    def _mend(self) -> None:
+        """Write the file anew, so that what is added does not end up on half a line."""
+        write_atomically(self.path / EPISODES_FILE, "".join(json.dumps(episode) + "\n" for episode in self.episodes))
+
+
+@contextmanager
+def open_evaluation(path: Path, question: dict[str, Any]) -> Iterator[EvaluationDirectory]:
+    """Begin an evaluation in `path`, or go on with the one that is there.
+
+    Raises:
+        SettingsError: another evaluation, other files or another process are there.
+    """
+    with claimed(path, "--out"):
+        yield EvaluationDirectory(path, question)

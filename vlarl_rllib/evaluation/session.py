@@ -1,0 +1,206 @@
+"""One evaluation from the question to the report: `evaluate_policy` for programs, `run_evaluation` for the command line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
+from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
+from vlarl_rllib.evaluation.report import EvaluationResult, summarize, to_table, write_reports
+from vlarl_rllib.settings import SettingsError
+
+if TYPE_CHECKING:
+    from vlarl_rllib.curriculum import Start
+    from vlarl_rllib.rollout.evaluation import EvaluationRound
+
+logger = logging.getLogger(__name__)
+
+ROUND_SECONDS = 5.0
+"""After so long runners return what is finished. It is what Ctrl-C waits for and a kill costs; a round begins and ends in about 0.1 s."""
+LINE_SECONDS = 30.0
+"""Between two lines of progress where there is no terminal."""
+
+
+class Watch:
+    """Sees an evaluation go by; the base class lets it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return
+
+    def ready(self) -> None:
+        """All actors have started; episodes begin."""
+
+    def keep_going(self, played: EvaluationRound) -> bool:
+        """A round is over and its episodes are kept; False ends the evaluation here."""
+        return True
+
+    def mended(self, restarts: Mapping[str, int]) -> None:
+        """How often something died and was replaced."""
+
+
+def evaluate_policy(request: EvaluationRequest, out: str | Path) -> EvaluationResult:
+    """Evaluate a policy, or go on with the evaluation that is in `out`; uses a running Ray, else starts one and ends it.
+
+    Raises:
+        SettingsError: a mistake in the request, or `out` holds something else.
+        RuntimeError: engines, runners or environments fail again and again. What was finished is kept.
+    """
+    request.check()
+    with open_evaluation(Path(out), request.question()) as directory:
+        return _evaluate(request, directory, Watch())
+
+
+def run_evaluation(request: EvaluationRequest, out: Path) -> int:
+    """`vlarl eval`: the same with progress, a table and signals; the process's exit code.
+
+    0 = done, 128 + signal = ended by a signal (130 for Ctrl-C), 1 = failed. What was finished is kept in each case.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    request.check()
+    where = os.path.relpath(out)
+    with open_evaluation(out, request.question()) as directory:
+        watch = _Terminal(console, directory, total=len(request.starts()))
+        before = f", {len(directory.episodes)} of them played before" if directory.episodes else ""
+        console.print(f"evaluation directory {where}: {watch.total} episodes{before}")
+        if directory.versions_before:
+            console.print(f"[yellow]versions have changed since it began: {_changes(directory.versions_before)}[/yellow]")
+        try:
+            result = _evaluate(request, directory, watch)
+        except KeyboardInterrupt:
+            watch.signal = watch.signal or signal.SIGINT
+            result = _report(request, directory)
+        except SettingsError:
+            raise
+        except Exception as error:  # the boundary to the user; actors have died or a disk is full
+            from vlarl_rllib.errors import one_line
+
+            console.print(f"[red]the evaluation failed: {one_line(error)}[/red]")
+            console.print(f"{len(directory.episodes)} of {watch.total} episodes are kept; the same command goes on from there")
+            return 1
+    if result.episodes:
+        console.print(to_table(result))
+    if not result.complete:
+        console.print(f"stopped; the same command with --out {where} plays the other {result.num_planned - len(result.episodes)} episodes")
+        return 128 + (watch.signal or signal.SIGINT)
+    if result.deviations:
+        console.print(f"[dim]not the published protocol: {'; '.join(result.deviations)}[/dim]")
+    console.print(f"done: {where}/report.md")
+    return 0
+
+
+def _evaluate(request: EvaluationRequest, directory: EvaluationDirectory, watch: Watch) -> EvaluationResult:
+    """Play what is not there yet; the reports are written however it ends."""
+    finished = directory.finished
+    starts = [start for start in request.starts() if (start.task_id, start.initial_state) not in finished]
+    try:
+        if starts:
+            _play(request, directory, starts, watch)
+    finally:
+        result = _report(request, directory)
+    return result
+
+
+def _play(request: EvaluationRequest, directory: EvaluationDirectory, starts: list[Start], watch: Watch) -> None:
+    from vlarl_rllib.evaluation.workers import ray_session, start_workers
+
+    settings = request.settings(starts)
+    record = _to_record(request, starts)
+    with ray_session(settings), watch, start_workers(settings) as workers:  # the watch comes after Ray, which installs a SIGTERM handler
+        watch.ready()
+        for played in workers.calls.evaluate(starts, change_tasks=True, seconds=ROUND_SECONDS, record=record):
+            directory.add(played.results)
+            if not watch.keep_going(played):
+                break
+        watch.mended(workers.restarts())
+
+
+def _to_record(request: EvaluationRequest, starts: list[Start]) -> frozenset[Start]:
+    from vlarl_rllib.rollout.video import can_encode
+
+    if request.videos and not can_encode():
+        logger.warning("no videos: imageio-ffmpeg is not installed; run: pip install imageio-ffmpeg")
+        return frozenset()
+    return frozenset(start for start in starts if start.initial_state < request.videos)
+
+
+def _report(request: EvaluationRequest, directory: EvaluationDirectory) -> EvaluationResult:
+    result = summarize(directory.question, directory.episodes, request.instructions(), request.held_out(), request.deviations())
+    write_reports(directory.path, result)
+    return result
+
+
+def _changes(before: dict[str, str]) -> str:
+    from vlarl_rllib.run_directory import installed_versions
+
+    now = installed_versions()
+    return ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in {**before, **now} if before.get(name) != now.get(name))
+
+
+class _Terminal(Watch):
+    """A progress bar, or lines where there is no terminal; the first Ctrl-C or SIGTERM ends the evaluation after the round."""
+
+    def __init__(self, console: Console, directory: EvaluationDirectory, total: int) -> None:
+        self.total = total
+        self.signal: int | None = None
+        self._console, self._directory = console, directory
+        self._known = len(directory.episodes)
+        self._steps, self._began, self._said = 0, 0.0, 0.0
+        self._faults: Counter[str] = Counter()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = self._progress.add_task("starting", total=total, completed=self._known, rates="")
+        self._handlers: dict[int, Any] = {}
+        self._is_ready = False
+
+    def __enter__(self) -> Self:
+        logging.getLogger("ray.rllib").setLevel(logging.CRITICAL)  # it shows each death as a traceback; what was mended is told at the end
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def ready(self) -> None:
+        self._is_ready, self._began, self._said = True, time.monotonic(), time.monotonic()
+        self._progress.reset(self._bar, completed=self._known, description="episodes", rates="")
+
+    def keep_going(self, played: EvaluationRound) -> bool:
+        self._steps += played.num_steps
+        self._faults["env_deaths"] += played.env_deaths
+        episodes = self._directory.episodes
+        rate = f"{100 * sum(episode['success'] for episode in episodes) / len(episodes):.1f} % success  " if episodes else ""
+        rates = f"{rate}{self._steps / (time.monotonic() - self._began):.1f} steps/s"
+        self._progress.update(self._bar, completed=len(episodes), rates=rates)
+        if not self._console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            self._console.print(f"{len(episodes)}/{self.total} episodes  {rates}")
+        return self.signal is None
+
+    def mended(self, restarts: Mapping[str, int]) -> None:
+        self._faults.update(restarts)
+        seconds, played = time.monotonic() - self._began, len(self._directory.episodes) - self._known
+        faults = "".join(f", {name} {count}" for name, count in self._faults.items() if count)
+        self._console.print(f"{played} episodes, {self._steps} steps in {seconds:.1f} s, {self._steps / seconds:.1f} steps/s{faults}")
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.signal is not None or not self._is_ready:
+            self.signal = number
+            raise KeyboardInterrupt
+        self.signal = number
+        self._console.print(f"{signal.Signals(number).name}: ending within {ROUND_SECONDS:g} s, finished episodes are kept; once more to end at once")

@@ -1,0 +1,94 @@
+"""The actors of an evaluation: engines and runners as in training, without an Algorithm and without learners."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
+
+from vlarl_rllib.config import VLAPPOConfig
+from vlarl_rllib.coordination import LoadedWeights, RunnerCalls
+from vlarl_rllib.engines.pool import EnginePool
+from vlarl_rllib.settings import Settings, calculate_runtime_args
+from vlarl_rllib.training import start_ray
+from vlarl_rllib.weights.shared_memory import reap_stale
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What is running."""
+
+    calls: RunnerCalls
+    pool: EnginePool | None
+
+    def restarts(self) -> dict[str, int]:
+        """How often a runner or an engine was replaced."""
+        return {"runner_restarts": self.calls.num_restarts, "engine_restarts": self.pool.num_restarts if self.pool else 0}
+
+
+class _Runners(EnvRunnerGroup):
+    """Gives each runner its config by value: one that lies in the object store may be gone when Ray starts the runner anew."""
+
+    def _make_worker(self, *, config: Any, **kwargs: Any) -> Any:
+        return super()._make_worker(config=self._remote_config, **kwargs)
+
+
+@contextmanager
+def ray_session(settings: Settings) -> Iterator[None]:
+    """The Ray that this process is connected to, else one for as long as this lasts.
+
+    Raises:
+        SettingsError: the cluster is too small.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    plan = calculate_runtime_args(settings)
+    algorithm, *bundles = plan.bundles  # there is no Algorithm here
+    try:
+        start_ray(replace(plan, bundles=tuple(bundles), total_cpus=plan.total_cpus - algorithm["CPU"]), settings)
+        yield
+    finally:
+        ray.shutdown()
+        reap_stale(Path("/dev/shm"))
+
+
+@contextmanager
+def start_workers(settings: Settings) -> Iterator[Workers]:
+    """Engines that serve the checkpoint as it is, and runners; all are gone afterwards.
+
+    Raises:
+        RuntimeError: an engine does not start.
+    """
+    config = VLAPPOConfig.from_settings(settings)
+    config.validate()
+    config.freeze()
+    engines = settings.engines
+    options = [{"num_cpus": engines.cpus, "num_gpus": engines.gpus}] * engines.num
+    pool: EnginePool | None = None
+    runners: EnvRunnerGroup | None = None
+    try:
+        if engines.num:
+            pool = EnginePool(config.engine_spec(), engines.num, actor_options=options, start_timeout_seconds=engines.start_timeout_seconds)
+        runners = _Runners(config=config, local_env_runner=False)
+        if pool is not None:
+            pool.wait_until_ready()
+        calls = RunnerCalls(
+            runners,
+            LoadedWeights(pool),
+            pool,
+            restore_runners=runners.probe_unhealthy_env_runners,
+            timeout_seconds=settings.rollout.timeout_seconds,
+        )
+        yield Workers(calls, pool)
+    finally:
+        if runners is not None:
+            for actor in runners._worker_manager.actors().values():  # `stop` would wait for calls under way
+                ray.kill(actor, no_restart=True)
+        if pool is not None:
+            pool.shutdown()

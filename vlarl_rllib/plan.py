@@ -1,0 +1,158 @@
+"""What follows from the settings by arithmetic, and which of them cannot go together. Pure, but for the number of cores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlarl_rllib.settings import EnvSettings, Settings
+
+LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
+"""Tasks of each standard suite (LIBERO, arXiv 2306.03310, section 4)."""
+SYNTHETIC_TASKS = 4
+"""Tasks of the environment in `envs/synthetic.py`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeArgs:
+    """What follows from the settings by arithmetic; see `calculate_runtime_args`."""
+
+    num_slots: int
+    """Slots of all runners."""
+    steps_per_iteration: int
+    """Steps of all slots in one iteration."""
+    num_minibatches: int
+    """Minibatches in one epoch; the last one may be smaller."""
+    optimizer_steps: int
+    """Optimiser steps of one iteration."""
+    micro_batches: int
+    """Forward and backward passes of each learner for one full minibatch."""
+    num_processes: int
+    """Environment subprocesses of each runner."""
+    mesh: tuple[int, int]
+    """[replicas, shards] with -1 resolved."""
+    slot_tasks: tuple[tuple[int, ...], ...]
+    """For each runner, the task of each of its slots."""
+    bundles: tuple[dict[str, float], ...]
+    """Resources of: the Algorithm, each runner, each learner, each engine, in the order of the placement group."""
+    total_cpus: float
+    total_gpus: float
+    evaluation_episodes: int
+    """Episodes of one evaluation: at most one for each held-out (task, start)."""
+
+
+def calculate_runtime_args(settings: Settings, *, cores: int | None = None, held_out_starts: int = 10) -> RuntimeArgs:
+    """Derive sizes and resources. Pure but for the default of `cores`, this machine's.
+
+    `held_out_starts` is the number per task: a fifth of LIBERO's 50 published initial states.
+    """
+    env, rollout, learners, engines = settings.env, settings.rollout, settings.learners, settings.engines
+    steps = rollout.num_runners * env.num_envs * rollout.steps_per_iteration
+    minibatches = math.ceil(steps / settings.training.minibatch_size)
+    ranks = max(1, learners.num)
+    bundles = [{"CPU": 1.0 if learners.num else max(1.0, learners.cpus), "GPU": 0.0 if learners.num else learners.gpus}]
+    bundles += [{"CPU": rollout.cpus_per_runner}] * rollout.num_runners
+    bundles += [{"CPU": learners.cpus, "GPU": learners.gpus}] * learners.num
+    bundles += [{"CPU": engines.cpus, "GPU": engines.gpus}] * engines.num
+    return RuntimeArgs(
+        num_slots=rollout.num_runners * env.num_envs,
+        steps_per_iteration=steps,
+        num_minibatches=minibatches,
+        optimizer_steps=minibatches * settings.training.num_epochs,
+        micro_batches=math.ceil(settings.training.minibatch_size / ranks / learners.micro_batch_size),
+        num_processes=_num_processes(env, cores),
+        mesh=_resolve_mesh(learners.fsdp.mesh, ranks),
+        slot_tasks=_slot_tasks(settings, cores),
+        bundles=tuple({kind: amount for kind, amount in bundle.items() if amount} for bundle in bundles),
+        total_cpus=sum(bundle.get("CPU", 0.0) for bundle in bundles),
+        total_gpus=sum(bundle.get("GPU", 0.0) for bundle in bundles),
+        evaluation_episodes=min(settings.evaluation.episodes, held_out_starts * len(settings.task_ids)),
+    )
+
+
+def _num_processes(env: EnvSettings, cores: int | None) -> int:
+    import psutil
+
+    return min(env.num_envs, env.num_processes or cores or psutil.cpu_count() or 1)
+
+
+def _slot_tasks(settings: Settings, cores: int | None) -> tuple[tuple[int, ...], ...]:
+    """Spread the tasks over runners, then over slots, so that no runner needs more models than its processes may hold."""
+    tasks, runners = settings.task_ids, settings.rollout.num_runners
+    models = min(settings.env.num_envs, _num_processes(settings.env, cores) * settings.env.models_per_process)
+    share = min(models, math.ceil(len(tasks) / runners))
+    return tuple(tuple(tasks[(runner * share + slot % share) % len(tasks)] for slot in range(settings.env.num_envs)) for runner in range(runners))
+
+
+def _resolve_mesh(mesh: tuple[int, int], ranks: int) -> tuple[int, int]:
+    replicas, shards = mesh
+    if replicas == -1:
+        replicas = ranks // shards if shards else 0
+    if shards == -1:
+        shards = ranks // replicas if replicas else 0
+    return replicas, shards
+
+
+def impossible_combinations(s: Settings) -> Iterator[str]:
+    """Combinations that cannot work: key, value, rule, remedy."""
+    tasks, available = s.task_ids, num_tasks(s.env)
+    where = s.env.suite if s.env.name == "libero" else s.env.name
+    for task in tasks:
+        if task >= available:
+            yield f"env.tasks: {task} is not a task of {where}, whose tasks are 0 to {available - 1}"
+    if len(set(tasks)) != len(tasks):
+        yield f"env.tasks: {tasks} names a task twice; list each once (slots take them in turn)"
+    if s.env.num_processes and s.env.num_processes > s.env.num_envs:
+        yield f"env.num_processes: {s.env.num_processes} is more than env.num_envs = {s.env.num_envs}; use at most one process per slot"
+    processes = _num_processes(s.env, None)
+    capacity = s.rollout.num_runners * min(s.env.num_envs, processes * s.env.models_per_process)
+    if len(tasks) > capacity:
+        yield (
+            f"env.tasks: {len(tasks)} tasks need as many MuJoCo models, but {s.rollout.num_runners} runner(s) x {processes} process(es) x "
+            f"models_per_process {s.env.models_per_process} with {s.env.num_envs} slots hold {capacity}; "
+            "raise env.models_per_process or env.num_envs, or list fewer"
+        )
+    steps = s.rollout.num_runners * s.env.num_envs * s.rollout.steps_per_iteration
+    if s.training.minibatch_size > steps:
+        yield (
+            f"training.minibatch_size: {s.training.minibatch_size} is more than the {steps} steps of an iteration; "
+            "lower it or raise rollout.steps_per_iteration"
+        )
+    ranks = max(1, s.learners.num)
+    slots = s.rollout.num_runners * s.env.num_envs
+    if ranks > slots:
+        yield f"learners.num: {ranks} is more than the {slots} slots, whose steps go to one learner each; raise env.num_envs or lower learners.num"
+    replicas, shards = _resolve_mesh(s.learners.fsdp.mesh, ranks)
+    if replicas < 1 or shards < 1 or replicas * shards != ranks:
+        yield f"learners.fsdp.mesh: {list(s.learners.fsdp.mesh)} does not multiply to {ranks} learner(s); use [1, -1]"
+    if s.engines.num == 0 and s.engines.gpus:
+        yield f"engines.gpus: {s.engines.gpus:g} has no engine to go to; set engines.num to at least 1, or engines.gpus to 0"
+    if s.engines.dtype != s.model.dtype and s.training.old_log_probs != "recompute":
+        yield (
+            f"engines.dtype: {s.engines.dtype} differs from model.dtype {s.model.dtype}, so the sampler's log-probs are not the learner's; "
+            "set training.old_log_probs to recompute, or use one dtype"
+        )
+    if s.model.quantization and s.model.lora is None:
+        yield f"model.quantization: {s.model.quantization} freezes the weights, so there is nothing to train; set model.lora, or quantization to null"
+    if s.model.quantization and s.learners.num > 1:
+        yield f"model.quantization: {s.model.quantization} weights cannot be sharded; set learners.num to 1, or quantization to null"
+    if s.model.quantization and s.learners.fsdp.cpu_offload:
+        yield f"model.quantization: {s.model.quantization} weights cannot be offloaded; set learners.fsdp.cpu_offload to false"
+    if s.model.critic_path and s.model.critic != "separate":
+        yield f"model.critic_path: {s.model.critic_path!r} has no effect with critic {s.model.critic}; set model.critic to separate, or remove it"
+    if s.learners.fsdp.cpu_offload and not s.learners.gpus:
+        yield "learners.fsdp.cpu_offload: true needs learners on a GPU; set learners.gpus or leave it false"
+    if s.evaluation.every and not s.evaluation.episodes:
+        yield f"evaluation.every: {s.evaluation.every} evaluates nothing with evaluation.episodes 0; raise episodes or set every to 0"
+    if s.training.critic_warmup_iterations >= s.run.iterations and s.training.critic_warmup_iterations:
+        yield (
+            f"training.critic_warmup_iterations: {s.training.critic_warmup_iterations} leaves no iteration for the policy; "
+            f"use less than run.iterations = {s.run.iterations}"
+        )
+
+
+def num_tasks(env: EnvSettings) -> int:
+    return LIBERO_TASKS[env.suite] if env.name == "libero" else SYNTHETIC_TASKS

@@ -1,0 +1,39 @@
+"""Frames to MP4, through the ffmpeg that imageio-ffmpeg brings along."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+MIN_SIDE = 224
+"""Smaller frames are enlarged by a whole factor, so that what a small policy sees can be seen by a person too."""
+
+
+def can_encode() -> bool:
+    """Whether imageio-ffmpeg is installed."""
+    return importlib.util.find_spec("imageio_ffmpeg") is not None
+
+
+def encode_mp4(frames: Sequence[np.ndarray], frames_per_second: float) -> bytes:
+    """An H.264 MP4 of `frames`, each [S, S, 3] uint8.
+
+    Raises:
+        ImportError: imageio-ffmpeg is not installed.
+        OSError, RuntimeError: ffmpeg cannot run, or fails.
+    """
+    import imageio_ffmpeg
+
+    factor = max(1, -(-MIN_SIDE // frames[0].shape[0]))
+    height, width = (side * factor for side in frames[0].shape[:2])
+    with tempfile.TemporaryDirectory(prefix="vlarl-video-") as directory:
+        file = Path(directory) / "episode.mp4"
+        writer = imageio_ffmpeg.write_frames(str(file), (width, height), fps=frames_per_second, macro_block_size=2, quality=7)
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame.repeat(factor, axis=0).repeat(factor, axis=1)))
+        writer.close()
+        return file.read_bytes()
