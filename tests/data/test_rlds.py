@@ -1,0 +1,182 @@
+"""RLDS data sets: what is written is read alike by TensorFlow Datasets and here; damage is told."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow_datasets", reason="RLDS data need the `data` extra")
+
+from vlarl_rllib.data import Demonstration, RLDSDataset, RLDSWriter, read_statistics
+from vlarl_rllib.data.rlds import action_statistics, standardized
+from vlarl_rllib.models.action_tokenizer import ActionTokenizer
+
+SIDE = 32
+LENGTHS = (3, 5, 4, 6)
+
+
+def demonstration(length: int, seed: int) -> Demonstration:
+    generator = np.random.default_rng(seed)
+    actions = generator.uniform(-1, 1, (length, 7)).astype(np.float32)
+    actions[:, 6] = np.where(actions[:, 6] > 0, 1.0, -1.0)
+    y, x = np.mgrid[0:SIDE, 0:SIDE] * 4
+    images = [np.stack([x, y, np.full_like(x, 40 * step)], axis=-1).astype(np.uint8) for step in range(length)]
+    return Demonstration(images, actions, f"push cube {seed}", states=generator.normal(size=(length, 8)).astype(np.float32), origin=f"demo {seed}")
+
+
+DEMONSTRATIONS = [demonstration(length, seed) for seed, length in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rlds")
+    with RLDSWriter(root, "tabletop", (SIDE, SIDE)) as writer:
+        for episode in DEMONSTRATIONS:
+            writer.add(episode)
+    return root
+
+
+def test_plain_tensorflow_datasets_and_ours_read_the_same(directory: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    ours = RLDSDataset(directory)
+    assert (len(ours), ours.num_episodes) == (sum(LENGTHS), len(LENGTHS))
+    index = 0
+    for number, episode in enumerate(tfds.builder_from_directory(str(directory / "tabletop" / "1.0.0")).as_dataset(split="train")):
+        wrote = DEMONSTRATIONS[number]
+        assert episode["episode_metadata"]["file_path"].numpy().decode() == wrote.origin
+        steps = list(episode["steps"].as_numpy_iterator())
+        assert len(steps) == len(wrote.actions)
+        for position, step in enumerate(steps):
+            example = ours[index]
+            np.testing.assert_array_equal(example["image"], step["observation"]["image"])
+            assert np.abs(example["image"].astype(int) - wrote.images[position]).mean() < 5, "more than JPEG changes"
+            np.testing.assert_array_equal(step["action"], wrote.actions[position])
+            np.testing.assert_array_equal(step["observation"]["state"], wrote.states[position])
+            np.testing.assert_array_equal(example["action"][:6], step["action"][:6])
+            assert example["action"][6] == (0.0 if step["action"][6] > 0 else 1.0), "the policy's gripper is 1 = open"
+            assert example["instruction"] == step["language_instruction"].decode() == wrote.instruction
+            assert (example["episode"], example["step"]) == (number, position)
+            last = position == len(steps) - 1
+            assert (step["is_first"], step["is_last"], step["is_terminal"], step["reward"]) == (position == 0, last, last, float(last))
+            index += 1
+
+
+def test_shards_share_the_episodes_and_a_transform_is_applied(directory: Path) -> None:
+    whole = {(example["instruction"], example["step"]) for example in RLDSDataset(directory)}
+    parts = [RLDSDataset(directory, shard=shard, num_shards=3, transform=lambda e: (e["instruction"], e["step"])) for shard in range(3)]
+    assert [part.num_episodes for part in parts] == [2, 1, 1]
+    seen = [example for part in parts for example in part]
+    assert len(seen) == len(whole) and set(seen) == whole
+    assert RLDSDataset(directory, split="train[:50%]").num_episodes == 2
+
+
+def test_shuffling_is_another_order_each_time_and_goes_on_where_it_stood(directory: Path) -> None:
+    def key(example: dict) -> tuple[int, int]:
+        return example["episode"], example["step"]
+
+    first = RLDSDataset(directory, shuffle_seed=1, transform=key)
+    epochs = [list(first), list(first)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
+    again = RLDSDataset(directory, shuffle_seed=1, transform=key)
+    iterator = iter(again)
+    taken = [next(iterator) for _ in range(7)]
+    resumed = RLDSDataset(directory, shuffle_seed=1, transform=key)
+    resumed.load_state_dict(again.state_dict())
+    assert taken + list(resumed) == epochs[0]
+    assert list(resumed) == epochs[1]
+    assert list(RLDSDataset(directory, shuffle_seed=2, transform=key)) != epochs[0]
+
+
+def test_statistics_are_the_quantiles_of_the_standardised_actions(directory: Path, tmp_path: Path) -> None:
+    name, written = read_statistics(directory)
+    actions = np.concatenate([standardized(episode.actions) for episode in DEMONSTRATIONS])
+    assert name == "tabletop" and written["num_transitions"] == 18 and written["num_trajectories"] == 4
+    np.testing.assert_allclose(written["action"]["q01"], np.quantile(actions, 0.01, axis=0))
+    assert written["action"]["mask"] == [True] * 6 + [False]
+    file = directory / "tabletop" / "1.0.0" / "dataset_statistics.json"
+    stored = file.read_text()
+    file.unlink()  # as in published data
+    try:
+        assert read_statistics(directory)[1] == json.loads(stored)["tabletop"]
+    finally:
+        file.write_text(stored)
+    normalized = ActionTokenizer.normalize(actions, written["action"])
+    assert np.abs(normalized[:, :6]).max() <= 1.0 and set(normalized[:, 6]) == {0.0, 1.0}
+
+
+def test_statistics_by_hand() -> None:
+    actions = np.zeros((101, 7), np.float32)
+    actions[:, 0] = np.arange(101)
+    statistics = action_statistics(actions, 1)["action"]
+    assert (statistics["q01"][0], statistics["q99"][0], statistics["mean"][0]) == (1.0, 99.0, 50.0)
+
+
+def test_no_ops_are_dropped_unless_the_gripper_moves() -> None:
+    still, move = [0.0] * 6, [0.5] + [0.0] * 5
+    actions = np.array([[*still, -1], [*move, -1], [*still, -1], [*still, 1], [*still, 1], [*move, 1]], dtype=np.float32)
+    images = [np.full((2, 2, 3), step, np.uint8) for step in range(6)]
+    kept = Demonstration(images, actions, "push").without_no_ops()
+    # The first stands still; so do the third, with the gripper of the second, and the fifth.
+    assert [int(image[0, 0, 0]) for image in kept.images] == [1, 3, 5]
+    np.testing.assert_array_equal(kept.actions, actions[[1, 3, 5]])
+
+
+@pytest.fixture
+def damaged(directory: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy to damage: (data set, its one data file)."""
+    import shutil
+
+    copy = shutil.copytree(directory / "tabletop", tmp_path / "tabletop")
+    (file,) = (copy / "1.0.0").glob("*.tfrecord*")
+    return copy, file
+
+
+def test_a_truncated_a_tampered_and_a_missing_file_are_told(damaged: tuple[Path, Path]) -> None:
+    copy, file = damaged
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    first_record = 8 + 4 + int.from_bytes(whole[:8], "little") + 4  # TFRecord: length, its checksum, content, its checksum
+    for content, after in (
+        (whole[:middle], r"\d"),
+        (whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :], r"\d"),
+        (whole[:first_record], "1"),
+        (b"", "0"),
+        (None, "0"),
+    ):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"tabletop.* damaged or incomplete after {after} episodes \(.*\); copy or collect it again") as caught:
+            RLDSDataset(copy)
+        assert "\n" not in str(caught.value)
+        file.touch()
+
+
+def test_the_published_layout_with_its_second_camera(tmp_path: Path) -> None:
+    episode = replace(DEMONSTRATIONS[0], wrist_images=DEMONSTRATIONS[0].images[::-1])
+    with RLDSWriter(tmp_path, "libero_spatial_no_noops", (SIDE, SIDE), wrist_camera=True) as writer:
+        writer.add(episode.without_no_ops())
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(tmp_path / "libero_spatial_no_noops" / "1.0.0"))
+    assert set(builder.info.features["steps"]["observation"]) == {"image", "wrist_image", "state", "joint_state"}
+    examples = list(RLDSDataset(tmp_path))
+    assert len(examples) == LENGTHS[0] and "wrist_image" not in examples[0]
+    name, statistics = read_statistics(tmp_path)
+    assert name == "libero_spatial_no_noops" and statistics["num_transitions"] == LENGTHS[0]
+
+
+def test_mistakes_are_told(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no data set below it; give the directory that holds dataset_info.json"):
+        RLDSDataset(tmp_path)
+    with pytest.raises(ValueError, match=r"has no split 'test'; it has train"):
+        RLDSDataset(directory, split="test")
+    with pytest.raises(ValueError, match=r"shard=2 must be in 0..1"):
+        RLDSDataset(directory, shard=2, num_shards=2)
+    with pytest.raises(FileExistsError, match="give another directory"):
+        RLDSWriter(directory, "tabletop", (SIDE, SIDE))
+    with RLDSWriter(tmp_path, "other", (SIDE, SIDE)) as writer, pytest.raises(ValueError, match="3 frames and 2 actions"):
+        writer.add(Demonstration(DEMONSTRATIONS[0].images, DEMONSTRATIONS[0].actions[:2], "push"))

@@ -1,0 +1,366 @@
+"""RLDS data sets (TensorFlow Datasets' episodes of steps) in the schema of OpenVLA's LIBERO data.
+
+A step of `modified_libero_rlds` (openvla/modified_libero_rlds on the Hugging Face Hub) holds the frame as JPEG, upright but mirrored as
+the policy sees it; the environment's raw action with gripper -1 = open, +1 = close; the instruction; and the usual RLDS flags. Reading
+turns the gripper into the policy's 1 = open, 0 = close. TensorFlow is imported where a data set is opened or written, nowhere else.
+
+T = steps of an episode, H, W = size of a stored frame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+STATISTICS_FILE = "dataset_statistics.json"
+INFO_FILE = "dataset_info.json"
+VERSION = "1.0.0"
+JPEG_QUALITY = 95
+"""As TensorFlow encodes by default, and so the published data."""
+EPISODES_PER_FILE = 64
+MAX_EPISODE_STEPS = 2**20
+NO_OP_NORM = 1e-4
+"""Below it the arm's six numbers count as standing still (moojink/rlds_dataset_builder, regeneration of LIBERO's data)."""
+STATE_SIZE, JOINT_STATE_SIZE = 8, 7
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One episode."""
+
+    images: Sequence[np.ndarray]
+    """T frames [H, W, 3] uint8, as the policy sees them before its own resize."""
+    actions: np.ndarray
+    """[T, 7] float32, the environment's own: gripper -1 = open, +1 = close."""
+    instruction: str
+    states: np.ndarray | None = None
+    """[T, 8] float32: position, axis-angle, two gripper joints; None = zeros."""
+    joint_states: np.ndarray | None = None
+    """[T, 7] float32; None = zeros."""
+    wrist_images: Sequence[np.ndarray] | None = None
+    """T frames of a second camera at the gripper, of the size of `images`."""
+    origin: str = ""
+    """Where it comes from, for `episode_metadata/file_path`."""
+
+    def without_no_ops(self) -> Demonstration:
+        """Without steps that neither move the arm nor the gripper: a policy that imitates them gets stuck in them."""
+        kept: list[int] = []
+        for step, action in enumerate(self.actions):
+            still = np.linalg.norm(action[:6]) < NO_OP_NORM
+            if not (still and (not kept or action[6] == self.actions[kept[-1]][6])):
+                kept.append(step)
+        chosen: dict[str, Any] = {name: [getattr(self, name)[step] for step in kept] for name in ("images", "wrist_images") if getattr(self, name)}
+        chosen |= {name: getattr(self, name)[kept] for name in ("actions", "states", "joint_states") if getattr(self, name) is not None}
+        return replace(self, **chosen)
+
+
+class RLDSWriter:
+    """Writes one data set, episode by episode.
+
+    with RLDSWriter(directory, "tabletop", (56, 56)) as writer:
+        writer.add(demonstration)
+
+    Args:
+        directory: the data set goes into `directory/<name>/1.0.0`.
+        name: lower case with underscores.
+        image_shape: (H, W) of every frame.
+        wrist_camera: whether demonstrations have `wrist_images`.
+
+    Raises:
+        FileExistsError: there is a data set of that name.
+    """
+
+    def __init__(self, directory: str | Path, name: str, image_shape: tuple[int, int], *, wrist_camera: bool = False) -> None:
+        self.path = Path(directory) / name / VERSION
+        if self.path.exists():
+            raise FileExistsError(f"{self.path} exists; give another directory, or remove it")
+        tfds = _tfds()
+        self.path.mkdir(parents=True)
+        features = _features(tfds, image_shape, wrist_camera)
+        identity = tfds.core.dataset_info.DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir=str(self.path), module_name=name)
+        info = tfds.core.DatasetInfo(builder=identity, features=features, description="Demonstrations written by vlarl_rllib.")
+        self._writer = tfds.core.SequentialWriter(info, max_examples_per_shard=EPISODES_PER_FILE)
+        self._writer.initialize_splits(["train"])
+        self._actions: list[np.ndarray] = []
+        self._num_episodes = 0
+
+    def add(self, demonstration: Demonstration) -> None:
+        """Append an episode. Raises ValueError where it has no steps, or numbers of frames and actions differ."""
+        length = len(demonstration.actions)
+        if length == 0 or len(demonstration.images) != length:
+            raise ValueError(f"a demonstration has {len(demonstration.images)} frames and {length} actions; both must be the same and above 0")
+        self._writer.add_examples({"train": [_example(demonstration)]})
+        self._actions.append(standardized(demonstration.actions))
+        self._num_episodes += 1
+
+    def close(self) -> None:
+        """Finish the files and write `dataset_statistics.json`."""
+        self._writer.close_all()
+        if self._actions:
+            statistics = action_statistics(np.concatenate(self._actions), self._num_episodes)
+            (self.path / STATISTICS_FILE).write_text(json.dumps({self.path.parent.name: statistics}, indent=2) + "\n")
+
+    def __enter__(self) -> RLDSWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class RLDSDataset:
+    """The steps of a data set as single examples, in memory as they are stored: JPEG bytes, a few kB each.
+
+    Iterating goes through all of this shard's steps once, and the next time in another order. An example is a dictionary with `image`
+    [H, W, 3] uint8, `action` [7] float32 (the policy's convention, not normalised), `instruction`, `episode` and `step`.
+
+    Args:
+        directory: one that holds `dataset_info.json`, or a parent of exactly one such.
+        split: TFDS split, also `train[:95%]`.
+        shard, num_shards: take every num_shards-th episode, from this one: a part for each learner.
+        transform: applied to each example.
+        shuffle_seed: of the order of steps; None = as stored.
+
+    Raises:
+        FileNotFoundError: no data set there.
+        ValueError: files are damaged or missing, there is no such split, or the steps lack `observation/image`, `action` or `language_instruction`.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        split: str = "train",
+        shard: int = 0,
+        num_shards: int = 1,
+        transform: Callable[[dict[str, Any]], Any] | None = None,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        if not 0 <= shard < num_shards:
+            raise ValueError(f"shard={shard} must be in 0..{num_shards - 1}, below num_shards={num_shards}")
+        self.path = find_dataset(directory)
+        self._transform, self._seed = transform, shuffle_seed
+        self._images: list[bytes] = []
+        self._instructions: list[str] = []
+        actions: list[np.ndarray] = []
+        episode_of: list[int] = []
+        step_of: list[int] = []
+        self.num_episodes = 0
+        for index, episode in enumerate(read_episodes(self.path, split)):
+            if index % num_shards != shard:
+                continue
+            length = len(episode["action"])
+            self._images += episode["image"]
+            self._instructions.append(episode["instruction"])
+            actions.append(standardized(episode["action"]))
+            episode_of += [self.num_episodes] * length
+            step_of += range(length)
+            self.num_episodes += 1
+        self.actions = np.concatenate(actions) if actions else np.zeros((0, 7), np.float32)
+        """[N, 7] float32: of all steps, in stored order; the policy's convention."""
+        self._episode_of, self._step_of = np.array(episode_of, dtype=np.int64), np.array(step_of, dtype=np.int64)
+        self._epoch, self._position = 0, 0
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __getitem__(self, index: int) -> Any:
+        """Step `index` in stored order."""
+        episode = int(self._episode_of[index])
+        example = {
+            # As TensorFlow decodes by default: the fast integer DCT, smooth chroma.
+            "image": simplejpeg.decode_jpeg(self._images[index], colorspace="RGB", fastdct=True, fastupsample=False),
+            "action": self.actions[index],
+            "instruction": self._instructions[episode],
+            "episode": episode,
+            "step": int(self._step_of[index]),
+        }
+        return example if self._transform is None else self._transform(example)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rest of this epoch; afterwards the next one begins."""
+        order = self._order()
+        while self._position < len(order):
+            self._position += 1
+            yield self[int(order[self._position - 1])]
+        self._epoch, self._position = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where iterating stands, for a checkpoint."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there: iterating yields what would have come."""
+        self._epoch, self._position = state["epoch"], state["position"]
+
+    def _order(self) -> np.ndarray:
+        if self._seed is None:
+            return np.arange(len(self))
+        return np.random.default_rng([self._seed, self._epoch]).permutation(len(self))
+
+
+def find_dataset(directory: str | Path) -> Path:
+    """The directory of the data set in or below `directory`. Raises FileNotFoundError where there is none, or more than one."""
+    root = Path(directory)
+    if (root / INFO_FILE).is_file():
+        return root
+    found = sorted(path.parent for path in root.rglob(INFO_FILE)) if root.is_dir() else []
+    if len(found) != 1:
+        what = "no data set" if not found else f"{len(found)} data sets ({', '.join(str(path.relative_to(root)) for path in found)})"
+        raise FileNotFoundError(f"{directory}: {what} below it; give the directory that holds {INFO_FILE}, such as .../libero_spatial_no_noops/1.0.0")
+    return found[0]
+
+
+def read_episodes(path: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Episodes as stored: `image` (T JPEG files), `action` [T, 7] float32, `instruction`.
+
+    Raises:
+        ValueError: as `RLDSDataset`.
+    """
+    tfds = _tfds()
+    import tensorflow as tf
+
+    builder = tfds.builder_from_directory(str(path))
+    _check_schema(builder, path)
+    cameras = [name for name, feature in builder.info.features["steps"]["observation"].items() if isinstance(feature, tfds.features.Image)]
+    as_stored = {"steps": {"observation": {name: tfds.decode.SkipDecoding() for name in cameras}}}
+    if split.partition("[")[0] not in builder.info.splits:
+        raise ValueError(f"{path}: has no split {split!r}; it has {', '.join(builder.info.splits)}")
+    number = 0
+    try:
+        for episode in builder.as_dataset(split=split, decoders=as_stored, shuffle_files=False):
+            steps = next(iter(episode["steps"].batch(MAX_EPISODE_STEPS)))
+            yield {
+                "image": [bytes(image) for image in steps["observation"]["image"].numpy()],
+                "action": steps["action"].numpy(),
+                "instruction": steps["language_instruction"][0].numpy().decode(),
+            }
+            number += 1
+    except (tf.errors.OpError, OSError) as error:
+        reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", str(error).strip().splitlines()[0])
+        raise ValueError(f"{path}: damaged or incomplete after {number} episodes ({reason}); copy or collect it again") from None
+
+
+def standardized(actions: np.ndarray) -> np.ndarray:
+    """[T, 7] environment actions -> the policy's convention: gripper 1 = open, 0 = close; the rest stays."""
+    result = np.array(actions, dtype=np.float32)
+    result[:, 6] = 1.0 - np.clip(result[:, 6], 0.0, 1.0)
+    return result
+
+
+def action_statistics(actions: np.ndarray, num_episodes: int) -> dict[str, Any]:
+    """`norm_stats` of standardised actions [N, 7], in the published layout: 1 % and 99 % quantiles, the gripper not normalised."""
+    values = {
+        "mean": actions.mean(0),
+        "std": actions.std(0),
+        "max": actions.max(0),
+        "min": actions.min(0),
+        "q01": np.quantile(actions, 0.01, axis=0),
+        "q99": np.quantile(actions, 0.99, axis=0),
+    }
+    return {
+        "action": {name: [float(number) for number in value] for name, value in values.items()} | {"mask": [True] * 6 + [False]},
+        "proprio": {name: [0.0] * 7 for name in values},
+        "num_transitions": len(actions),
+        "num_trajectories": num_episodes,
+    }
+
+
+def read_statistics(directory: str | Path) -> tuple[str, dict[str, Any]]:
+    """(name, `norm_stats` entry) of a data set: its `dataset_statistics.json`, else computed from all of its actions.
+
+    Raises as `RLDSDataset`.
+    """
+    path = find_dataset(directory)
+    name = path.parent.name
+    if (path / STATISTICS_FILE).is_file():
+        return name, json.loads((path / STATISTICS_FILE).read_text())[name]
+    episodes = [standardized(episode["action"]) for episode in read_episodes(path, "train")]
+    return name, action_statistics(np.concatenate(episodes), len(episodes))
+
+
+def fingerprint(directory: str | Path) -> str:
+    """Changes with the data: names and sizes of the files, and what `dataset_info.json` says of them."""
+    path = find_dataset(directory)
+    facts = [(file.name, file.stat().st_size) for file in sorted(path.iterdir())]
+    return hashlib.sha256(repr(facts).encode() + (path / INFO_FILE).read_bytes()).hexdigest()[:16]
+
+
+def _example(demonstration: Demonstration) -> dict[str, Any]:
+    length = len(demonstration.actions)
+    states = demonstration.states if demonstration.states is not None else np.zeros((length, STATE_SIZE))
+    joints = demonstration.joint_states if demonstration.joint_states is not None else np.zeros((length, JOINT_STATE_SIZE))
+    steps = [
+        {
+            "observation": {
+                "image": _jpeg(demonstration.images[step]),
+                **({"wrist_image": _jpeg(demonstration.wrist_images[step])} if demonstration.wrist_images else {}),
+                "state": states[step].astype(np.float32),
+                "joint_state": joints[step].astype(np.float32),
+            },
+            "action": demonstration.actions[step].astype(np.float32),
+            "discount": 1.0,
+            "reward": float(step == length - 1),
+            "is_first": step == 0,
+            "is_last": step == length - 1,
+            "is_terminal": step == length - 1,
+            "language_instruction": demonstration.instruction,
+        }
+        for step in range(length)
+    ]
+    return {"steps": steps, "episode_metadata": {"file_path": demonstration.origin}}
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def _features(tfds: Any, image_shape: tuple[int, int], wrist_camera: bool) -> Any:
+    image = tfds.features.Image(shape=(*image_shape, 3), dtype=np.uint8, encoding_format="jpeg")
+    step = {
+        "observation": {
+            "image": image,
+            **({"wrist_image": image} if wrist_camera else {}),
+            "state": tfds.features.Tensor(shape=(STATE_SIZE,), dtype=np.float32),
+            "joint_state": tfds.features.Tensor(shape=(JOINT_STATE_SIZE,), dtype=np.float32),
+        },
+        "action": tfds.features.Tensor(shape=(7,), dtype=np.float32),
+        "discount": tfds.features.Scalar(dtype=np.float32),
+        "reward": tfds.features.Scalar(dtype=np.float32),
+        "is_first": tfds.features.Scalar(dtype=np.bool_),
+        "is_last": tfds.features.Scalar(dtype=np.bool_),
+        "is_terminal": tfds.features.Scalar(dtype=np.bool_),
+        "language_instruction": tfds.features.Text(),
+    }
+    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": {"file_path": tfds.features.Text()}})
+
+
+def _check_schema(builder: Any, path: Path) -> None:
+    steps = builder.info.features["steps"].feature
+    missing = [name for name in ("observation", "action", "language_instruction") if name not in steps]
+    if not missing and "image" not in steps["observation"]:
+        missing = ["observation/image"]
+    if missing:
+        raise ValueError(f"{path}: its steps lack {', '.join(missing)}; the layout must be that of openvla/modified_libero_rlds")
+
+
+def _tfds() -> Any:
+    """TensorFlow Datasets, quiet. Raises ImportError, saying what to install, where it is absent."""
+    import os
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ImportError(f"RLDS data need TensorFlow Datasets ({error}); run: pip install 'vlarl-rllib[data]'") from None
+    return tensorflow_datasets
