@@ -58,6 +58,28 @@ def train(
 
 
 @app.command()
+def sft(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.")] = None,
+) -> None:
+    """Fine-tune a policy on demonstrations (RLDS); leaves a checkpoint that train and eval take."""
+    from vlarl_rllib.preflight import check_sft
+    from vlarl_rllib.run_directory import new_run_directory
+
+    if config is None:
+        raise SettingsError("CONFIG: missing; give a YAML file with sft.data")
+    settings = Settings.from_yaml(config, overrides or [])
+    check_sft(settings)
+    run = new_run_directory(run_dir, config.stem, None)
+    with run.claimed(settings):
+        from vlarl_rllib.sft import run_sft
+
+        code = run_sft(settings, run)
+    raise typer.Exit(code)
+
+
+@app.command()
 def doctor(config: ConfigPath = None, overrides: Overrides = None) -> None:
     """Check this machine and, with CONFIG, print the plan of a run."""
     settings = Settings.from_yaml(config, overrides or []) if config else None

@@ -15,7 +15,9 @@ from vlarl_rllib.checkpoints import FACTS_FILE, POINTER_FILE, CheckpointStore
 from vlarl_rllib.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
+    from torch import Tensor
+
+    from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 
 HUB_CODE = "openvla/openvla-7b"
 """Repository with the published model code; exported files refer to it, for tools that run remote code. Ours do not."""
@@ -83,18 +85,35 @@ def export_merged(checkpoint: TrainingCheckpoint, out: Path, dtype: str | None =
         dtype: "float32" or "bfloat16"; None = the engines' own, so that the export gives exactly the actions that they gave.
     """
     import torch
-    from huggingface_hub import save_torch_state_dict
 
     from vlarl_rllib.weights.source import iterate_weights
 
-    policy = load_policy(checkpoint)
     dtype = dtype or checkpoint.settings.engines.dtype
-    tensors = dict(iterate_weights(policy, getattr(torch, dtype)))
+    tensors = dict(iterate_weights(load_policy(checkpoint), getattr(torch, dtype)))
+    write_model(tensors, checkpoint.settings.model.path, out, dtype)
+    _write_provenance(checkpoint, out, "merged")
+
+
+def write_model(tensors: dict[str, Tensor], base: str, out: Path, dtype: str, norm_stats: dict[str, Any] | None = None) -> None:
+    """Write weights under their published names as a Hugging Face checkpoint; everything else is the base checkpoint's.
+
+    Args:
+        norm_stats: further action statistics, by data set.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    from vlarl_rllib.models.openvla import OpenVLAConfig
+
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(tensors, out, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
-    _write_config(policy, out, dtype)
-    _copy_files(checkpoint.settings.model.path, out)
-    _write_provenance(checkpoint, out, "merged")
+    config = OpenVLAConfig.from_pretrained(base)
+    config.norm_stats = (config.norm_stats or {}) | (norm_stats or {})
+    _write_config(config, out, dtype)
+    _copy_files(base, out)
+    if norm_stats:  # this file lies over the config's statistics wherever a checkpoint is read
+        file = out / "dataset_statistics.json"
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps(known | norm_stats, indent=2) + "\n")
 
 
 def export_adapter(checkpoint: TrainingCheckpoint, out: Path) -> None:
@@ -123,8 +142,8 @@ def load_policy(checkpoint: TrainingCheckpoint) -> OpenVLAForActionPrediction:
     return policy.eval()
 
 
-def _write_config(policy: OpenVLAForActionPrediction, out: Path, dtype: str) -> None:
-    config: dict[str, Any] = policy.config.to_dict()
+def _write_config(loaded: OpenVLAConfig, out: Path, dtype: str) -> None:
+    config: dict[str, Any] = loaded.to_dict()
     for name in ("quantization_config", "_name_or_path", "dtype"):  # the last under its published name
         config.pop(name, None)
     config |= {"architectures": ["OpenVLAForActionPrediction"], "auto_map": AUTO_MAP, "torch_dtype": dtype}

@@ -25,6 +25,25 @@ def check(settings: Settings) -> None:
         )
 
 
+def check_sft(settings: Settings) -> None:
+    """The same for supervised fine-tuning."""
+    from vlarl_rllib.data.rlds import find_dataset
+
+    if settings.model.path not in PRESETS:
+        _read_facts(settings.model.path, "model.path")
+    _check_additions(settings.model)
+    if settings.sft.data is None:
+        raise SettingsError("sft.data: missing; give the directory of an RLDS data set, for example one that vlarl collect wrote")
+    try:
+        find_dataset(settings.sft.data)
+    except FileNotFoundError as error:
+        raise SettingsError(f"sft.data: {error}") from None
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise SettingsError("sft.data: RLDS data need TensorFlow Datasets, which is not installed; run: pip install 'vlarl-rllib[data]'")
+    if settings.learners.gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
+        raise SettingsError(f"learners.gpus: {settings.learners.gpus:g} needs a GPU but this machine shows none; set it to 0 to run on the CPU")
+
+
 def doubts(settings: Settings) -> list[str]:
     """What may be meant, but is more often a mistake."""
     key, suite = settings.unnorm_key, settings.env.suite

@@ -190,6 +190,17 @@ class EvaluationSettings(Section):
     episodes: Natural = Field(64, description="Episodes of an evaluation on held-out starts, at most one per (task, start); 0 = none.")
 
 
+class SFTSettings(Section):
+    data: str | None = Field(None, description="Directory of an RLDS data set for `vlarl sft`.")
+    split: str = Field("train", min_length=1, description="TFDS split of it, also a part such as train[:95%].")
+    steps: PositiveInt = Field(1000, description="Optimiser steps.")
+    batch_size: PositiveInt = Field(32, description="Demonstrated steps per optimiser step, over all learners.")
+    lr: NonNegativeFloat = Field(5e-4, description="AdamW learning rate; OpenVLA's for LoRA on LIBERO, 2e-5 for all weights.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay.")
+    augment: bool = Field(True, description="OpenVLA's image augmentation: crops, brightness, contrast, saturation, hue.")
+    report_every: PositiveInt = Field(50, description="Optimiser steps between two lines of progress.")
+
+
 class RunSettings(Section):
     iterations: PositiveInt = Field(10, description="Iterations to train.")
     checkpoint_every: PositiveInt = Field(5, description="Iterations between checkpoints; there is always one at the end.")
@@ -214,6 +225,7 @@ class Settings(Section):
     weights: WeightSettings = WeightSettings()
     rewards: RewardSettings = RewardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    sft: SFTSettings = SFTSettings()
     run: RunSettings = RunSettings()
 
     @classmethod

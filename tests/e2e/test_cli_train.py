@@ -51,6 +51,17 @@ def session_processes(session: str) -> list[str]:
     return found
 
 
+def wait_until_gone(session: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while session_processes(session) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def weights_in_shared_memory() -> set[str]:
+    """Directories of publishers, other runs' on this machine included."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("vlarl-run")}
+
+
 def wait_for_rows(run: Path, number: int, process: subprocess.Popen[str], seconds: float = 240) -> list[dict[str, Any]]:
     deadline = time.monotonic() + seconds
     while len(rows(run)) < number and process.poll() is None and time.monotonic() < deadline:
@@ -70,6 +81,8 @@ def test_a_run_survives_ctrl_c_sigterm_and_the_death_of_its_processes(tmp_path: 
     config.write_text(CONFIG)
     monkeypatch.setenv("VLARL_TEST_SESSION", str(os.getpid()))
 
+    others = weights_in_shared_memory()
+
     process = start(str(config), "--run-dir", str(run))
     wait_for_rows(run, 2, process)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
@@ -80,18 +93,16 @@ def test_a_run_survives_ctrl_c_sigterm_and_the_death_of_its_processes(tmp_path: 
     assert f"--resume --run-dir {os.path.relpath(run)}" in output
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"iteration_{len(done):06d}"]
     assert json.loads((run / "summary.json").read_text())["iterations"] == len(done)
-    time.sleep(1.0)
+    wait_until_gone(str(os.getpid()), 15)
     assert session_processes(str(os.getpid())) == []
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith("vlarl-run")]
+    assert weights_in_shared_memory() <= others
 
     killed = start("--resume", "--run-dir", str(run))
     wait_for_rows(run, len(done) + 1, killed)
     killed.kill()
     killed.communicate()
     assert len(rows(run)) < ITERATIONS, "the kill came too late to test anything"
-    deadline = time.monotonic() + 60
-    while session_processes(str(os.getpid())) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_until_gone(str(os.getpid()), 60)
     assert session_processes(str(os.getpid())) == [], "a killed driver left processes"
 
     resumed = start("--resume", "--run-dir", str(run))
@@ -129,7 +140,7 @@ def test_a_run_survives_ctrl_c_sigterm_and_the_death_of_its_processes(tmp_path: 
 
 @pytest.mark.timeout(600)
 def test_the_smoke_config_on_real_libero_with_real_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tmp_path / "run"
+    run, others = tmp_path / "run", weights_in_shared_memory()
     monkeypatch.setenv("VLARL_TEST_SESSION", f"{os.getpid()}-libero")
     overrides = ("run.iterations=2", "rollout.steps_per_iteration=8", "training.minibatch_size=16", "env.max_steps=6", "run.dashboard=false")
     process = start("configs/libero_smoke_cpu.yaml", "--run-dir", str(run), *(part for override in overrides for part in ("--set", override)))
@@ -143,5 +154,6 @@ def test_the_smoke_config_on_real_libero_with_real_vllm(tmp_path: Path, monkeypa
     summary = json.loads((run / "summary.json").read_text())
     assert summary["env_steps"] == 64 and summary["engine"] == "vllm" and summary["versions"]["mujoco"].startswith("3.3.")
     assert summary["success_rate_initial"] is not None and summary["success_rate_final"] is not None
+    wait_until_gone(f"{os.getpid()}-libero", 15)
     assert session_processes(f"{os.getpid()}-libero") == []
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith("vlarl-run")]
+    assert weights_in_shared_memory() <= others

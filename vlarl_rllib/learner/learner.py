@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -127,15 +128,20 @@ class VLALearner(PPOTorchLearner):
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """AdamW for the policy and, with its own learning rate, for value head or critic. Frozen parameters belong to neither."""
         training = self.settings.training
+        policy_lr, policy_weight_decay = self._policy_rates()
         named = [(name, p) for name, p in self.trained_modules().named_parameters() if p.requires_grad]
         groups = {
-            POLICY: ([p for name, p in named if not _is_critics(name)], training.lr, training.weight_decay),
+            POLICY: ([p for name, p in named if not _is_critics(name)], policy_lr, policy_weight_decay),
             CRITIC: ([p for name, p in named if _is_critics(name)], training.value_lr, 0.0),
         }
         for name, (params, lr, weight_decay) in groups.items():
             assert all(p.dtype == torch.float32 for p in params), "AdamW's steps vanish in bfloat16"
             optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
             self.register_optimizer(module_id=module_id, optimizer_name=name, optimizer=optimizer, params=params)
+
+    def _policy_rates(self) -> tuple[float, float]:
+        """(learning rate, weight decay) of the policy."""
+        return self.settings.training.lr, self.settings.training.weight_decay
 
     @property
     def policy(self) -> nn.Module:
@@ -273,21 +279,25 @@ class VLALearner(PPOTorchLearner):
 
     def _finish_minibatch(self, sums: dict[str, float], num_valid: int, *, warm_up: bool) -> dict[str, float]:
         """Clip, check, step; the minibatch's metrics averaged over the steps of all ranks."""
+        norms, finite = self._step_optimizers((CRITIC,) if warm_up else (POLICY, CRITIC))
+        deviation = fsdp.all_reduce_max(sums.pop("ratio_deviation"))
+        means = {name: total / num_valid for name, total in fsdp.all_reduce_sums(sums).items()}
+        return means | {"ratio_deviation": deviation, "grad_norm": norms[POLICY], "grad_norm_critic": norms[CRITIC], "skipped": float(not finite)}
+
+    def _step_optimizers(self, names: Sequence[str]) -> tuple[dict[str, float], bool]:
+        """Clip all gradients and step the optimisers of these names; (gradient norms, whether they were finite: else nothing steps)."""
         optimizers = self.optimizers()
         norms = {name: fsdp.clip_grad_norm(_parameters(optimizer), self.settings.training.grad_clip) for name, optimizer in optimizers.items()}
         finite = all(np.isfinite(norm) for norm in norms.values())
         if finite:
             self._skipped_in_a_row = 0
-            for name, optimizer in optimizers.items():
-                if name == CRITIC or not warm_up:
-                    optimizer.step()
+            for name in names:
+                optimizers[name].step()
         else:
             self._skip(norms)
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        deviation = fsdp.all_reduce_max(sums.pop("ratio_deviation"))
-        means = {name: total / num_valid for name, total in fsdp.all_reduce_sums(sums).items()}
-        return means | {"ratio_deviation": deviation, "grad_norm": norms[POLICY], "grad_norm_critic": norms[CRITIC], "skipped": float(not finite)}
+        return norms, finite
 
     def _skip(self, norms: dict[str, float]) -> None:
         self._skipped_in_a_row += 1

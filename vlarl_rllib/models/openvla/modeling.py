@@ -41,7 +41,7 @@ class OpenVLAOutput(NamedTuple):
     """What one teacher-forced pass gives. A named tuple, so that FSDP2 finds the tensors in it."""
 
     action_logits: Tensor
-    """[B, A, 256] float32, over the action ids in id order; A is 1 where no action tokens were given."""
+    """[B, A, 256] float32, over the action ids in id order (or all ids); A is 1 where no action tokens were given."""
     values: Tensor | None
     """[B] float32 from the last prompt token; None without a value head."""
 
@@ -145,6 +145,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         pixel_values: Tensor | None = None,
         action_tokens: Tensor | None = None,
         vision_features: Tensor | None = None,
+        full_vocabulary: bool = False,
     ) -> OpenVLAOutput:
         """Score given action tokens in one pass, and read the value.
 
@@ -154,13 +155,15 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             pixel_values: [B, 6, S, S] normalised, or raw uint8 [B, 3, S, S].
             action_tokens: [B, A] int64, or None to read only the first token's logits and the value.
             vision_features: [B, P, vision width] output of `vision_backbone`, instead of `pixel_values`.
+            full_vocabulary: logits of all ids instead of the 256 action ids, for supervised learning of the end of sequence.
 
         Returns:
             Logits at the positions that predict the action tokens, and values where there is a value head.
         """
         hidden, prompt_hidden = self.action_hidden_states(input_ids, attention_mask, pixel_values, action_tokens, vision_features)
         values = None if self.value_head is None else self.value_head(prompt_hidden)
-        return OpenVLAOutput(action_logits=self._action_rows(hidden), values=values)
+        logits = self._logits(hidden, slice(None)) if full_vocabulary else self._action_rows(hidden)
+        return OpenVLAOutput(action_logits=logits, values=values)
 
     def action_logits(
         self,
@@ -311,8 +314,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     def _action_rows(self, hidden: Tensor) -> Tensor:
         """Logits [..., 256] float32 of the action ids alone."""
+        return self._logits(hidden, slice(self.action_token_ids.start, self.action_token_ids.stop))
+
+    def _logits(self, hidden: Tensor, ids: slice) -> Tensor:
+        """Logits float32 of these ids alone."""
         head: Any = self.language_model.lm_head
-        ids = slice(self.action_token_ids.start, self.action_token_ids.stop)
         rows = head.rows(ids) if hasattr(head, "rows") else head.weight[ids]  # an adapted head merges the rows that are asked for
         return F.linear(hidden, rows).float()
 

@@ -1,0 +1,113 @@
+"""Supervised fine-tuning: what it computes, with one learner and two, and the checkpoint it leaves."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("tensorflow_datasets", reason="RLDS data need the `data` extra")
+
+from vlarl_rllib.cli import main
+from vlarl_rllib.config import VLAPPOConfig
+from vlarl_rllib.data import Demonstration, RLDSWriter
+from vlarl_rllib.learner.learner_group import VLALearnerGroup
+from vlarl_rllib.learner.supervised import SupervisedLearner
+from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from vlarl_rllib.settings import Settings
+
+SIDE = 28
+COLORS = {"red": (220, 40, 40), "blue": (50, 70, 230)}
+SPACES = (gym.spaces.Box(0, 255, (1, 1, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The colour of the picture says where to go: a thing that a tiny policy learns in seconds."""
+    root = tmp_path_factory.mktemp("demonstrations")
+    generator = np.random.default_rng(0)
+    with RLDSWriter(root, "pointing", (SIDE, SIDE)) as writer:
+        for index in range(24):
+            color = list(COLORS)[index % 2]
+            direction = 0.5 if color == "red" else -0.5
+            noise = generator.normal(0, 0.1, (6, 7))
+            actions = np.column_stack([np.full((6, 6), direction) + noise[:, :6], np.where(noise[:, 6] > 0, 1.0, -1.0)])
+            writer.add(Demonstration([np.full((SIDE, SIDE, 3), COLORS[color], np.uint8)] * 6, actions, f"point at the {color} square"))
+    return root
+
+
+def settings(data: Path, num_learners: int, **sft: Any) -> Settings:
+    return Settings.from_dict(
+        {
+            "learners": {"num": num_learners, "micro_batch_size": 8, "timeout_seconds": 120},
+            "sft": {"data": str(data), "batch_size": 24, "lr": 1e-3, "augment": False} | sft,
+            "run": {"seed": 2},
+        }
+    )
+
+
+@pytest.fixture
+def make_group(ray_session: None, demonstrations: Path) -> Iterator[Callable[..., VLALearnerGroup]]:
+    groups: list[VLALearnerGroup] = []
+
+    def make(num_learners: int, **sft: Any) -> VLALearnerGroup:
+        config = VLAPPOConfig.from_settings(settings(demonstrations, num_learners, **sft))
+        config.training(learner_class=SupervisedLearner)
+        config.validate()
+        groups.append(config.build_learner_group(spaces={"__env__": SPACES, "__env_single__": SPACES, "default_policy": SPACES}))
+        return groups[-1]
+
+    yield make
+    for group in groups:
+        group.shutdown()
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(make_group: Callable[..., VLALearnerGroup]) -> None:
+    group = make_group(0, lr=0.0)
+    assert group.call("open_data") == [24 * 6]
+    learner = group._learner
+    batch = next(learner._batches)
+    reference = OpenVLAForActionPrediction.from_pretrained(learner.settings.model.path, dtype=torch.float32)
+    with torch.no_grad():
+        hidden, _ = reference.action_hidden_states(**batch.inputs, action_tokens=batch.targets)
+        losses = F.cross_entropy(reference.language_model.lm_head(hidden).transpose(1, 2), batch.targets, reduction="none")
+    assert batch.targets.shape == (24, 8) and set(batch.targets[:, 7].tolist()) == {2}
+    learner._batches = iter([batch])
+    metrics = group.call("supervise", 1)[0]
+    assert metrics["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    likely = reference.language_model.lm_head(hidden)[:, :7].argmax(-1)
+    assert metrics["token_accuracy"] == pytest.approx((likely == batch.targets[:, :7]).float().mean().item(), abs=1e-6)
+
+
+def test_two_learners_imitate_too_and_augmentation_makes_it_harder(make_group: Callable[..., VLALearnerGroup]) -> None:
+    group = make_group(2, augment=True)
+    assert group.call("open_data") == [12 * 6, 12 * 6]
+    first, *_, last = (group.call("supervise", 5)[0] for _ in range(6))
+    assert first["loss"] > 3.0, "ln 576 = 6.4 at the start"
+    assert last["loss"] < 0.75 * first["loss"] and last["l1"] < first["l1"] and last["skipped"] == 0
+
+
+def test_the_command_leaves_a_checkpoint_that_acts(demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sft.yaml").write_text(
+        f"learners: {{num: 0, micro_batch_size: 24}}\nsft: {{data: {demonstrations}, steps: 120, batch_size: 24, lr: 2.0e-3, augment: false}}\n"
+    )
+    monkeypatch.setattr("sys.argv", ["vlarl", "sft", str(tmp_path / "sft.yaml"), "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [50, 100, 120] and rows[-1]["loss"] < rows[0]["loss"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 120 and summary["unnorm_key"] == "pointing" and summary["demonstrated_steps"] == 144
+
+    model_directory = tmp_path / "run" / "model"
+    model = OpenVLAForActionPrediction.from_pretrained(model_directory, dtype=torch.float32)
+    frames = [np.full((SIDE, SIDE, 3), color, np.uint8) for color in COLORS.values()]
+    inputs = OpenVLAProcessor.from_pretrained(model_directory)(images=frames, instructions=[f"point at the {color} square" for color in COLORS])
+    actions = model.predict_action(**inputs, unnorm_key="pointing").actions
+    assert (actions[0, :6] > 0.2).all() and (actions[1, :6] < -0.2).all()

@@ -1,0 +1,147 @@
+"""Supervised fine-tuning on demonstrations, on the same sharded policy as PPO (the recipe of OpenVLA's fine-tuning).
+
+Each rank reads its share of the episodes and goes through them in an order of its own. The loss is the mean cross-entropy of the seven
+action tokens and the end of sequence, over the full vocabulary.
+
+b = demonstrated steps of one rank, S = image side in pixels, A = 8 targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlarl_rllib.data.augment import augment, draw
+from vlarl_rllib.data.rlds import RLDSDataset, read_statistics
+from vlarl_rllib.envs.image import RESIZED_SIDE, resize_lanczos
+from vlarl_rllib.learner import fsdp
+from vlarl_rllib.learner.learner import POLICY, VLALearner
+from vlarl_rllib.models.action_tokenizer import ActionTokenizer
+from vlarl_rllib.types import NUM_ACTION_TOKENS
+
+NUM_TARGETS = NUM_ACTION_TOKENS + 1
+
+
+@dataclass(frozen=True)
+class DemonstrationBatch:
+    """One optimiser step's demonstrations of one rank, in host memory."""
+
+    inputs: dict[str, Tensor]
+    """input_ids and attention_mask [b, L], pixel_values [b, 3, S, S] uint8."""
+    targets: Tensor
+    """[b, A] int64: action tokens, then the end of sequence."""
+    actions: Tensor
+    """[b, 7] float32, normalised."""
+
+
+class SupervisedLearner(VLALearner):
+    """One FSDP rank that imitates."""
+
+    def _policy_rates(self) -> tuple[float, float]:
+        return self.settings.sft.lr, self.settings.sft.weight_decay
+
+    def open_data(self) -> int:
+        """Read this rank's share of the demonstrations; how many steps it has.
+
+        Raises:
+            FileNotFoundError, ValueError, ImportError: see `RLDSDataset`.
+        """
+        sft, seed = self.settings.sft, self.settings.run.seed
+        assert sft.data is not None, "the command checks it"
+        self._data = RLDSDataset(sft.data, sft.split, self._rank, self._world_size, shuffle_seed=seed)
+        if not len(self._data):
+            raise ValueError(f"sft.data: rank {self._rank} of {self._world_size} gets no episode of {sft.split}; use fewer learners or more data")
+        config: Any = self.policy.config
+        self._tokenizer = ActionTokenizer(config.action_vocab_size, config.n_action_bins)
+        self._statistics = read_statistics(sft.data)[1]["action"]
+        self._generator = torch.Generator().manual_seed(seed * 1_000_003 + self._rank)
+        self._batches = self._prefetch()
+        return len(self._data)
+
+    def supervise(self, num_steps: int) -> dict[str, float]:
+        """Make that many optimiser steps; means over their demonstrations, the same on every rank.
+
+        Returns:
+            loss (nats per target), token_accuracy (of the action tokens), l1 (between the most likely action and the demonstrated one,
+            normalised to [-1, 1]), grad_norm, skipped (steps with a non-finite gradient).
+        """
+        sums = dict.fromkeys(("loss", "correct", "l1"), 0.0)
+        norms, skipped = [], 0
+        for _ in range(num_steps):
+            for name, value in self._accumulate(next(self._batches)).items():
+                sums[name] += value
+            step_norms, finite = self._step_optimizers((POLICY,))
+            norms.append(step_norms[POLICY])
+            skipped += not finite
+        total = fsdp.all_reduce_sums(sums)
+        seen = num_steps * self.settings.sft.batch_size
+        return {
+            "loss": total["loss"] / (seen * NUM_TARGETS),
+            "token_accuracy": total["correct"] / (seen * NUM_ACTION_TOKENS),
+            "l1": total["l1"] / (seen * NUM_ACTION_TOKENS),
+            "grad_norm": float(np.mean(norms)),
+            "skipped": float(skipped),
+        }
+
+    def _accumulate(self, batch: DemonstrationBatch) -> dict[str, float]:
+        """Forward and backward passes of one optimiser step; sums over this rank's demonstrations."""
+        sums = dict.fromkeys(("loss", "correct", "l1"), 0.0)
+        size, first_id = self.settings.learners.micro_batch_size, cast(range, self.policy.action_token_ids)[0]
+        starts = range(0, len(batch.targets), size)
+        for start in starts:
+            self.policy.set_requires_gradient_sync(start == starts[-1])  # type: ignore[operator]
+            rows = slice(start, start + size)
+            inputs = {name: tensor[rows].to(self._device) for name, tensor in batch.inputs.items()}
+            if self.settings.sft.augment:
+                inputs["pixel_values"] = augment(inputs["pixel_values"], draw(len(inputs["pixel_values"]), self._generator))
+            targets = batch.targets[rows].to(self._device)
+            logits = self.policy(**inputs, action_tokens=targets, full_vocabulary=True).action_logits
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            # FSDP averages gradients over ranks.
+            (loss * self._world_size / (self.settings.sft.batch_size * NUM_TARGETS)).backward()
+            likely = logits[:, :NUM_ACTION_TOKENS].argmax(-1).cpu()
+            sums["loss"] += float(loss.detach())
+            sums["correct"] += float((likely == batch.targets[rows, :NUM_ACTION_TOKENS]).sum())
+            predicted = self._tokenizer.decode(likely.numpy().clip(first_id, None))
+            sums["l1"] += float(np.abs(predicted - batch.actions[rows].numpy()).sum())
+        return sums
+
+    # Data
+
+    def _prefetch(self) -> Iterator[DemonstrationBatch]:
+        """Batches without end, the next one made while the last one is learned."""
+        examples = self._endless()
+        share = self.settings.sft.batch_size // self._world_size
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="demonstrations") as pool:
+            coming: Future[DemonstrationBatch] = pool.submit(self._make_batch, examples, share)
+            while True:
+                batch = coming.result()
+                coming = pool.submit(self._make_batch, examples, share)
+                yield batch
+
+    def _endless(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield from self._data
+
+    def _make_batch(self, examples: Iterator[dict[str, Any]], size: int) -> DemonstrationBatch:
+        chosen = list(islice(examples, size))
+        side = self._processor.image_processor.image_size
+        images = [_resized(example["image"], side) for example in chosen]
+        inputs = self._processor(images=images, instructions=[example["instruction"] for example in chosen], raw_images=True)
+        actions = self._tokenizer.normalize(np.stack([example["action"] for example in chosen]), self._statistics)
+        targets = np.full((size, NUM_TARGETS), self._processor.tokenizer.eos_token_id, dtype=np.int64)
+        targets[:, :NUM_ACTION_TOKENS] = self._tokenizer.encode(actions)
+        return DemonstrationBatch(dict(inputs), torch.from_numpy(targets), torch.from_numpy(actions).float())
+
+
+def _resized(image: np.ndarray, side: int) -> np.ndarray:
+    """As the observation path resizes, before its crop; frames of the policy's own size stay as they are."""
+    return image if len(image) == side else resize_lanczos(image, RESIZED_SIDE)
