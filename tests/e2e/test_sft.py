@@ -1,5 +1,6 @@
 """Supervised fine-tuning: what it computes, with one learner and two, and the checkpoint it leaves."""
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("tensorflow_datasets", reason="RLDS data need the `data` extra")
+if importlib.util.find_spec("tensorflow_datasets") is None:
+    pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
 
 from vlarl_rllib.cli import main
 from vlarl_rllib.config import VLAPPOConfig

@@ -67,7 +67,8 @@ def test_half_an_evaluation_says_so_and_has_no_rate_where_nothing_was_played() -
     found = result(WHOLE[1:3])
     assert not found.complete
     assert found.tasks[1].standard.success_rate is None and found.held_out.interval is None
-    assert "incomplete: 2 of 8 episodes" in to_markdown(found)
+    assert "incomplete: 2 of 8 episodes" in to_markdown(found) and "these rates tend to be too high" in to_markdown(found)
+    assert "too high" not in to_markdown(result(WHOLE))
     assert to_dict(found)["tasks"][1]["standard"] == {"episodes": 0, "successes": 0, "success_rate": None, "low": None, "high": None}
     assert to_dict(result([]))["overall"]["mean_steps"] is None
 

@@ -2,7 +2,8 @@
 
 A step of `modified_libero_rlds` (openvla/modified_libero_rlds on the Hugging Face Hub) holds the frame as JPEG, upright but mirrored as
 the policy sees it; the environment's raw action with gripper -1 = open, +1 = close; the instruction; and the usual RLDS flags. Reading
-turns the gripper into the policy's 1 = open, 0 = close. TensorFlow is imported where a data set is opened or written, nowhere else.
+turns the gripper into the policy's 1 = open, 0 = close. TensorFlow does the reading and writing, in a process of its own
+(`data/tfds_process.py` says why).
 
 T = steps of an episode, H, W = size of a stored frame.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +22,14 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from vlarl_rllib.data.tfds_process import JOINT_STATE_SIZE, STATE_SIZE, VERSION, TFDSProcess
+
 STATISTICS_FILE = "dataset_statistics.json"
 INFO_FILE = "dataset_info.json"
-VERSION = "1.0.0"
 JPEG_QUALITY = 95
 """As TensorFlow encodes by default, and so the published data."""
-EPISODES_PER_FILE = 64
-MAX_EPISODE_STEPS = 2**20
 NO_OP_NORM = 1e-4
 """Below it the arm's six numbers count as standing still (moojink/rlds_dataset_builder, regeneration of LIBERO's data)."""
-STATE_SIZE, JOINT_STATE_SIZE = 8, 7
 
 
 @dataclass(frozen=True)
@@ -84,13 +82,8 @@ class RLDSWriter:
         self.path = Path(directory) / name / VERSION
         if self.path.exists():
             raise FileExistsError(f"{self.path} exists; give another directory, or remove it")
-        tfds = _tfds()
         self.path.mkdir(parents=True)
-        features = _features(tfds, image_shape, wrist_camera)
-        identity = tfds.core.dataset_info.DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir=str(self.path), module_name=name)
-        info = tfds.core.DatasetInfo(builder=identity, features=features, description="Demonstrations written by vlarl_rllib.")
-        self._writer = tfds.core.SequentialWriter(info, max_examples_per_shard=EPISODES_PER_FILE)
-        self._writer.initialize_splits(["train"])
+        self._process = TFDSProcess("write", self.path, name, image_shape, wrist_camera)
         self._actions: list[np.ndarray] = []
         self._num_episodes = 0
 
@@ -99,13 +92,18 @@ class RLDSWriter:
         length = len(demonstration.actions)
         if length == 0 or len(demonstration.images) != length:
             raise ValueError(f"a demonstration has {len(demonstration.images)} frames and {length} actions; both must be the same and above 0")
-        self._writer.add_examples({"train": [_example(demonstration)]})
+        self._process.send(_example(demonstration))
+        self._process.receive()
         self._actions.append(standardized(demonstration.actions))
         self._num_episodes += 1
 
     def close(self) -> None:
         """Finish the files and write `dataset_statistics.json`."""
-        self._writer.close_all()
+        self._process.send(None)
+        try:
+            self._process.receive()
+        finally:
+            self._process.close()
         if self._actions:
             statistics = action_statistics(np.concatenate(self._actions), self._num_episodes)
             (self.path / STATISTICS_FILE).write_text(json.dumps({self.path.parent.name: statistics}, indent=2) + "\n")
@@ -132,6 +130,7 @@ class RLDSDataset:
 
     Raises:
         FileNotFoundError: no data set there.
+        ImportError: TensorFlow Datasets is not installed.
         ValueError: files are damaged or missing, there is no such split, or the steps lack `observation/image`, `action` or `language_instruction`.
     """
 
@@ -223,30 +222,14 @@ def read_episodes(path: Path, split: str) -> Iterator[dict[str, Any]]:
     """Episodes as stored: `image` (T JPEG files), `action` [T, 7] float32, `instruction`.
 
     Raises:
-        ValueError: as `RLDSDataset`.
+        ValueError, ImportError: as `RLDSDataset`.
     """
-    tfds = _tfds()
-    import tensorflow as tf
-
-    builder = tfds.builder_from_directory(str(path))
-    _check_schema(builder, path)
-    cameras = [name for name, feature in builder.info.features["steps"]["observation"].items() if isinstance(feature, tfds.features.Image)]
-    as_stored = {"steps": {"observation": {name: tfds.decode.SkipDecoding() for name in cameras}}}
-    if split.partition("[")[0] not in builder.info.splits:
-        raise ValueError(f"{path}: has no split {split!r}; it has {', '.join(builder.info.splits)}")
-    number = 0
+    process = TFDSProcess("read", path, split)
     try:
-        for episode in builder.as_dataset(split=split, decoders=as_stored, shuffle_files=False):
-            steps = next(iter(episode["steps"].batch(MAX_EPISODE_STEPS)))
-            yield {
-                "image": [bytes(image) for image in steps["observation"]["image"].numpy()],
-                "action": steps["action"].numpy(),
-                "instruction": steps["language_instruction"][0].numpy().decode(),
-            }
-            number += 1
-    except (tf.errors.OpError, OSError) as error:
-        reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", str(error).strip().splitlines()[0])
-        raise ValueError(f"{path}: damaged or incomplete after {number} episodes ({reason}); copy or collect it again") from None
+        while (answer := process.receive())[0]:
+            yield answer[1]
+    finally:
+        process.close()
 
 
 def standardized(actions: np.ndarray) -> np.ndarray:
@@ -323,44 +306,3 @@ def _jpeg(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
-
-
-def _features(tfds: Any, image_shape: tuple[int, int], wrist_camera: bool) -> Any:
-    image = tfds.features.Image(shape=(*image_shape, 3), dtype=np.uint8, encoding_format="jpeg")
-    step = {
-        "observation": {
-            "image": image,
-            **({"wrist_image": image} if wrist_camera else {}),
-            "state": tfds.features.Tensor(shape=(STATE_SIZE,), dtype=np.float32),
-            "joint_state": tfds.features.Tensor(shape=(JOINT_STATE_SIZE,), dtype=np.float32),
-        },
-        "action": tfds.features.Tensor(shape=(7,), dtype=np.float32),
-        "discount": tfds.features.Scalar(dtype=np.float32),
-        "reward": tfds.features.Scalar(dtype=np.float32),
-        "is_first": tfds.features.Scalar(dtype=np.bool_),
-        "is_last": tfds.features.Scalar(dtype=np.bool_),
-        "is_terminal": tfds.features.Scalar(dtype=np.bool_),
-        "language_instruction": tfds.features.Text(),
-    }
-    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": {"file_path": tfds.features.Text()}})
-
-
-def _check_schema(builder: Any, path: Path) -> None:
-    steps = builder.info.features["steps"].feature
-    missing = [name for name in ("observation", "action", "language_instruction") if name not in steps]
-    if not missing and "image" not in steps["observation"]:
-        missing = ["observation/image"]
-    if missing:
-        raise ValueError(f"{path}: its steps lack {', '.join(missing)}; the layout must be that of openvla/modified_libero_rlds")
-
-
-def _tfds() -> Any:
-    """TensorFlow Datasets, quiet. Raises ImportError, saying what to install, where it is absent."""
-    import os
-
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise ImportError(f"RLDS data need TensorFlow Datasets ({error}); run: pip install 'vlarl-rllib[data]'") from None
-    return tensorflow_datasets

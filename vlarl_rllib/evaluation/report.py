@@ -17,6 +17,7 @@ from vlarl_rllib.checkpoints import write_atomically
 
 Z_95 = 1.959963984540054
 """Quantile of the standard normal distribution that leaves 2.5 % above."""
+INCOMPLETE = "Not all episodes are there, and those that succeed end first: these rates tend to be too high."
 GROUPS = ("standard", "held_out")
 """All starts, and those that no training of this package uses."""
 
@@ -192,6 +193,7 @@ def to_markdown(result: EvaluationResult) -> str:
     lines = [f"# {question['suite'] or question['env']}: {question['checkpoint']}{state}", ""]
     lines += ["| task | instruction | all starts | held-out starts | mean steps |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for cells in map(_cells, (*result.tasks, result.overall))]
+    lines += [] if result.complete else ["", INCOMPLETE]
     lines += [
         "",
         "Success rate [95 % Wilson interval] successes/episodes. Held-out starts are those that no training of vlarl_rllib uses, the last"

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
 from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
-from vlarl_rllib.evaluation.report import EvaluationResult, summarize, to_table, write_reports
+from vlarl_rllib.evaluation.report import INCOMPLETE, EvaluationResult, summarize, to_table, write_reports
 from vlarl_rllib.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROUND_SECONDS = 5.0
-"""After so long runners return what is finished. It is what Ctrl-C waits for and a kill costs; a round begins and ends in about 0.1 s."""
+"""After so long runners return what is finished. It is what Ctrl-C waits for and a kill costs; to end and begin a round takes some 0.02 s."""
 LINE_SECONDS = 30.0
 """Between two lines of progress where there is no terminal."""
+SPEED_WINDOW_SECONDS = 600.0
+"""What the remaining time is estimated from: an episode may take minutes on a CPU."""
 
 
 class Watch:
@@ -93,6 +95,8 @@ def run_evaluation(request: EvaluationRequest, out: Path) -> int:
     if result.episodes:
         console.print(to_table(result))
     if not result.complete:
+        if result.episodes:
+            console.print(f"[yellow]{INCOMPLETE}[/yellow]")
         console.print(f"stopped; the same command with --out {where} plays the other {result.num_planned - len(result.episodes)} episodes")
         return 128 + (watch.signal or signal.SIGINT)
     if result.deviations:
@@ -160,7 +164,9 @@ class _Terminal(Watch):
         self._steps, self._began, self._said = 0, 0.0, 0.0
         self._faults: Counter[str] = Counter()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._progress = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=SPEED_WINDOW_SECONDS
+        )
         self._bar = self._progress.add_task("starting", total=total, completed=self._known, rates="")
         self._handlers: dict[int, Any] = {}
         self._is_ready = False
@@ -184,7 +190,7 @@ class _Terminal(Watch):
         self._steps += played.num_steps
         self._faults["env_deaths"] += played.env_deaths
         episodes = self._directory.episodes
-        rate = f"{100 * sum(episode['success'] for episode in episodes) / len(episodes):.1f} % success  " if episodes else ""
+        rate = f"{100 * sum(episode['success'] for episode in episodes) / len(episodes):.1f} % success so far  " if episodes else ""
         rates = f"{rate}{self._steps / (time.monotonic() - self._began):.1f} steps/s"
         self._progress.update(self._bar, completed=len(episodes), rates=rates)
         if not self._console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:

@@ -1,0 +1,171 @@
+"""TensorFlow Datasets, in a process of its own: `python -m vlarl_rllib.data.tfds_process FD`, started by `data/rlds.py`.
+
+TensorFlow carries an LLVM whose symbols Mesa's software rasteriser then finds: drawing a LIBERO frame crashes in a process that has
+imported TensorFlow before. It would also cost a learner 0.4 GB and some seconds.
+
+FD is an inherited socket. The first message is a command and its arguments; every answer is `("value", something)`, `("end", None)` or
+`("error", (name of an exception class, its text))`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+VERSION = "1.0.0"
+EPISODES_PER_FILE = 64
+MAX_EPISODE_STEPS = 2**20
+STATE_SIZE, JOINT_STATE_SIZE = 8, 7
+RAISED = {kind.__name__: kind for kind in (ValueError, ImportError, OSError)}
+"""What a command may end with, in the caller too."""
+
+
+class TFDSProcess:
+    """The caller's end."""
+
+    def __init__(self, *command: Any) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            arguments = [sys.executable, "-m", "vlarl_rllib.data.tfds_process", str(theirs.fileno())]
+            self._process = subprocess.Popen(arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._connection = Connection(ours.detach())
+        self.send(command)
+
+    def send(self, message: Any) -> None:
+        """A process that is gone is noticed by `receive`."""
+        try:
+            self._connection.send(message)
+        except OSError:
+            return
+
+    def receive(self) -> tuple[bool, Any]:
+        """(whether there was one, the next value).
+
+        Raises:
+            ValueError, ImportError, OSError: what the other process ended with.
+            RuntimeError: it died.
+        """
+        try:
+            kind, content = self._connection.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"the process that reads and writes RLDS data died with exit code {self._process.wait(10)}") from None
+        if kind == "error":
+            raise RAISED[content[0]](content[1])
+        return kind == "value", content
+
+    def close(self) -> None:
+        """End it, whatever it is doing."""
+        self._connection.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def main(arguments: list[str]) -> None:
+    """Serve one command."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller's to handle; it closes the socket
+    os.dup2(2, 1)
+    connection = Connection(int(arguments[0]))
+    try:
+        command, *rest = connection.recv()
+        commands: dict[str, Callable[..., Iterator[Any]]] = {"read": read, "write": write}
+        for value in commands[command](connection, *rest):
+            connection.send(("value", value))
+        connection.send(("end", None))
+    except tuple(RAISED.values()) as error:
+        if not isinstance(error, (BrokenPipeError, ConnectionResetError)):
+            name = next(name for name, kind in RAISED.items() if isinstance(error, kind))
+            connection.send(("error", (name, str(error))))
+    except EOFError:
+        return
+
+
+def read(connection: Connection, path: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Episodes as stored: `image` (T JPEG files), `action` [T, 7] float32, `instruction`."""
+    tfds = _tfds()
+    import tensorflow as tf
+
+    builder = tfds.builder_from_directory(str(path))
+    steps = builder.info.features["steps"].feature
+    missing = [name for name in ("observation", "action", "language_instruction") if name not in steps]
+    if not missing and "image" not in steps["observation"]:
+        missing = ["observation/image"]
+    if missing:
+        raise ValueError(f"{path}: its steps lack {', '.join(missing)}; the layout must be that of openvla/modified_libero_rlds")
+    if split.partition("[")[0] not in builder.info.splits:
+        raise ValueError(f"{path}: has no split {split!r}; it has {', '.join(builder.info.splits)}")
+    cameras = [name for name, feature in steps["observation"].items() if isinstance(feature, tfds.features.Image)]
+    as_stored = {"steps": {"observation": {name: tfds.decode.SkipDecoding() for name in cameras}}}
+    number = 0
+    try:
+        for episode in builder.as_dataset(split=split, decoders=as_stored, shuffle_files=False):
+            columns = next(iter(episode["steps"].batch(MAX_EPISODE_STEPS)))
+            yield {
+                "image": [bytes(image) for image in columns["observation"]["image"].numpy()],
+                "action": columns["action"].numpy(),
+                "instruction": columns["language_instruction"][0].numpy().decode(),
+            }
+            number += 1
+    except (tf.errors.OpError, OSError) as error:
+        reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", str(error).strip().splitlines()[0])
+        raise ValueError(f"{path}: damaged or incomplete after {number} episodes ({reason}); copy or collect it again") from None
+
+
+def write(connection: Connection, path: Path, name: str, image_shape: tuple[int, int], wrist_camera: bool) -> Iterator[None]:
+    """Append the examples that arrive, answering each, until None does."""
+    tfds = _tfds()
+    identity = tfds.core.dataset_info.DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir=str(path), module_name=name)
+    info = tfds.core.DatasetInfo(
+        builder=identity, features=_features(tfds, image_shape, wrist_camera), description="Demonstrations written by vlarl_rllib."
+    )
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=EPISODES_PER_FILE)
+    writer.initialize_splits(["train"])
+    while (example := connection.recv()) is not None:
+        writer.add_examples({"train": [example]})
+        yield None
+    writer.close_all()
+
+
+def _features(tfds: Any, image_shape: tuple[int, int], wrist_camera: bool) -> Any:
+    import numpy as np
+
+    image = tfds.features.Image(shape=(*image_shape, 3), dtype=np.uint8, encoding_format="jpeg")
+    step = {
+        "observation": {
+            "image": image,
+            **({"wrist_image": image} if wrist_camera else {}),
+            "state": tfds.features.Tensor(shape=(STATE_SIZE,), dtype=np.float32),
+            "joint_state": tfds.features.Tensor(shape=(JOINT_STATE_SIZE,), dtype=np.float32),
+        },
+        "action": tfds.features.Tensor(shape=(7,), dtype=np.float32),
+        "discount": tfds.features.Scalar(dtype=np.float32),
+        "reward": tfds.features.Scalar(dtype=np.float32),
+        "is_first": tfds.features.Scalar(dtype=np.bool_),
+        "is_last": tfds.features.Scalar(dtype=np.bool_),
+        "is_terminal": tfds.features.Scalar(dtype=np.bool_),
+        "language_instruction": tfds.features.Text(),
+    }
+    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": {"file_path": tfds.features.Text()}})
+
+
+def _tfds() -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ImportError(f"RLDS data need TensorFlow Datasets ({error}); run: pip install 'vlarl-rllib[data]'") from None
+    return tensorflow_datasets
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
