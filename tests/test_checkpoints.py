@@ -18,7 +18,9 @@ def write(store: CheckpointStore, iteration: int, content: str = "weights") -> P
     with store.writing(iteration) as directory:
         (directory / "learners").mkdir()
         (directory / "learners" / "rank_0").write_text(content)
-        store.write_facts(directory, iteration=iteration, policy_version=iteration + 1, settings={"run": {"seed": 3}}, metrics={"a": np.float64(0.5)})
+        store.write_facts(
+            directory, iteration=iteration, policy_version=iteration + 1, settings={"run": {"seed": 3}}, algorithm={"metrics": {"a": np.float64(0.5)}}
+        )
     return store.list()[-1]
 
 
@@ -35,14 +37,14 @@ def test_a_checkpoint_holds_what_was_written(store: CheckpointStore) -> None:
     checkpoint = write(store, 5)
     assert checkpoint == store.root / "iteration_000005"
     assert (checkpoint / "learners" / "rank_0").read_text() == "weights"
-    assert store.read_metrics(checkpoint) == {"a": 0.5}
+    assert store.read_algorithm(checkpoint) == {"metrics": {"a": 0.5}}
     assert store.read_facts(checkpoint) == {"iteration": 5, "policy_version": 6, "settings": {"run": {"seed": 3}}}
 
 
 def test_nothing_is_seen_of_a_checkpoint_while_it_is_written(store: CheckpointStore) -> None:
     write(store, 1)
     with store.writing(2) as directory:
-        store.write_facts(directory, iteration=2, policy_version=3, settings={}, metrics={})
+        store.write_facts(directory, iteration=2, policy_version=3, settings={}, algorithm={})
         assert names(store) == ["iteration_000001"]
     assert names(store) == ["iteration_000001", "iteration_000002"]
 

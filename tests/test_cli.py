@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "cut_short" / "config.json").write_text('{"model_type": "open')
     run = RunDirectory(root / "runs" / "done")
     with run.claimed(Settings()), CheckpointStore(run.path / "checkpoints", keep=1).writing(5) as directory:
-        CheckpointStore.write_facts(directory, iteration=5, policy_version=6, settings={}, metrics={})
+        CheckpointStore.write_facts(directory, iteration=5, policy_version=6, settings={}, algorithm={})
     with RunDirectory(root / "runs" / "without_checkpoint").claimed(Settings()):
         pass
     return root

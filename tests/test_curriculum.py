@@ -1,10 +1,12 @@
 """Where episodes begin: a function of the seed, over the training starts and nothing else."""
 
+import json
+import math
 from collections import Counter
 
 import pytest
 
-from vlarl_rllib.curriculum import FixedCurriculum, Start, derive_seed
+from vlarl_rllib.curriculum import AdaptiveCurriculum, FixedCurriculum, Start, SuccessRecord, derive_seed
 
 TRAINING = {0: range(40), 3: (1, 5, 9)}
 
@@ -79,3 +81,71 @@ def test_seeds_fit_into_31_bits() -> None:
 
 def test_seeds_depend_on_the_order_of_their_parts() -> None:
     assert derive_seed(1, 2, 3, 4) != derive_seed(1, 2, 4, 3)
+
+
+# Adaptive
+
+
+def play(record: SuccessRecord, outcomes: dict[tuple[int, int], list[bool]]) -> None:
+    for pair, successes in outcomes.items():
+        for success in successes:
+            record.add(*pair, success)
+
+
+def test_success_rates_fade_towards_what_happened_lately() -> None:
+    record = SuccessRecord("logistic", 1.0)
+    assert record.success_rate(0, 0) == 0.5
+    record.add(0, 0, True)
+    # (0.95 x 0.5 + 1) / (0.95 + 1)
+    assert record.success_rate(0, 0) == pytest.approx(1.475 / 1.95)
+    play(record, {(0, 0): [True] * 200})
+    assert record.success_rate(0, 0) == pytest.approx(1.0, abs=1e-4)
+    play(record, {(0, 0): [False] * 20})
+    # About a third of the fading memory is older than twenty episodes: 0.95^20 = 0.358
+    assert record.success_rate(0, 0) == pytest.approx(0.358, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("rule", "temperature", "expected"),
+    [
+        # exp((0.5 - s) / 0.5) for s = 1 and s = 0, over exp(0)
+        ("logistic", 0.5, {(0, 0): math.exp(-1.0), (0, 1): math.exp(1.0)}),
+        # (1 - s)^2 over 0.25; a solved start keeps the least weight there is
+        ("power", 0.5, {(0, 0): 1e-6, (0, 1): 4.0}),
+    ],
+)
+def test_easy_and_impossible_starts_follow_the_formula(rule: str, temperature: float, expected: dict[tuple[int, int], float]) -> None:
+    record = SuccessRecord(rule, temperature)
+    play(record, {(0, 0): [True] * 400, (0, 1): [False] * 400})
+    assert record.weights() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_hard_starts_are_drawn_more_often_in_proportion() -> None:
+    source = AdaptiveCurriculum([(0,), (0, 3)], {0: range(2), 3: (5,)}, first_slot=0, seed=7)
+    source.weights = {(0, 0): 1.0, (0, 1): 3.0}  # (3, 5) has not been played: 1
+    alone = Counter(start.initial_state for start in draws(source, slot=0, iterations=1000))
+    assert alone[1] / alone[0] == pytest.approx(3.0, rel=0.15)
+    both = Counter((start.task_id, start.initial_state) for start in draws(source, slot=1, iterations=1000))
+    assert both[0, 1] / 4000 == pytest.approx(0.6, abs=0.03) and both[3, 5] / 4000 == pytest.approx(0.2, abs=0.03)
+
+
+def test_an_adaptive_draw_depends_on_the_weights_and_the_question_alone() -> None:
+    def make() -> AdaptiveCurriculum:
+        source = AdaptiveCurriculum([(0, 3)] * 2, TRAINING, first_slot=2, seed=1)
+        source.weights = {(0, 1): 9.0, (3, 5): 0.1}
+        return source
+
+    assert draws(make()) == draws(make())
+    other = make()
+    other.weights = {(0, 1): 1e-6}
+    assert draws(make()) != draws(other)
+
+
+def test_a_record_survives_a_checkpoint() -> None:
+    record, restored = SuccessRecord("power", 2.0), SuccessRecord("power", 2.0)
+    play(record, {(0, 0): [True, False, True], (3, 5): [False]})
+    restored.set_state(json.loads(json.dumps(record.state())))
+    assert restored.weights() == record.weights()
+    record.add(3, 5, True)
+    restored.add(3, 5, True)
+    assert restored.weights() == record.weights() and len(record.weights()) == 2

@@ -40,7 +40,7 @@ def write_run(root: Path, **model: object) -> dict[str, torch.Tensor]:
         save_sharded(directory / "learners", nn.ModuleDict({"policy": policy}), {})
     finally:
         torch.distributed.destroy_process_group()
-    CheckpointStore.write_facts(directory, iteration=3, policy_version=4, settings=settings.to_dict(), metrics={})
+    CheckpointStore.write_facts(directory, iteration=3, policy_version=4, settings=settings.to_dict(), algorithm={})
     return sent
 
 

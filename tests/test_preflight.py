@@ -1,11 +1,12 @@
 """What is checked, and what is only remarked on, before Ray starts."""
 
+import re
 from typing import Any
 
 import pytest
 
-from vlarl_rllib.preflight import check_model, doubts
-from vlarl_rllib.settings import LIBERO_TASKS, Settings
+from vlarl_rllib.preflight import check_model, check_sft, doubts
+from vlarl_rllib.settings import LIBERO_TASKS, Settings, SettingsError
 
 
 @pytest.mark.parametrize("suite", LIBERO_TASKS)
@@ -30,3 +31,18 @@ def test_another_suites_statistics_are_worth_a_line(sections: dict[str, Any], re
     found = doubts(Settings.from_dict(sections))
     assert len(found) == (remark is not None)
     assert all(remark in line and "\n" not in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({}, "sft.data: missing; give the directory of an RLDS data set"),
+        ({"sft": {"data": "absent"}}, "sft.data: absent: no data set below it"),
+        ({"sft": {"batch_size": 32}, "learners": {"num": 3}}, "sft.batch_size: 32 does not divide over 3 learners; use a multiple"),
+        ({"model": {"path": "./absent"}}, "model.path: './absent' is no directory"),
+    ],
+)
+def test_mistakes_before_supervised_fine_tuning(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match="^" + re.escape(message)) as caught:
+        check_sft(Settings.from_dict(sections))
+    assert "\n" not in str(caught.value)

@@ -36,7 +36,7 @@ def run(here: Path) -> RunDirectory:
 def add_checkpoint(run: RunDirectory, iteration: int) -> Path:
     store = CheckpointStore(run.path / "checkpoints", keep=9)
     with store.writing(iteration) as directory:
-        store.write_facts(directory, iteration=iteration, policy_version=iteration, settings={}, metrics={})
+        store.write_facts(directory, iteration=iteration, policy_version=iteration, settings={}, algorithm={})
     return store.list()[-1]
 
 

@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from vlarl_rllib.checkpoints import CheckpointStore, write_atomically
 from vlarl_rllib.config import ENVIRONMENT_NAME, VLAPPOConfig
 from vlarl_rllib.coordination import Rollout, RolloutCollector, WeightSync
-from vlarl_rllib.curriculum import Start
+from vlarl_rllib.curriculum import Start, SuccessRecord
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
 from vlarl_rllib.observability.metrics import FAULTS, evaluation_metrics, iteration_metrics
@@ -80,6 +80,7 @@ class VLAPPO(PPO):
         self._faults: Counter[str] = Counter()
         self._initial_evaluation: dict[str, Any] | None = None
         self._failed_iteration: int | None = None
+        self._successes = SuccessRecord(self._vla.curriculum.rule, self._vla.curriculum.temperature)
         root = self._checkpoint_root()
         self._store = CheckpointStore(root, self._vla.run.keep_checkpoints) if root else None
         # Engines take longest to start and need nothing from the rest, so they start first and are waited for last.
@@ -153,7 +154,9 @@ class VLAPPO(PPO):
     def training_step(self) -> None:
         """Sample, update, sync."""
         with self._timed("sample", ENV_RUNNER_SAMPLING_TIMER):
-            rollout: Rollout = self.collector.collect(self.iteration, self._vla.rollout.steps_per_iteration)
+            rollout: Rollout = self.collector.collect(self.iteration, self._vla.rollout.steps_per_iteration, self._successes.weights())
+            for result in rollout.results:
+                self._successes.add(result.task_id, result.initial_state, result.success)
             self.metrics.aggregate(rollout.metrics, key=ENV_RUNNER_RESULTS)
             self._faults["dropped_steps"] += rollout.lost_steps
             self._write_processes(rollout)
@@ -224,6 +227,7 @@ class VLAPPO(PPO):
             self.restore_from_path(checkpoint)
             return
         self.metrics.reset()
+        self._successes.set_state([])
         self._iteration = 0
         self.collector.begin_new_episodes()
         self.weight_sync.push()
@@ -301,7 +305,9 @@ class VLAPPO(PPO):
         directory = CheckpointStore.resolve(Path(path))
         facts = CheckpointStore.read_facts(directory)
         self.learner_group.call("load_sharded", str(directory / "learners"))
-        self.metrics.set_state(CheckpointStore.read_metrics(directory))
+        running = CheckpointStore.read_algorithm(directory)
+        self.metrics.set_state(running["metrics"])
+        self._successes.set_state(running["successes"])
         self._iteration = facts["iteration"]
         self.collector.begin_new_episodes()
         self.weight_sync.push(above=facts["policy_version"])
@@ -314,5 +320,5 @@ class VLAPPO(PPO):
             iteration=self.iteration,
             policy_version=self.weight_sync.version,
             settings=self.config.vla,
-            metrics=self.metrics.get_state(),
+            algorithm={"metrics": self.metrics.get_state(), "successes": self._successes.state()},
         )

@@ -98,16 +98,19 @@ class CheckpointStore:
         return target
 
     @staticmethod
-    def write_facts(directory: Path, *, iteration: int, policy_version: int, settings: dict[str, Any], metrics: dict[str, Any]) -> None:
-        """What is not the learners': counters, settings and RLlib's running metrics. Written last: `facts.json` says that all is there."""
-        (directory / ALGORITHM_FILE).write_text(json.dumps({"metrics": metrics}, default=_plain_number))
+    def write_facts(directory: Path, *, iteration: int, policy_version: int, settings: dict[str, Any], algorithm: dict[str, Any]) -> None:
+        """What is not the learners': counters, settings, and what the Algorithm keeps: RLlib's running metrics, the curriculum's record.
+
+        Written last: `facts.json` says that all is there.
+        """
+        (directory / ALGORITHM_FILE).write_text(json.dumps(algorithm, default=_plain_number))
         facts = {"iteration": iteration, "policy_version": policy_version, "settings": settings}
         (directory / FACTS_FILE).write_text(json.dumps(facts, indent=2))
 
     @staticmethod
-    def read_metrics(directory: Path) -> dict[str, Any]:
-        """State of RLlib's MetricsLogger."""
-        return json.loads((directory / ALGORITHM_FILE).read_text())["metrics"]
+    def read_algorithm(directory: Path) -> dict[str, Any]:
+        """What the Algorithm kept."""
+        return json.loads((directory / ALGORITHM_FILE).read_text())
 
     @staticmethod
     def read_facts(directory: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from vlarl_rllib.engines.protocol import INITIAL_VERSION
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.rollout.env_runner import Attached, Contribution
 from vlarl_rllib.rollout.evaluation import EvaluationRound
+from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.types import WeightManifest
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ class Rollout:
     slots: list[tuple[int, Any, int]] = field(default_factory=list)
     """(runner, ref of its chunks, steps) of each slot, in an order that does not depend on who was faster."""
     metrics: list[Any] = field(default_factory=list)
+    results: list[EpisodeResult] = field(default_factory=list)
+    """Episodes that ended, in the order of the runners."""
     lost_steps: int = 0
     """Steps that were played and died with their runner before the learners had them."""
     pids: dict[int, Any] = field(default_factory=dict)
@@ -111,6 +114,7 @@ class Rollout:
         runner = contribution.runner
         self.slots += [(runner, ref, steps) for ref, steps in zip(contribution.refs, contribution.num_steps, strict=True)]
         self.slots.sort(key=lambda slot: slot[0])
+        self.results += contribution.results
         self.metrics.append(contribution.metrics)
         self.pids[contribution.runner] = contribution.pids
 
@@ -268,8 +272,8 @@ class RolloutCollector(RunnerCalls):
         super().__init__(runners, sync, pool, restore_runners=restore_runners, timeout_seconds=timeout_seconds)
         self._learners = learners
 
-    def collect(self, iteration: int, steps_per_slot: int) -> Rollout:
-        """All slots' steps of `iteration`, handed to the learners.
+    def collect(self, iteration: int, steps_per_slot: int, weights: Mapping[tuple[int, int], float]) -> Rollout:
+        """All slots' steps of `iteration`, handed to the learners; `weights` are the curriculum's.
 
         A runner that dies takes what only it has with it: the iteration goes on with the others' steps, or waits for the runner
         where there are no others.
@@ -280,7 +284,7 @@ class RolloutCollector(RunnerCalls):
         rollout, fruitless = Rollout(), 0
         enough = max(1, len(self._learners))
         while True:
-            arguments = {"iteration": iteration, "steps_per_slot": steps_per_slot}
+            arguments = {"iteration": iteration, "steps_per_slot": steps_per_slot, "weights": weights}
             contributions: list[Contribution] = list(self._foreach("sample_slots", dict.fromkeys(self._attach(), arguments)).values())
             for contribution in contributions:
                 rollout.add(contribution)

@@ -122,8 +122,6 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
             "lower it or raise rollout.steps_per_iteration"
         )
     ranks = max(1, s.learners.num)
-    if s.sft.batch_size % ranks:
-        yield f"sft.batch_size: {s.sft.batch_size} does not divide over {ranks} learners; use a multiple of {ranks}"
     slots = s.rollout.num_runners * s.env.num_envs
     if ranks > slots:
         yield f"learners.num: {ranks} is more than the {slots} slots, whose steps go to one learner each; raise env.num_envs or lower learners.num"

@@ -32,6 +32,10 @@ def check_sft(settings: Settings) -> None:
     if settings.model.path not in PRESETS:
         _read_facts(settings.model.path, "model.path")
     _check_additions(settings.model)
+    if settings.sft.batch_size % max(1, settings.learners.num):
+        raise SettingsError(
+            f"sft.batch_size: {settings.sft.batch_size} does not divide over {settings.learners.num} learners; use a multiple of that"
+        )
     if settings.sft.data is None:
         raise SettingsError("sft.data: missing; give the directory of an RLDS data set, for example one that vlarl collect wrote")
     try:

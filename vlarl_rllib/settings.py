@@ -23,7 +23,6 @@ NOT_YET = {
     "rollout.async_mode": False,
     "rollout.max_staleness": 1,
     "training.whiten_rewards": False,
-    "curriculum.kind": "fixed",
 }
 """Keys of the documented layout that have one possible value so far: accepted at that value, refused at any other."""
 
@@ -185,6 +184,17 @@ class RewardSettings(Section):
     success: float = Field(1.0, allow_inf_nan=False, description="Reward of the step that solves the task.")
 
 
+class CurriculumSettings(Section):
+    kind: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="fixed = each slot keeps its task and draws starts uniformly; adaptive = (task, start) by how often it succeeds."
+    )
+    rule: Literal["logistic", "power"] = Field(
+        "logistic", description="Weight of a start with success rate s: exp((0.5 - s) / temperature), or (1 - s)^(1 / temperature)."
+    )
+    temperature: PositiveFloat = Field(0.5, description="Of the rule; smaller = more of the hard starts.")
+    starts_per_task: PositiveInt | None = Field(None, description="Train on so many of each task's training starts, the first; null = all.")
+
+
 class EvaluationSettings(Section):
     every: Natural = Field(0, description="Iterations between greedy evaluations; 0 = before the first and after the last.")
     episodes: Natural = Field(64, description="Episodes of an evaluation on held-out starts, at most one per (task, start); 0 = none.")
@@ -224,6 +234,7 @@ class Settings(Section):
     training: TrainingSettings = TrainingSettings()
     weights: WeightSettings = WeightSettings()
     rewards: RewardSettings = RewardSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     sft: SFTSettings = SFTSettings()
     run: RunSettings = RunSettings()
@@ -318,8 +329,6 @@ def _without_reserved(values: Mapping[str, Any]) -> dict[str, Any]:
         keys = result.get(section)
         if isinstance(keys, dict) and key in keys and (value := keys.pop(key)) != only:
             raise SettingsError(f"{dotted}: {value!r} is not available yet; leave the key out or set it to {yaml.safe_dump(only).split()[0]}")
-    if result.get("curriculum") == {}:
-        del result["curriculum"]
     return result
 
 

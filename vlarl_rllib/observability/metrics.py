@@ -78,6 +78,7 @@ def iteration_metrics(
         "env_steps": int(runners["num_env_steps_sampled_lifetime"]),
         "episodes": int(runners["num_episodes"]),
         "success_rate": None if success is None or np.isnan(success) else float(success),
+        "success_rate_by_task": {task: float(rate) for task, rate in runners.get("success_rate_by_task", {}).items()},
         **{name: float(learner[name]) for name in LEARNER_METRICS},
         **{name: float(runners[name]) for name in RUNNER_SUMS},
         "seconds": {name: float(seconds.get(name, 0.0)) for name in SECONDS},

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from vlarl_rllib.curriculum import FixedCurriculum, Start
+from vlarl_rllib.curriculum import AdaptiveCurriculum, FixedCurriculum, Start
 from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.envs.registry import EnvSpec, env_class, training_and_held_out_states
@@ -30,7 +30,7 @@ from vlarl_rllib.models.action_tokenizer import ActionTokenizer
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop
-from vlarl_rllib.rollout.players import TrainingPlayer, success_by_task
+from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer, success_by_task
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS, WeightManifest
 
@@ -51,6 +51,8 @@ class Contribution:
     advantages, and the runner's objects are no safer than the runner."""
     engine_error: str | None = None
     metrics: Any = None
+    results: list[EpisodeResult] = field(default_factory=list)
+    """Episodes that ended in this call, by slot."""
     token_checksum: int = 0
     """Sum of the CRC-32 of each step's action tokens: equal in two runs that took the same actions, in whatever order."""
     runner: int = 0
@@ -135,14 +137,13 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         )
 
     def _make_players(self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int) -> None:
-        states = {task: training_and_held_out_states(spec, task)[0] for task in set(slot_tasks)}
-        curriculum = FixedCurriculum(slot_tasks, states, first_slot=first_slot, seed=self.settings.run.seed)
         self._slot_tasks = slot_tasks
+        self._curriculum = self._make_curriculum(spec, first_slot)
         self._players = {
             slot: TrainingPlayer(
                 slot,
                 first_slot + slot,
-                curriculum=curriculum,
+                curriculum=self._curriculum,
                 spaces=(self.env.single_observation_space, self.env.single_action_space),
                 temperature=self.settings.temperature,
                 success_reward=self.settings.rewards.success,
@@ -150,6 +151,18 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             )
             for slot in range(len(slot_tasks))
         }
+
+    def _make_curriculum(self, spec: EnvSpec, first_slot: int) -> FixedCurriculum:
+        settings, seed = self.settings, self.settings.run.seed
+        tasks = settings.task_ids
+        states = {task: training_and_held_out_states(spec, task)[0][: settings.curriculum.starts_per_task] for task in tasks}
+        if settings.curriculum.kind == "fixed":
+            return FixedCurriculum(self._slot_tasks, states, first_slot=first_slot, seed=seed)
+        playable: dict[int, Sequence[int]] = {}
+        for slots in self.env.processes.slots_of_process():
+            models = list(dict.fromkeys(self._slot_tasks[slot] for slot in slots))
+            playable |= dict.fromkeys(slots, tasks if settings.env.models_per_process >= len(tasks) else models)
+        return AdaptiveCurriculum([playable[slot] for slot in range(len(playable))], states, first_slot=first_slot, seed=seed)
 
     def get_spaces(self) -> Any:
         if self.env is None:
@@ -192,11 +205,16 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         evaluating = self._evaluation.queue.playing.values() if self._evaluation else ()
         return Attached(os.getpid(), self._slot_tasks, tuple(evaluating))
 
-    def sample_slots(self, iteration: int, steps_per_slot: int) -> Contribution:
+    def sample_slots(self, iteration: int, steps_per_slot: int, weights: Mapping[tuple[int, int], float] | None = None) -> Contribution:
         """Play until each slot has contributed `steps_per_slot` to `iteration`, or an engine fails.
 
         Called again with the same `iteration` it goes on where the failure stopped it, and hands all of it over at the end.
+
+        Args:
+            weights: of each (task, start), for an adaptive curriculum.
         """
+        if isinstance(self._curriculum, AdaptiveCurriculum):
+            self._curriculum.weights = weights or {}
         if iteration != self._iteration:
             self._iteration = iteration
             for player in self._players.values():
@@ -271,6 +289,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         dropped = sum(player.dropped_steps for player in self._players.values())
         for player in self._players.values():
             player.results, player.dropped_steps = [], 0
+        contribution.results = results
         self._increase_sampled_metrics(sum(contribution.num_steps), len(results))
         for result in results:
             self._log_episode_metrics(result.length, result.reward, 0.0)
