@@ -35,6 +35,7 @@ from vlarl_rllib.curriculum import Start, SuccessRecord
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
 from vlarl_rllib.observability.metrics import FAULTS, evaluation_metrics, iteration_metrics
+from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 logger = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ class VLAPPO(PPO):
 
     def _count_faults(self, runner_results: dict[str, Any]) -> dict[str, int]:
         """Totals since the run began."""
-        self._faults.update({name: int(runner_results[name]) for name in ("env_deaths", "dropped_steps")})
+        self._faults.update({name: int(runner_results[name]) for name in ("env_deaths", "dropped_steps", *REWARD_FAULTS)})
         restarts = {
             "runner_restarts": self.collector.num_restarts,
             "engine_restarts": self.engine_pool.num_restarts if self.engine_pool is not None else 0,

@@ -182,6 +182,13 @@ class WeightSettings(Section):
 
 class RewardSettings(Section):
     success: float = Field(1.0, allow_inf_nan=False, description="Reward of the step that solves the task.")
+    malformed: NonNegativeFloat = Field(0.0, description="Penalty of a reply that is not seven action tokens.")
+    length: NonNegativeFloat = Field(0.0, description="Penalty of every step.")
+    smoothness: NonNegativeFloat = Field(0.0, description="Penalty per mean squared change of the normalised arm action from step to step.")
+    value_shaping: NonNegativeFloat = Field(
+        0.0, description="Weight of gamma V(next) - V(now), the critic's own values as a potential (Ng et al. 1999)."
+    )
+    timeout_seconds: PositiveFloat = Field(10.0, description="A reward that takes longer for a chunk of an episode counts as failed: zero.")
 
 
 class CurriculumSettings(Section):

@@ -24,6 +24,8 @@ def build(run: Path, *, learners: int = 1, restore_from: Path | None = None) -> 
             "rollout": {"num_runners": 2, "steps_per_iteration": 24},
             "learners": {"num": learners, "micro_batch_size": 32, "timeout_seconds": 120},
             "training": {"minibatch_size": 48, "num_epochs": 2, "lr": 1e-4, "value_lr": 1e-3},
+            "curriculum": {"kind": "adaptive", "temperature": 0.2},
+            "rewards": {"length": 0.01, "smoothness": 0.1, "value_shaping": 0.1},
             "evaluation": {"episodes": 0},
             "run": {"iterations": 100, "seed": 5},
         }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlarl_rllib.learner.gae import gae
+from vlarl_rllib.learner.gae import gae, next_values, shaped_rewards
 
 
 def row(*values: float) -> torch.Tensor:
@@ -67,3 +67,17 @@ def test_rows_are_independent() -> None:
 def test_a_hole_in_the_mask_is_refused() -> None:
     with pytest.raises(ValueError, match="first ones"):
         gae(row(1, 0), row(1, 2), flags(0, 0), flags(0, 0), row(0, 8), 0.5, 0.5, flags(0, 1))
+
+
+def test_shaping_by_the_critics_values_by_hand() -> None:
+    # One row of three steps that ends in success, and one of two that is cut.
+    values = torch.tensor([[0.2, 0.4, 0.6], [0.5, 0.3, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    terminated = torch.tensor([[False, False, True], [False, False, False]])
+    behind = torch.tensor([[9.0, 9.0, 9.0], [0.7, 0.7, 0.7]])
+    following = next_values(values, terminated, torch.zeros_like(mask), behind, mask)
+    assert following[0].tolist() == pytest.approx([0.4, 0.6, 0.0]) and following[1, :2].tolist() == pytest.approx([0.3, 0.7])
+    shaped = shaped_rewards(torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), values, following, gamma=0.5, weight=2.0)
+    # r + 2 (0.5 V' - V): 2 (0.2 - 0.2), 2 (0.3 - 0.4), 1 + 2 (0 - 0.6)
+    assert shaped[0].tolist() == pytest.approx([0.0, -0.2, -0.2])
+    assert shaped[1, :2].tolist() == pytest.approx([2 * (0.15 - 0.5), 2 * (0.35 - 0.3)])

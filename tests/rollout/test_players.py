@@ -1,10 +1,13 @@
 """What a slot contributes: exact quotas, chunks of episodes."""
 
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 
 from vlarl_rllib.curriculum import FixedCurriculum
 from vlarl_rllib.envs.vector import SlotEvent
+from vlarl_rllib.rewards import Success, WeightedRewards
 from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer
 from vlarl_rllib.types import SampleReply
 
@@ -25,7 +28,8 @@ def reply(version: int = 7) -> SampleReply:
 
 def player() -> TrainingPlayer:
     curriculum = FixedCurriculum([0], {0: range(40)}, first_slot=0, seed=1)
-    return TrainingPlayer(0, 0, curriculum=curriculum, spaces=SPACES, temperature=1.0, success_reward=5.0, seed=1)
+    rewards = WeightedRewards([(5.0, Success())], timeout_seconds=10.0, traceback_dir=Path("unused"))
+    return TrainingPlayer(0, 0, curriculum=curriculum, spaces=SPACES, temperature=1.0, rewards=rewards, decode=lambda tokens: tokens / 256, seed=1)
 
 
 def test_an_episode_goes_on_across_iterations_and_a_success_is_scaled() -> None:
@@ -49,7 +53,7 @@ def test_an_episode_goes_on_across_iterations_and_a_success_is_scaled() -> None:
     assert success.get_rewards().tolist() == [5.0] and success.is_terminated
     assert timed_out.is_truncated and not timed_out.is_terminated
     assert success.get_extra_model_outputs("policy_version").tolist() == [8]
-    assert slot.results == [EpisodeResult(0, 3, 3, True, 5.0), EpisodeResult(0, 3, 1, False, 0.0)]
+    assert slot.results == [EpisodeResult(0, 3, 3, True, 1.0), EpisodeResult(0, 3, 1, False, 0.0)]
 
 
 def test_a_dead_environment_costs_the_running_chunk_and_the_quota_is_still_met() -> None:

@@ -40,11 +40,9 @@ def gae(
     """
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         raise ValueError("mask: the valid steps of a row must be its first ones")
-    last_valid = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
-    ends = terminated | truncated | last_valid
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    next_values = torch.where(terminated, 0.0, torch.where(ends, bootstrap_values, following))
-    deltas = torch.where(mask, rewards + gamma * next_values - values, 0.0)
+    ends = terminated | truncated | _last_valid(mask)
+    following = next_values(values, terminated, truncated, bootstrap_values, mask)
+    deltas = torch.where(mask, rewards + gamma * following - values, 0.0)
     carry = torch.where(ends, 0.0, gamma * lam).to(values.dtype)
 
     advantages = torch.zeros_like(values)
@@ -54,3 +52,24 @@ def gae(
         advantages[:, t] = running
     advantages = torch.where(mask, advantages, 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def next_values(values: Tensor, terminated: Tensor, truncated: Tensor, bootstrap_values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] value of what followed each step: V_{t+1} within an episode, 0 after `terminated`, `bootstrap_values` where it was cut.
+
+    Arguments as in `gae`.
+    """
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    return torch.where(terminated, 0.0, torch.where(truncated | _last_valid(mask), bootstrap_values, following))
+
+
+def shaped_rewards(rewards: Tensor, values: Tensor, following: Tensor, gamma: float, weight: float) -> Tensor:
+    """`r + weight (gamma V(s') - V(s))`: the critic's values as a potential (Ng, Harada & Russell 1999), [B, T].
+
+    A potential leaves the best policy as it is; `following` is `next_values`.
+    """
+    return rewards + weight * (gamma * following - values)
+
+
+def _last_valid(mask: Tensor) -> Tensor:
+    return mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
-from vlarl_rllib.learner.gae import gae
+from vlarl_rllib.learner.gae import gae, next_values, shaped_rewards
 from vlarl_rllib.learner.loss import LossInputs, LossSettings, ppo_loss
 from vlarl_rllib.policy.rl_module import ACTION_LOGITS, VALUES
 from vlarl_rllib.settings import Settings, calculate_runtime_args
@@ -198,16 +198,12 @@ class VLALearner(PPOTorchLearner):
         alive = batch.chunk_bootstrap >= 0
         bootstrap[alive] = values[batch.chunk_bootstrap[alive]]
         ones = batch.rows(torch.ones(batch.num_steps)).bool()
-        advantages, value_targets = gae(
-            batch.rows(batch.rewards),
-            batch.rows(old_values),
-            ones & torch.from_numpy(batch.chunk_terminated)[:, None] & _is_last(ones),
-            torch.zeros_like(ones),
-            bootstrap[:, None].expand(ones.shape),
-            training.gamma,
-            training.gae_lambda,
-            ones,
-        )
+        rewards, rows = batch.rows(batch.rewards), batch.rows(old_values)
+        terminated, truncated = ones & torch.from_numpy(batch.chunk_terminated)[:, None] & _is_last(ones), torch.zeros_like(ones)
+        behind = bootstrap[:, None].expand(ones.shape)
+        if weight := self.settings.rewards.value_shaping:
+            rewards = shaped_rewards(rewards, rows, next_values(rows, terminated, truncated, behind, ones), training.gamma, weight)
+        advantages, value_targets = gae(rewards, rows, terminated, truncated, behind, training.gamma, training.gae_lambda, ones)
         flat_advantages, flat_targets = batch.flat(advantages), batch.flat(value_targets)
         self._log_targets(batch, old_values, flat_targets, flat_advantages, log_probs)
         return {

@@ -35,7 +35,17 @@ LEARNER_METRICS = (
     "skipped_updates",
 )
 """What `VLALearner` logs for its policy."""
-RUNNER_SUMS = ("env_seconds", "sampler_seconds", "rollout_seconds", "env_deaths", "dropped_steps", "engine_failures", "token_checksum")
+RUNNER_SUMS = (
+    "env_seconds",
+    "sampler_seconds",
+    "rollout_seconds",
+    "env_deaths",
+    "dropped_steps",
+    "engine_failures",
+    "reward_zeros",
+    "reward_cpu_retries",
+    "token_checksum",
+)
 """What `VLAEnvRunner` logs as sums over an iteration."""
 SECONDS = ("startup", "sample", "update", "sync", "evaluation", "recovery", "other")
 """Where wall time goes; the first only in the first iteration, `recovery` where the learners started anew."""
@@ -46,6 +56,8 @@ FAULTS = (
     "learner_restarts",
     "trial_restarts",
     "dropped_steps",
+    "reward_zeros",
+    "reward_cpu_retries",
     "repeated_iterations",
     "failed_checkpoints",
 )

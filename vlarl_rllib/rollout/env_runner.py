@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -28,6 +30,7 @@ from vlarl_rllib.envs.registry import EnvSpec, env_class, training_and_held_out_
 from vlarl_rllib.envs.vector import SlotProcesses
 from vlarl_rllib.models.action_tokenizer import ActionTokenizer
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+from vlarl_rllib.rewards import make_rewards
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop
 from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer, success_by_task
@@ -35,6 +38,9 @@ from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS, WeightManifest
 
 logger = logging.getLogger(__name__)
+
+REWARD_FAULTS = ("reward_zeros", "reward_cpu_retries")
+"""Rewards of a chunk that came to nothing, and those that a CPU had to give."""
 
 
 @dataclass
@@ -124,8 +130,9 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         )
         self.env = SlotVectorEnv(processes, env.num_envs, model.image_size)
         self.num_envs = env.num_envs
-        self._make_players(spec, slot_tasks, runner * env.num_envs)
         tokenizer, stats = ActionTokenizer(model.action_vocab_size, model.num_bins), model.action_statistics(settings.unnorm_key)
+        self._rewards = make_rewards(settings.rewards, tokenizer.token_ids, Path(self.config.run_dir or tempfile.gettempdir()) / "reward_errors")
+        self._make_players(spec, slot_tasks, runner * env.num_envs, tokenizer)
         self._loop = SlotLoop(
             processes,
             env.num_envs,
@@ -136,7 +143,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             lockstep=settings.lockstep,
         )
 
-    def _make_players(self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int) -> None:
+    def _make_players(self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int, tokenizer: ActionTokenizer) -> None:
         self._slot_tasks = slot_tasks
         self._curriculum = self._make_curriculum(spec, first_slot)
         self._players = {
@@ -146,7 +153,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 curriculum=self._curriculum,
                 spaces=(self.env.single_observation_space, self.env.single_action_space),
                 temperature=self.settings.temperature,
-                success_reward=self.settings.rewards.success,
+                rewards=self._rewards,
+                decode=tokenizer.decode,
                 seed=self.settings.run.seed,
             )
             for slot in range(len(slot_tasks))
@@ -305,7 +313,9 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             "dropped_steps": float(dropped),
             "engine_failures": float(contribution.engine_error is not None),
             "token_checksum": float(contribution.token_checksum),
+            **{name: float(self._rewards.failures[name]) for name in REWARD_FAULTS},
         }.items():
             self.metrics.log_value(name, value, reduce="sum")
         loop.env_seconds = loop.sampler_seconds = 0.0
         loop.env_deaths = 0
+        self._rewards.failures.clear()

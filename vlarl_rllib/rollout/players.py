@@ -5,7 +5,7 @@ The event loop (`loop.SlotLoop`) asks a player what comes next and tells it what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from vlarl_rllib.curriculum import FixedCurriculum, Start, derive_seed
 from vlarl_rllib.envs.vector import SlotEvent
 from vlarl_rllib.learner.collate import INSTRUCTION_KEY, LOG_PROBS_KEY
+from vlarl_rllib.rewards import RewardEpisode, WeightedRewards
 from vlarl_rllib.types import SampleReply, SampleRequest
 
 
@@ -66,7 +67,8 @@ class TrainingPlayer:
     Args:
         slot: index within the runner; `global_slot`: within the run.
         spaces: (observation, action) of one slot.
-        success_reward: reward of the step that solves the task.
+        rewards: what steps are worth, asked when they are handed over.
+        decode: action token ids [T, 7] -> normalised actions.
     """
 
     def __init__(
@@ -77,14 +79,15 @@ class TrainingPlayer:
         curriculum: FixedCurriculum,
         spaces: tuple[gym.Space, gym.Space],
         temperature: float,
-        success_reward: float,
+        rewards: WeightedRewards,
+        decode: Callable[[np.ndarray], np.ndarray],
         seed: int,
     ) -> None:
         self.results: list[EpisodeResult] = []
         self.dropped_steps = 0
         self._slot, self._global_slot, self._seed = slot, global_slot, seed
         self._curriculum, self._spaces = curriculum, spaces
-        self._temperature, self._success_reward = temperature, success_reward
+        self._temperature, self._rewards, self._decode = temperature, rewards, decode
         self._iteration, self._quota = 0, 0
         self._episodes_begun = 0
         self._chunk: SingleAgentEpisode | None = None
@@ -123,17 +126,16 @@ class TrainingPlayer:
     def stepped(self, reply: SampleReply, event: SlotEvent) -> None:
         chunk = self._chunk
         assert chunk is not None, "a step without an episode"
-        reward = event.reward * self._success_reward
         chunk.add_env_step(
             event.image,
             reply.tokens,
-            reward,
+            event.reward,
             terminated=event.terminated,
             truncated=event.truncated,
             extra_model_outputs={LOG_PROBS_KEY: reply.log_probs, "policy_version": reply.policy_version},
         )
         chunk.custom_data["length"] += 1
-        chunk.custom_data["reward"] += reward
+        chunk.custom_data["reward"] += event.reward
         self._image = event.image
         self._quota -= 1
         if event.terminated or event.truncated:
@@ -154,7 +156,20 @@ class TrainingPlayer:
         if self._chunk is not None and len(self._chunk):
             chunks.append(self._chunk)
             self._chunk = self._chunk.cut()
-        return [chunk.to_numpy() for chunk in chunks]
+        return [self._rewarded(chunk.to_numpy()) for chunk in chunks]
+
+    def _rewarded(self, chunk: SingleAgentEpisode) -> SingleAgentEpisode:
+        tokens = np.asarray(chunk.get_actions())
+        seen = RewardEpisode(
+            images=np.asarray(chunk.get_observations()),
+            tokens=tokens,
+            actions=self._decode(tokens),
+            env_rewards=np.asarray(chunk.get_rewards(), dtype=np.float32),
+            instruction=chunk.custom_data[INSTRUCTION_KEY],
+            terminated=bool(chunk.is_terminated),
+        )
+        chunk.set_rewards(new_data=self._rewards(seen))
+        return chunk
 
     def abandon(self) -> None:
         """Forget the running episode and what was not taken, so that the next iteration begins anew."""

@@ -1,0 +1,16 @@
+"""The environment's own judgement."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vlarl_rllib.rewards.base import Reward, RewardEpisode
+
+
+class Success(Reward):
+    """1 at the step that solves the task, else 0."""
+
+    name = "success"
+
+    def __call__(self, episode: RewardEpisode) -> np.ndarray:
+        return episode.env_rewards

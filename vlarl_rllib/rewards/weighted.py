@@ -1,0 +1,49 @@
+"""The sum that a run learns from: each reward with its weight, each called safely."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlarl_rllib.rewards.base import Reward, RewardEpisode, safe_get_reward
+from vlarl_rllib.rewards.heuristics import Length, MalformedReply, Smoothness
+from vlarl_rllib.rewards.success import Success
+
+if TYPE_CHECKING:
+    from vlarl_rllib.settings import RewardSettings
+
+
+class WeightedRewards:
+    """Adds up rewards; those that fail count as zero.
+
+    Args:
+        rewards: (weight, reward).
+        timeout_seconds, traceback_dir: see `safe_get_reward`.
+    """
+
+    def __init__(self, rewards: Sequence[tuple[float, Reward]], *, timeout_seconds: float, traceback_dir: Path) -> None:
+        self._rewards = list(rewards)
+        self._timeout_seconds, self._traceback_dir = timeout_seconds, traceback_dir
+        self.failures: Counter[str] = Counter()
+        """`reward_zeros` and `reward_cpu_retries`, since they were last taken."""
+
+    def __call__(self, episode: RewardEpisode) -> np.ndarray:
+        """[T] float32."""
+        total = np.zeros(len(episode.actions), np.float32)
+        for weight, reward in self._rewards:
+            result = safe_get_reward(reward, episode, timeout_seconds=self._timeout_seconds, traceback_dir=self._traceback_dir)
+            total += np.float32(weight) * result.value
+            self.failures["reward_zeros"] += result.source == "zero"
+            self.failures["reward_cpu_retries"] += result.source == "cpu_retry"
+        return total
+
+
+def make_rewards(settings: RewardSettings, action_token_ids: range, traceback_dir: Path) -> WeightedRewards:
+    """The rewards that the settings give a weight."""
+    known = ((settings.success, Success()), (settings.malformed, MalformedReply(action_token_ids)), (settings.length, Length()))
+    chosen = [(weight, reward) for weight, reward in (*known, (settings.smoothness, Smoothness())) if weight]
+    return WeightedRewards(chosen, timeout_seconds=settings.timeout_seconds, traceback_dir=traceback_dir)
