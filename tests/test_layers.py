@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "doctor"),
     ("sft",),
     ("evaluation",),
+    ("report",),
     ("cli",),
     ("__init__", "__main__"),
 )

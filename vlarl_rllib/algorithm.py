@@ -36,6 +36,7 @@ from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
 from vlarl_rllib.observability.metrics import FAULTS, evaluation_metrics, iteration_metrics
 from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
+from vlarl_rllib.rollout.video import keep_videos
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 logger = logging.getLogger(__name__)
@@ -132,11 +133,11 @@ class VLAPPO(PPO):
         """An iteration with what belongs around it: evaluation when it is due, and the numbers of `result["vlarl"]`."""
         began = time.perf_counter()
         if self.iteration == 0 and self._initial_evaluation is None:
-            self._initial_evaluation = self._evaluate(due=True)
+            self._initial_evaluation = self._evaluate(due=True, after=0)
         results = self._train_on_learners_that_live()
         done = self.iteration + 1
         every = self._vla.evaluation.every
-        evaluation = self._evaluate(due=done >= self._vla.run.iterations or (every > 0 and done % every == 0))
+        evaluation = self._evaluate(due=done >= self._vla.run.iterations or (every > 0 and done % every == 0), after=done)
         seconds = dict(self._seconds)
         self._seconds = {}
         seconds["other"] = max(0.0, time.perf_counter() - began - sum(v for k, v in seconds.items() if k != "startup"))
@@ -244,12 +245,17 @@ class VLAPPO(PPO):
 
     # Evaluation
 
-    def _evaluate(self, *, due: bool) -> dict[str, Any] | None:
+    def _evaluate(self, *, due: bool, after: int) -> dict[str, Any] | None:
+        """The greedy evaluation behind so many iterations, where it is due."""
         if not due or not self._plan.evaluation_episodes:
             return None
         began = time.perf_counter()
-        rounds = self.collector.evaluate(self.evaluation_starts())
-        metrics = evaluation_metrics([result for played in rounds for result in played.results])
+        starts = self.evaluation_starts()
+        record = frozenset(starts[: self._vla.evaluation.videos]) if self.config.run_dir else frozenset()
+        results = [result for played in self.collector.evaluate(starts, record=record) for result in played.results]
+        if self.config.run_dir:
+            keep_videos(Path(self.config.run_dir) / "videos", after, results)
+        metrics = evaluation_metrics(results)
         self._seconds["evaluation"] = self._seconds.get("evaluation", 0.0) + time.perf_counter() - began
         return metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,7 @@ def train(
         from vlarl_rllib.training import run_training
 
         code = run_training(settings, run, resume_from=checkpoint)
+        _report(run.path)
     raise typer.Exit(code)
 
 
@@ -178,6 +180,29 @@ def export(
     with console.status(f"exporting iteration {checkpoint.iteration} of {source}"):
         export_adapter(checkpoint, out) if adapter else export_merged(checkpoint, out, dtype)
     console.print(f"wrote {out}: the {'adapter' if adapter else 'merged checkpoint'} of iteration {checkpoint.iteration}")
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.")]) -> None:
+    """Write curves.png and report.html of runs, and print one line for each."""
+    from rich.console import Console
+
+    from vlarl_rllib.report import compare, write_report
+
+    written = [write_report(run) for run in runs]
+    Console(highlight=False, soft_wrap=True).print(compare(runs))
+    for file in written:
+        typer.echo(f"wrote {os.path.relpath(file)}")
+
+
+def _report(run: Path) -> None:
+    """At a run's end; a picture that cannot be drawn is no reason to fail."""
+    from vlarl_rllib.report import write_report
+
+    try:
+        typer.echo(f"report: {os.path.relpath(write_report(run))}")
+    except (SettingsError, ImportError, OSError) as error:
+        typer.echo(f"no report: {error}", err=True)
 
 
 def _preflight(settings: Settings) -> None:

@@ -205,6 +205,7 @@ class CurriculumSettings(Section):
 class EvaluationSettings(Section):
     every: Natural = Field(0, description="Iterations between greedy evaluations; 0 = before the first and after the last.")
     episodes: Natural = Field(64, description="Episodes of an evaluation on held-out starts, at most one per (task, start); 0 = none.")
+    videos: Natural = Field(2, description="Films of each evaluation: of its first episodes, in RUN/videos.")
 
 
 class SFTSettings(Section):

@@ -1,0 +1,121 @@
+"""`curves.png` and `report.html` of a run: everything in one file, to be sent to somebody or looked at in a year."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from vlarl_rllib.checkpoints import write_atomically
+from vlarl_rllib.evaluation.report import wilson_interval
+from vlarl_rllib.observability.curves import draw_curves, evaluation_points
+from vlarl_rllib.run_directory import RunDirectory
+from vlarl_rllib.settings import SettingsError
+
+CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
+MAX_VIDEO_BYTES = 16 * 2**20
+"""Of all videos together; further ones stay beside the report."""
+
+
+def write_report(path: Path) -> Path:
+    """Write both files into a run's directory; returns the report's path.
+
+    Raises:
+        SettingsError: no run there, or one without an iteration.
+    """
+    run = RunDirectory(path.resolve())
+    rows = run.read_rows()
+    if not rows:
+        raise SettingsError(f"RUN_DIR: {path} has no finished iteration (metrics.jsonl); give a run's directory such as runs/latest")
+    curves = draw_curves(rows, wilson_interval)
+    (run.path / CURVES_FILE).write_bytes(curves)
+    write_atomically(run.path / REPORT_FILE, _to_html(run, rows, curves))
+    return run.path / REPORT_FILE
+
+
+def compare(paths: Sequence[Path]) -> Table:
+    """One line for each run."""
+    table = Table("run", "iterations", "env steps", "success before", "after", "wall time", "faults")
+    for path in paths:
+        run = RunDirectory(path.resolve())
+        rows, summary = run.read_rows(), _summary(run)
+        points = [evaluation for _, evaluation in evaluation_points(rows)]
+        before, after = (_rate(points[0]), _rate(points[-1])) if len(points) > 1 else ("-", "-")
+        wall = f"{summary['wall_seconds']:.0f} s" if summary else "running or killed"
+        faults = sum(rows[-1]["faults"].values()) if rows else 0
+        table.add_row(run.path.name, str(len(rows)), f"{rows[-1]['env_steps']:,}" if rows else "0", before, after, wall, str(faults))
+    return table
+
+
+def _to_html(run: RunDirectory, rows: list[dict[str, Any]], curves: bytes) -> str:
+    import jinja2
+
+    template = importlib.resources.files("vlarl_rllib").joinpath("templates/report.html.j2").read_text()
+    summary, points = _summary(run), evaluation_points(rows)
+    tasks = sorted({task for _, evaluation in points for task in evaluation["success_rate_by_task"]}, key=int)
+    faults = [(name, count) for name, count in rows[-1]["faults"].items() if count]
+    return (
+        jinja2.Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            name=run.path.name,
+            subtitle=f"{len(rows)} iterations" + ("" if summary else "; no summary.json, so the run goes on or was killed"),
+            tiles=_tiles(rows, summary, points),
+            evaluations=[_evaluation_row(steps, evaluation, tasks) for steps, evaluation in points],
+            tasks=tasks,
+            curves=base64.b64encode(curves).decode(),
+            videos=_videos(run.path / "videos"),
+            faults=faults,
+            settings=(run.path / "config.yaml").read_text(),
+            versions=", ".join(f"{name} {version}" for name, version in (summary or {}).get("versions", {}).items()),
+        )
+    )
+
+
+def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any] | None, points: list[tuple[int, dict[str, Any]]]) -> list[tuple[str, str]]:
+    tiles = [("environment steps", f"{rows[-1]['env_steps']:,}"), ("training episodes", f"{sum(row['episodes'] for row in rows):,}")]
+    if len(points) > 1:
+        tiles += [("success before", _rate(points[0][1])), ("success after", _rate(points[-1][1]))]
+    sampling = sum(row["seconds"]["sample"] for row in rows)
+    if sampling:
+        tiles.append(("steps/s while sampling", f"{rows[-1]['env_steps'] / sampling:.1f}"))
+    if summary:
+        tiles.append(("wall time", f"{summary['wall_seconds'] / 60:.1f} min"))
+    return tiles
+
+
+def _evaluation_row(steps: int, evaluation: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+    rate, episodes = evaluation["success_rate"], evaluation["episodes"]
+    low, high = wilson_interval(round(rate * episodes), episodes)
+    by_task = evaluation["success_rate_by_task"]
+    return {
+        "steps": f"{steps:,}",
+        "rate": _rate(evaluation),
+        "interval": f"{100 * low:.1f} to {100 * high:.1f} %",
+        "episodes": episodes,
+        "by_task": [f"{100 * by_task[task]:.0f} %" if task in by_task else "-" for task in tasks],
+    }
+
+
+def _videos(directory: Path) -> list[dict[str, str]]:
+    shown, total = [], 0
+    for file in sorted(directory.glob("*.mp4")):
+        total += file.stat().st_size
+        if total > MAX_VIDEO_BYTES:
+            break
+        shown.append({"name": file.stem.replace("_", " "), "data": base64.b64encode(file.read_bytes()).decode()})
+    return shown
+
+
+def _summary(run: RunDirectory) -> dict[str, Any] | None:
+    file = run.path / "summary.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _rate(evaluation: dict[str, Any]) -> str:
+    return f"{100 * evaluation['success_rate']:.1f} %"
