@@ -207,7 +207,6 @@ def test_a_mistake_is_one_line_with_key_rule_and_remedy(case: str) -> None:
     [
         ("rollout.async_mode", True),
         ("rollout.max_staleness", 2),
-        ("training.whiten_rewards", True),
     ],
 )
 def test_a_reserved_key_at_another_value_says_so(key: str, value: Any) -> None:

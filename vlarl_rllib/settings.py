@@ -22,7 +22,6 @@ __all__ = ["LIBERO_TASKS", "RuntimeArgs", "Settings", "SettingsError", "calculat
 NOT_YET = {
     "rollout.async_mode": False,
     "rollout.max_staleness": 1,
-    "training.whiten_rewards": False,
 }
 """Keys of the documented layout that have one possible value so far: accepted at that value, refused at any other."""
 
@@ -168,6 +167,9 @@ class TrainingSettings(Section):
     )
     importance_cap: PositiveFloat = Field(2.0, description="Cap of the importance weight learner/sampler under old_log_probs: recompute.")
     normalize_advantages: bool = Field(True, description="Zero mean and unit variance over all valid steps of the iteration, on all learners.")
+    whiten_rewards: bool = Field(
+        False, description="Divide rewards by their standard deviation over all valid steps of the iteration; their mean stays, and with it success."
+    )
     critic_warmup_iterations: Natural = Field(0, description="First iterations that train only the value head.")
     max_skipped_updates: Natural = Field(
         10, description="Optimiser steps in a row that may be skipped for a non-finite gradient before the run stops."

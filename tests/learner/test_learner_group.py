@@ -16,6 +16,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from torch.distributed.tensor import DTensor
 
 from vlarl_rllib.config import VLAPPOConfig
+from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.collate import INSTRUCTION_KEY, LOG_PROBS_KEY, collate
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError, VLALearnerGroup
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
@@ -243,6 +244,22 @@ def test_critic_warm_up_leaves_the_policy_alone(make_group: Callable[..., VLALea
     assert any(not torch.equal(a, p.full_tensor()) for a, p in zip(values_before, head.parameters(), strict=True))
     update(group, iteration=1)
     assert largest_difference(before, weights(group, 3)) > 0.0
+
+
+def test_whitened_rewards_have_unit_variance_and_their_mean_is_scaled(make_group: Callable[..., VLALearnerGroup]) -> None:
+    make_group(0)  # a process group
+    # Mean 1, population variance (3 x 1 + 9) / 4 = 3
+    rewards = torch.tensor([0.0, 0.0, 0.0, 4.0])
+    assert fsdp.whiten(rewards).tolist() == pytest.approx([0.0, 0.0, 0.0, 4 / 3**0.5])
+    assert fsdp.normalize(rewards).tolist() == pytest.approx([-1 / 3**0.5] * 3 + [3**0.5])
+    assert fsdp.whiten(torch.full((3,), 0.5)).tolist() == [0.5, 0.5, 0.5]
+
+
+def test_rewards_are_whitened_where_asked(make_group: Callable[..., VLALearnerGroup]) -> None:
+    plain, whitened = update(make_group(0, num_epochs=1)), update(make_group(0, num_epochs=1, whiten_rewards=True))
+    # Rewards of unit normal noise, values 0: only the scale of the value targets changes.
+    assert whitened["first_value_loss"] != plain["first_value_loss"]
+    assert whitened["reward_mean"] == plain["reward_mean"], "the metric is of what was received"
 
 
 def test_an_optimiser_that_had_not_stepped_is_new_after_a_restore(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:

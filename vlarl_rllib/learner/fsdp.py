@@ -87,10 +87,24 @@ def all_reduce_max(value: float) -> float:
     return float(largest)
 
 
-def normalize(x: Tensor, epsilon: float = 1e-8) -> Tensor:
+EPSILON = 1e-8
+"""Beside a standard deviation that may be 0."""
+
+
+def normalize(x: Tensor) -> Tensor:
     """Zero mean and unit (population) variance over the values of all ranks."""
+    mean, deviation = _mean_and_deviation(x)
+    return ((x.double() - mean) / (deviation + EPSILON)).to(x.dtype)
+
+
+def whiten(x: Tensor) -> Tensor:
+    """Unit (population) variance over the values of all ranks, the mean scaled along. Equal values stay as they are."""
+    deviation = _mean_and_deviation(x)[1]
+    return (x.double() / deviation).to(x.dtype) if deviation > EPSILON else x
+
+
+def _mean_and_deviation(x: Tensor) -> tuple[float, float]:
     double = x.double()
     sums = all_reduce_sums({"n": len(x), "sum": double.sum().item(), "square": double.square().sum().item()})
     mean = sums["sum"] / sums["n"]
-    variance = max(0.0, sums["square"] / sums["n"] - mean**2)
-    return ((double - mean) / (variance**0.5 + epsilon)).to(x.dtype)
+    return mean, max(0.0, sums["square"] / sums["n"] - mean**2) ** 0.5

@@ -198,7 +198,8 @@ class VLALearner(PPOTorchLearner):
         alive = batch.chunk_bootstrap >= 0
         bootstrap[alive] = values[batch.chunk_bootstrap[alive]]
         ones = batch.rows(torch.ones(batch.num_steps)).bool()
-        rewards, rows = batch.rows(batch.rewards), batch.rows(old_values)
+        rewards = batch.rows(fsdp.whiten(batch.rewards) if training.whiten_rewards else batch.rewards)
+        rows = batch.rows(old_values)
         terminated, truncated = ones & torch.from_numpy(batch.chunk_terminated)[:, None] & _is_last(ones), torch.zeros_like(ones)
         behind = bootstrap[:, None].expand(ones.shape)
         if weight := self.settings.rewards.value_shaping:
