@@ -150,3 +150,9 @@ def test_no_file_names_a_package_host_or_a_developers_directory() -> None:
             if match := forbidden.search(line):
                 found.append(f"{name}:{number} {match[0]}")
     assert found == []
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by name, without their folder."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
