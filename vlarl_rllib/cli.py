@@ -108,13 +108,35 @@ def make_checkpoint(
     typer.echo(f"wrote {directory}")
 
 
+@app.command()
+def collect(
+    out: Annotated[Path, typer.Option(help="The data set goes into OUT/<env>/1.0.0.")],
+    env: Annotated[str, typer.Option(help="An environment with a scripted expert: tabletop, synthetic.")] = "tabletop",
+    episodes: Annotated[int, typer.Option(help="Successful episodes to keep.")] = 100,
+    tasks: Annotated[str | None, typer.Option(metavar="0,3", help="Tasks, in turn; default all.", show_default=False)] = None,
+    noise: Annotated[float, typer.Option(help="Noise of the expert's actions.")] = 0.0,
+    image_size: Annotated[int, typer.Option(help="Side of the frames in pixels: the policy's.")] = 56,
+    max_steps: Annotated[int | None, typer.Option(help="Episodes that take longer fail; default the horizon.", show_default=False)] = None,
+    num_processes: Annotated[int | None, typer.Option(help="Subprocesses; default cores.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of noise and resets.")] = 0,
+) -> None:
+    """Have a scripted expert play, and keep what succeeds as an RLDS data set."""
+    from vlarl_rllib.collecting import run_collect
+
+    numbers = {"episodes": episodes, "image-size": image_size, "max-steps": max_steps, "num-processes": num_processes}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise SettingsError(f"--{name}: {value} must be at least 1")
+    raise typer.Exit(run_collect(out, env, episodes, _task_numbers(tasks), noise, image_size, max_steps, num_processes, seed))
+
+
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="A run's directory, a training checkpoint, a model's directory, hub id or preset.")
     ],
-    suite: Annotated[str | None, typer.Option(help="LIBERO suite; none for --env synthetic.", show_default=False)] = None,
-    env: Annotated[str, typer.Option(help="libero or synthetic.")] = "libero",
+    suite: Annotated[str | None, typer.Option(help="LIBERO suite; none for the other environments.", show_default=False)] = None,
+    env: Annotated[str, typer.Option(help="libero, tabletop or synthetic.")] = "libero",
     tasks: Annotated[str | None, typer.Option(metavar="0,3", help="Tasks of the suite; default all.", show_default=False)] = None,
     trials: Annotated[int, typer.Option(help="Initial states of each task, from the first.")] = 50,
     out: Annotated[

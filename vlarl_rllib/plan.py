@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
 """Tasks of each standard suite (LIBERO, arXiv 2306.03310, section 4)."""
-SYNTHETIC_TASKS = 4
-"""Tasks of the environment in `envs/synthetic.py`."""
+SUITELESS_TASKS = {"tabletop": 18, "synthetic": 4}
+"""Tasks of each environment that has no suites."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,4 +155,4 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
 
 
 def num_tasks(env: EnvSettings) -> int:
-    return LIBERO_TASKS[env.suite] if env.name == "libero" else SYNTHETIC_TASKS
+    return LIBERO_TASKS[env.suite] if env.name == "libero" else SUITELESS_TASKS[env.name]

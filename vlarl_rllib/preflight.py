@@ -16,8 +16,7 @@ def check(settings: Settings) -> None:
     """Raise `SettingsError` for what would fail later anyway."""
     check_model(settings.model.path, settings.unnorm_key)
     _check_additions(settings.model)
-    if settings.env.name == "libero":
-        check_libero()
+    check_environment(settings.env.name)
     plan = calculate_runtime_args(settings)
     if plan.total_gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
         raise SettingsError(
@@ -102,14 +101,16 @@ def _image_size(path: str, name: str) -> int:
     return PRESETS[path].image_size if path in PRESETS else _read_facts(path, name).image_size
 
 
-def check_libero() -> None:
-    """Raise `SettingsError` where nothing can render."""
+def check_environment(name: str) -> None:
+    """Raise `SettingsError` where an environment that draws with MuJoCo cannot."""
     from vlarl_rllib.envs.rendering import choose_gl_backend
 
+    if name == "synthetic":
+        return
     try:
         choose_gl_backend()
     except RuntimeError as error:
-        raise SettingsError(f"env.name: libero cannot render here: {error}") from error
+        raise SettingsError(f"env.name: {name} cannot render here: {error}") from error
 
 
 def count_gpus() -> int:

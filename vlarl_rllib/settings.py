@@ -78,8 +78,9 @@ class ModelSettings(Section):
 
 
 class EnvSettings(Section):
-    name: Literal["libero", "synthetic"] = Field(
-        "libero", description="libero, or synthetic: a numpy environment for tests and for timing the framework."
+    name: Literal["libero", "tabletop", "synthetic"] = Field(
+        "libero",
+        description="libero; tabletop: a light MuJoCo environment with 18 tasks; synthetic: a numpy environment for tests and timing.",
     )
     suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = Field(
         "libero_spatial", description="LIBERO task suite."

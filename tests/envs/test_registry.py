@@ -17,6 +17,8 @@ from vlarl_rllib.envs import (
     training_and_held_out_states,
 )
 from vlarl_rllib.envs.base import VLAEnv
+from vlarl_rllib.envs.registry import ENVIRONMENTS
+from vlarl_rllib.plan import SUITELESS_TASKS
 
 
 def test_facts_need_no_simulator() -> None:
@@ -55,7 +57,7 @@ def test_instructions_are_liberos() -> None:
 
 
 def test_unknown_names_list_the_choices() -> None:
-    with pytest.raises(ValueError, match="choose one of libero, synthetic"):
+    with pytest.raises(ValueError, match="choose one of libero, tabletop, synthetic"):
         make_env(EnvSpec(name="libreo"))
     with pytest.raises(ValueError, match="has no class Missing"):
         make_env(EnvSpec(name="vlarl_rllib.envs.synthetic:Missing"))
@@ -63,6 +65,11 @@ def test_unknown_names_list_the_choices() -> None:
         num_tasks("libero_spatia")
     with pytest.raises(ValueError, match="0 to 9"):
         num_initial_states("libero_goal", 10)
+
+
+def test_settings_know_the_tasks_of_environments_without_suites() -> None:
+    assert {name: num_tasks("", name=name) for name in SUITELESS_TASKS} == SUITELESS_TASKS
+    assert {"libero", *SUITELESS_TASKS} == set(ENVIRONMENTS)
 
 
 def test_a_class_can_be_named_by_its_module() -> None:

@@ -87,7 +87,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no suite": ({"suite": None}, "--suite: missing; choose one of libero_spatial"),
     "an unknown suite": ({"suite": "libero_spatail"}, "--suite: 'libero_spatail' does not exist, .* did you mean libero_spatial?"),
     "a suite for an environment without": ({"env": "synthetic"}, "--suite: 'libero_goal' means nothing to --env synthetic"),
-    "an unknown environment": ({"env": "metaworld"}, "--env: 'metaworld' does not exist, choose one of libero, synthetic"),
+    "an unknown environment": ({"env": "metaworld"}, "--env: 'metaworld' does not exist, choose one of libero, tabletop, synthetic"),
     "an unknown engine": ({"engine": "vlm"}, "--engine: 'vlm' does not exist, .* did you mean vllm?"),
     "an unknown type": ({"dtype": "float16"}, "--dtype: 'float16' does not exist"),
     "a task out of range": ({"tasks": (3, 10)}, "--tasks: 10 is not a task of libero_goal, whose tasks are 0 to 9"),

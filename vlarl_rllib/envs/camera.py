@@ -7,6 +7,7 @@ before every call.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class OffscreenCamera:
         self._perturbation = mujoco.MjvPerturb()
         self._viewport = mujoco.MjrRect(0, 0, size, size)
         self._size = size
+        self._open = True
 
     def render(self, data: Any) -> np.ndarray:
         """[size, size, 3] uint8 of the state in a `mujoco.MjData`, rows from bottom to top as OpenGL has them."""
@@ -70,7 +72,14 @@ class OffscreenCamera:
         return image
 
     def close(self) -> None:
-        """Free the context's objects from this context, not from whichever is current."""
-        self._gl.make_current()
-        self._context.free()
-        self._gl.free()
+        """Free the context's objects from this context, not from whichever is current. Closing twice is harmless."""
+        if self._open:
+            self._open = False
+            self._gl.make_current()
+            self._context.free()
+            self._gl.free()
+
+    def __del__(self) -> None:
+        """A camera that is dropped without `close` would free its objects from another camera's context, whose frames then are noise."""
+        if getattr(self, "_open", False) and not sys.is_finalizing():
+            self.close()

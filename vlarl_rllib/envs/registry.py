@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENTS = {
     "libero": "vlarl_rllib.envs.libero:LiberoEnv",
+    "tabletop": "vlarl_rllib.envs.tabletop:TabletopEnv",
     "synthetic": "vlarl_rllib.envs.synthetic:SyntheticEnv",
 }
 """Short names of the environments that come with the package; any other class is named `module:Class`."""

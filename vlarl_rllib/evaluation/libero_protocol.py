@@ -21,10 +21,9 @@ from vlarl_rllib.curriculum import Start, derive_seed
 from vlarl_rllib.envs import registry
 from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.export import TrainingCheckpoint, find_training_checkpoint, resolve_policy
-from vlarl_rllib.preflight import check_libero, check_model, count_gpus
+from vlarl_rllib.preflight import check_environment, check_model, count_gpus
 from vlarl_rllib.settings import LIBERO_TASKS, Settings, SettingsError
 
-ENVIRONMENTS = ("libero", "synthetic")
 ENGINES = ("vllm", "hf")
 DTYPES = ("float32", "bfloat16")
 DEFAULT_SUITE = "libero_spatial"
@@ -40,7 +39,7 @@ class EvaluationRequest:
     checkpoint: str
     """Model directory, hub id, preset, run directory (its newest checkpoint) or training checkpoint."""
     suite: str | None = None
-    """LIBERO suite; None only where `env` is synthetic."""
+    """LIBERO suite; None for the environments without suites."""
     env: str = "libero"
     tasks: tuple[int, ...] | None = None
     """Task indices; None = all of the suite."""
@@ -182,14 +181,13 @@ class EvaluationRequest:
         self._check_choices()
         self._check_starts()
         self._check_sizes()
-        if self.env == "libero":
-            check_libero()
+        check_environment(self.env)
         trained = _find_training_checkpoint(self.checkpoint)
         model = trained.settings.model.path if trained else self.checkpoint  # which its export has the statistics of
         check_model(model, self.statistics, path_name="CHECKPOINT", key_name="--unnorm-key")
 
     def _check_choices(self) -> None:
-        _check_choice("--env", self.env, ENVIRONMENTS)
+        _check_choice("--env", self.env, registry.ENVIRONMENTS)
         _check_choice("--engine", self.engine, ENGINES)
         if self.dtype is not None:
             _check_choice("--dtype", self.dtype, DTYPES)

@@ -1,0 +1,55 @@
+"""Collecting demonstrations: what is kept, in which order, and what is told where the expert fails."""
+
+import importlib.util
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("tensorflow_datasets") is None:
+    pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
+
+from vlarl_rllib.data import RLDSDataset
+from vlarl_rllib.data.collect import CollectRequest, collect, play, starts
+from vlarl_rllib.data.experts import make_expert
+from vlarl_rllib.envs.registry import EnvSpec, training_and_held_out_states
+
+SPEC = EnvSpec(name="synthetic", image_size=28, max_steps=6)
+
+
+def test_successes_are_kept_in_an_order_that_does_not_depend_on_the_processes(tmp_path: Path) -> None:
+    told = []
+    request = CollectRequest(SPEC, tasks=(0, 2), episodes=6, out=tmp_path / "two", noise=0.25, seed=3, num_processes=2)
+    path = collect(request, lambda kept, played: told.append((kept, played)))
+    assert told[-1][0] == 6 and [played for _, played in told] == list(range(1, len(told) + 1))
+    data = RLDSDataset(path)
+    assert data.num_episodes == 6
+    expected = list(islice((demo for start in starts(request) if (demo := play(SPEC, start, 0.25))), 6))
+    np.testing.assert_allclose(data.actions[:, :6], np.concatenate([demo.actions[:, :6] for demo in expected]), atol=1e-6)
+    assert {data[i]["instruction"] for i in range(len(data))} == {"point at the red square", "point at the blue square"}
+
+
+def test_held_out_starts_are_never_played_and_tasks_take_turns() -> None:
+    request = CollectRequest(SPEC, tasks=(1, 3), episodes=100, out=Path("unused"))
+    chosen = list(starts(request))
+    assert [start.task_id for start in chosen[:4]] == [1, 3, 1, 3]
+    held_out = set(training_and_held_out_states(SPEC, 1)[1])
+    assert not held_out & {start.initial_state for start in chosen}
+    assert len({start.seed for start in chosen}) == len(chosen) == 500
+
+
+def test_an_expert_that_fails_is_told(tmp_path: Path) -> None:
+    hopeless = CollectRequest(SPEC, tasks=(0,), episodes=2, out=tmp_path, noise=50.0)
+    with pytest.raises(RuntimeError, match=r"the expert succeeded in \d of 10 episodes of synthetic; lower the noise"):
+        collect(hopeless)
+    with pytest.raises(ValueError, match="libero has no scripted expert; synthetic, tabletop have"):
+        make_expert("libero", 0.0, 0)
+
+
+def test_the_tabletops_expert_is_noisy_and_nearly_always_kept(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    spec = EnvSpec(name="tabletop", image_size=28)
+    data = RLDSDataset(collect(CollectRequest(spec, tasks=tuple(range(18)), episodes=18, out=tmp_path, noise=0.2), lambda *n: told.append(n)))
+    assert data.num_episodes == 18 and told[-1][1] <= 24
+    assert len({data[i]["instruction"] for i in range(len(data))}) >= 14

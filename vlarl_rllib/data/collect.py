@@ -1,0 +1,125 @@
+"""`vlarl collect`: a scripted expert plays in subprocesses, and what succeeds becomes an RLDS data set.
+
+Only training starts are played: held-out ones stay unseen by supervised fine-tuning too. No-ops are dropped, as in the published data.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlarl_rllib.curriculum import Start, derive_seed
+from vlarl_rllib.data.experts import make_expert
+from vlarl_rllib.data.rlds import Demonstration, RLDSWriter
+from vlarl_rllib.envs.registry import EnvSpec, make_env, training_and_held_out_states
+
+if TYPE_CHECKING:
+    from vlarl_rllib.envs.base import VLAEnv
+
+MAX_ATTEMPTS_PER_EPISODE = 5
+"""After so many times the wanted number of attempts the expert counts as unfit."""
+
+
+@dataclass(frozen=True)
+class CollectRequest:
+    """What is to be collected."""
+
+    spec: EnvSpec
+    tasks: tuple[int, ...]
+    episodes: int
+    """Successful ones, the tasks in turn."""
+    out: Path
+    """The data set goes into `out/<environment's name>/1.0.0`."""
+    noise: float = 0.0
+    """Of the expert's actions."""
+    seed: int = 0
+    num_processes: int = 1
+
+
+def collect(request: CollectRequest, progress: Callable[[int, int], None] = lambda kept, played: None) -> Path:
+    """Play until enough episodes have succeeded; the data set's directory.
+
+    Args:
+        progress: called with (episodes kept, episodes played) after each.
+
+    Raises:
+        FileExistsError, ImportError: see `RLDSWriter`.
+        RuntimeError: the expert fails nearly always. What was kept is there.
+    """
+    kept = played = 0
+    context = multiprocessing.get_context("spawn")  # a fork would take threads and GL contexts along
+    writer: RLDSWriter | None = None
+    with ProcessPoolExecutor(request.num_processes, mp_context=context, initializer=_one_thread) as pool:
+        try:
+            for demonstration in _in_order(pool, request):
+                played += 1
+                if demonstration is not None:
+                    if writer is None:
+                        writer = RLDSWriter(request.out, request.spec.name, demonstration.images[0].shape[:2])
+                    writer.add(demonstration)
+                    kept += 1
+                progress(kept, played)
+                if kept == request.episodes:
+                    break
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if writer is not None:
+                writer.close()
+    if writer is None or kept < request.episodes:
+        raise RuntimeError(f"the expert succeeded in {kept} of {played} episodes of {request.spec.name}; lower the noise, or choose other tasks")
+    return writer.path
+
+
+def starts(request: CollectRequest) -> Iterator[Start]:
+    """The tasks in turn, each through its training starts again and again; every one has a seed of its own."""
+    training = {task: training_and_held_out_states(request.spec, task)[0] for task in request.tasks}
+    for index in range(request.episodes * MAX_ATTEMPTS_PER_EPISODE):
+        task, turn = request.tasks[index % len(request.tasks)], index // len(request.tasks)
+        yield Start(task, training[task][turn % len(training[task])], derive_seed(request.seed, 3, index))
+
+
+def play(spec: EnvSpec, start: Start, noise: float) -> Demonstration | None:
+    """One episode of the expert; None where it fails."""
+    env, expert = _env(spec), make_expert(spec.name, noise, start.seed)
+    _, info = env.reset(seed=start.seed, options={"task_id": start.task_id, "initial_state": start.initial_state})
+    images: list[np.ndarray] = []
+    actions: list[np.ndarray] = []
+    while True:
+        images.append(np.array(env.render()))
+        actions.append(expert.act(env))
+        _, _, terminated, truncated, outcome = env.step(actions[-1])
+        if terminated or truncated:
+            break
+    if not outcome["success"]:
+        return None
+    origin = f"{spec.name} task {start.task_id} start {start.initial_state} seed {start.seed}"
+    return Demonstration(images, np.array(actions, dtype=np.float32), info["instruction"], origin=origin).without_no_ops()
+
+
+def _in_order(pool: ProcessPoolExecutor, request: CollectRequest) -> Iterator[Demonstration | None]:
+    """Episodes in the order of their starts, so that the data do not depend on who was faster; a few are played ahead."""
+    coming = starts(request)
+    futures = [pool.submit(play, request.spec, start, request.noise) for start in islice(coming, 2 * request.num_processes)]
+    while futures:
+        demonstration = futures.pop(0).result()
+        futures += [pool.submit(play, request.spec, start, request.noise) for start in islice(coming, 1)]
+        yield demonstration
+
+
+@lru_cache(maxsize=1)
+def _env(spec: EnvSpec) -> VLAEnv:
+    return make_env(spec)
+
+
+def _one_thread() -> None:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"):
+        os.environ[name] = "1"

@@ -1,0 +1,284 @@
+"""A light MuJoCo environment with LIBERO's interface: camera image, instruction, 7-DoF end-effector deltas, sparse success.
+
+A floating two-finger gripper, two of three coloured objects and two coloured zones. The tasks touch, push, pick up or put down the object
+that the instruction names; the other object and the other zone are there to be left alone. A step takes about 1 ms on one core, most of it
+drawing in software.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from vlarl_rllib.envs.base import VLAEnv
+from vlarl_rllib.envs.registry import EnvSpec
+from vlarl_rllib.envs.tabletop_model import (
+    ARM_JOINTS,
+    CAMERA,
+    FINGER_JOINTS,
+    FINGER_TRAVEL,
+    OBJECT_HALF_HEIGHT,
+    OBJECTS,
+    WORKSPACE_HIGH,
+    WORKSPACE_LOW,
+    ZONE_HALF_SIDE,
+    ZONES,
+    tabletop_xml,
+)
+
+NUM_INITIAL_STATES = 200
+"""Per task."""
+HORIZON = 30
+"""The scripted expert needs 5 to 20 steps."""
+POSITION_STEP, YAW_STEP = 0.04, 0.3
+"""Metres and radians of a full action."""
+SUBSTEPS = 20
+"""Physics steps of a control step, which lasts 0.08 s."""
+PICKED_HEIGHT = 0.04
+"""Clearance below an object that counts as picked up, in metres."""
+RESTING_HEIGHT = 0.005
+"""Clearance below which an object counts as lying on the table."""
+TOUCHING = 0.006
+"""Gap between gripper and object that counts as touching, in metres."""
+SUPERSAMPLING = 2
+"""Frames are drawn this many times larger and averaged."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the instruction asks for."""
+
+    verb: str
+    """touch, push, pick or put."""
+    target: str
+    """Name in `OBJECTS`."""
+    zone: str | None
+    """Name in `ZONES`, for push and put."""
+
+    @property
+    def instruction(self) -> str:
+        return {
+            "touch": f"touch the {self.target}",
+            "push": f"push the {self.target} to the {self.zone}",
+            "pick": f"pick up the {self.target}",
+            "put": f"put the {self.target} on the {self.zone}",
+        }[self.verb]
+
+
+TASKS = (
+    *(Task("touch", target, None) for target in OBJECTS),
+    *(Task("push", target, zone) for target in OBJECTS for zone in ZONES),
+    *(Task("pick", target, None) for target in OBJECTS),
+    *(Task("put", target, zone) for target in OBJECTS for zone in ZONES),
+)
+"""By task id."""
+
+
+@dataclass(frozen=True)
+class TabletopFacts:
+    """What a scripted expert may know and a policy may not. Positions in metres."""
+
+    task: Task
+    gripper: np.ndarray
+    """[3] point between the finger tips."""
+    yaw: float
+    opening: float
+    """Gap between the fingers."""
+    target: np.ndarray
+    """[3] centre of the object that is named."""
+    zone: np.ndarray | None
+    """[3] centre of the zone that is named."""
+
+
+@dataclass(frozen=True)
+class TabletopSnapshot:
+    """State of an episode in progress."""
+
+    task_id: int
+    initial_state: int
+    num_steps: int
+    was_picked: bool
+    physics: np.ndarray
+    """mjSTATE_INTEGRATION: time, positions, velocities, controls, zones and the solver's warm start, bit for bit."""
+
+
+class TabletopEnv(VLAEnv):
+    """See the module. There is one suite; `spec.suite`, `center_crop` and `camera_size` have no meaning here.
+
+    An action is (dx, dy, dz, droll, dpitch, dyaw, gripper), each in [-1, 1]: up to `POSITION_STEP` towards the camera, to its right and
+    upwards, up to `YAW_STEP`, and -1 = open, +1 = close. The gripper always points down: roll and pitch have no effect. The frame
+    depends on task and initial state alone: nothing is drawn from the reset's seed.
+
+    Raises:
+        RuntimeError: nothing can render on this machine.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012 (gymnasium declares it so)
+
+    def __init__(self, spec: EnvSpec) -> None:
+        from vlarl_rllib.envs.rendering import configure_rendering
+
+        configure_rendering(spec.render_device)
+        import mujoco
+
+        from vlarl_rllib.envs.camera import OffscreenCamera
+
+        self.env_spec = spec
+        self.render_mode = "rgb_array"
+        side = spec.image_size
+        self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)})
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
+        self.max_steps = spec.max_steps or HORIZON
+        self._mujoco = mujoco
+        self._model = mujoco.MjModel.from_xml_string(tabletop_xml())
+        self._data = mujoco.MjData(self._model)
+        self._camera = OffscreenCamera(self._model, CAMERA, side * SUPERSAMPLING, fast=spec.fast_render)
+        self._object_geom = {name: self._model.geom(name).id for name in OBJECTS}
+        self._gripper_geoms = tuple(self._model.geom(name).id for name in (*FINGER_JOINTS, "palm"))
+        self._object_qpos = {name: int(self._model.joint(name).qposadr[0]) for name in OBJECTS}
+        self._zone_mocap = {name: int(self._model.body(name).mocapid[0]) for name in ZONES}
+        self._gripper_qpos = np.array([int(self._model.joint(name).qposadr[0]) for name in (*ARM_JOINTS, *FINGER_JOINTS)])
+        self._task_id, self._initial_state, self._num_steps, self._was_picked = 0, 0, 0, False
+
+    @staticmethod
+    def task_instructions(suite: str) -> list[str]:
+        return [task.instruction for task in TASKS]
+
+    @staticmethod
+    def num_initial_states(suite: str, task_id: int) -> int:
+        _check_task(task_id)
+        return NUM_INITIAL_STATES
+
+    @staticmethod
+    def horizon(suite: str) -> int:
+        return HORIZON
+
+    @property
+    def facts(self) -> TabletopFacts:
+        """The state behind the image."""
+        task, qpos = TASKS[self._task_id], self._data.qpos
+        x, y, z, yaw, left, right = qpos[self._gripper_qpos]
+        return TabletopFacts(
+            task=task,
+            gripper=np.array([x, y, z]),
+            yaw=float(yaw),
+            opening=float(left + right),
+            target=self._object_position(task.target).copy(),
+            zone=None if task.zone is None else self._zone_position(task.zone).copy(),
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start an episode; see `VLAEnv`.
+
+        Raises:
+            ValueError: no such task or initial state.
+        """
+        super().reset(seed=seed)
+        options = options or {}
+        task_id, index = int(options.get("task_id", 0)), int(options.get("initial_state", 0))
+        _check_task(task_id)
+        if not 0 <= index < NUM_INITIAL_STATES:
+            raise ValueError(f"initial state {index} is not in the tabletop suite, whose states are 0 to {NUM_INITIAL_STATES - 1}")
+        self._task_id, self._initial_state, self._num_steps, self._was_picked = task_id, index, 0, False
+        self._mujoco.mj_resetData(self._model, self._data)
+        self._place(TASKS[task_id], np.random.default_rng([task_id, index]))
+        return self._observation(), {"instruction": TASKS[task_id].instruction, "task_id": task_id, "initial_state": index}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """One control step; the deltas are counted from where the gripper is, not from where it was told to go."""
+        action = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
+        pose = self._data.qpos[self._gripper_qpos[:4]]
+        control = self._data.ctrl
+        control[:3] = np.clip(pose[:3] + POSITION_STEP * action[:3], WORKSPACE_LOW, WORKSPACE_HIGH)
+        control[3] = pose[3] + YAW_STEP * action[5]
+        control[4:] = FINGER_TRAVEL * (1.0 - action[6]) / 2.0
+        self._mujoco.mj_step(self._model, self._data, SUBSTEPS)
+        self._mujoco.mj_kinematics(self._model, self._data)  # positions after the last physics step, for distances and drawing
+        self._num_steps += 1
+        success = self._succeeded()
+        truncated = self._num_steps >= self.max_steps and not success
+        return self._observation(), float(success), success, truncated, {"success": success}
+
+    def render(self) -> np.ndarray:  # type: ignore[override]
+        """[S, S, 3] uint8: the current frame, as the policy sees it."""
+        self._mujoco.mj_kinematics(self._model, self._data)
+        self._mujoco.mj_camlight(self._model, self._data)
+        side = self.env_spec.image_size
+        large = self._camera.render(self._data)[::-1].reshape(side, SUPERSAMPLING, side, SUPERSAMPLING, 3)
+        total = large.sum(axis=(1, 3), dtype=np.uint16)
+        return ((total + SUPERSAMPLING**2 // 2) // SUPERSAMPLING**2).astype(np.uint8)
+
+    def snapshot(self) -> TabletopSnapshot:
+        kind = self._mujoco.mjtState.mjSTATE_INTEGRATION
+        physics = np.empty(self._mujoco.mj_stateSize(self._model, kind))
+        self._mujoco.mj_getState(self._model, self._data, physics, kind)
+        return TabletopSnapshot(self._task_id, self._initial_state, self._num_steps, self._was_picked, physics)
+
+    def restore(self, snapshot: TabletopSnapshot) -> None:
+        self._task_id, self._initial_state = snapshot.task_id, snapshot.initial_state
+        self._num_steps, self._was_picked = snapshot.num_steps, snapshot.was_picked
+        self._mujoco.mj_setState(self._model, self._data, snapshot.physics, self._mujoco.mjtState.mjSTATE_INTEGRATION)
+
+    def close(self) -> None:
+        self._camera.close()
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        began = time.perf_counter()
+        image = self.render()
+        self.render_seconds = time.perf_counter() - began
+        return {"image": image}
+
+    def _place(self, task: Task, random: np.random.Generator) -> None:
+        """Objects in the middle, zones near the camera, the open gripper above the far side; the third object lies out of sight."""
+        distractor = str(random.choice([name for name in OBJECTS if name != task.target]))
+        side = random.choice([-1.0, 1.0])
+        for name, sign in ((task.target, side), (distractor, -side)):
+            address = self._object_qpos[name]
+            x, y = random.uniform(-0.07, 0.02), sign * random.uniform(0.06, 0.11)
+            half_yaw = random.uniform(-0.3, 0.3) / 2.0
+            self._data.qpos[address : address + 7] = [x, y, OBJECT_HALF_HEIGHT, np.cos(half_yaw), 0.0, 0.0, np.sin(half_yaw)]
+        side = random.choice([-1.0, 1.0])
+        for name, sign in zip(ZONES, (side, -side), strict=True):
+            self._data.mocap_pos[self._zone_mocap[name]] = [random.uniform(0.10, 0.13), sign * random.uniform(0.07, 0.10), 0.0]
+        gripper = [random.uniform(-0.14, -0.10), random.uniform(-0.06, 0.06), random.uniform(0.09, 0.13), 0.0, FINGER_TRAVEL, FINGER_TRAVEL]
+        self._data.qpos[self._gripper_qpos] = gripper
+        self._data.ctrl[:] = gripper
+
+    def _succeeded(self) -> bool:
+        task = TASKS[self._task_id]
+        x, y, z = self._object_position(task.target)
+        clearance = z - OBJECT_HALF_HEIGHT
+        self._was_picked |= bool(clearance > PICKED_HEIGHT)
+        if task.verb == "touch":
+            return self._touches(task.target)
+        if task.verb == "pick":
+            return bool(clearance > PICKED_HEIGHT)
+        assert task.zone is not None
+        zone = self._zone_position(task.zone)
+        inside = max(abs(x - zone[0]), abs(y - zone[1])) <= ZONE_HALF_SIDE and clearance < RESTING_HEIGHT
+        if task.verb == "push":
+            return bool(inside)
+        return bool(inside) and self._was_picked and not self._touches(task.target)
+
+    def _touches(self, name: str) -> bool:
+        """Whether the gripper is within `TOUCHING` of the object; it may have given it a push and stopped."""
+        distance, geom = self._mujoco.mj_geomDistance, self._object_geom[name]
+        return any(distance(self._model, self._data, geom, part, TOUCHING, None) < TOUCHING for part in self._gripper_geoms)
+
+    def _object_position(self, name: str) -> np.ndarray:
+        address = self._object_qpos[name]
+        position: np.ndarray = self._data.qpos[address : address + 3]
+        return position
+
+    def _zone_position(self, name: str) -> np.ndarray:
+        position: np.ndarray = self._data.mocap_pos[self._zone_mocap[name]]
+        return position
+
+
+def _check_task(task_id: int) -> None:
+    if not 0 <= task_id < len(TASKS):
+        raise ValueError(f"task {task_id} is not in the tabletop suite, whose tasks are 0 to {len(TASKS) - 1}")
