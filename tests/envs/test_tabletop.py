@@ -8,8 +8,9 @@ from gymnasium.utils.env_checker import check_env
 
 from vlarl_rllib.data.experts import TabletopExpert
 from vlarl_rllib.envs import EnvSpec, task_instructions
-from vlarl_rllib.envs.tabletop import HORIZON, TASKS, TabletopEnv
+from vlarl_rllib.envs.tabletop import TASKS, TabletopEnv
 
+HORIZON = TabletopEnv.HORIZON
 STILL = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 
 

@@ -11,17 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import gymnasium
 import numpy as np
 
-from vlarl_rllib.envs.base import VLAEnv
 from vlarl_rllib.envs.registry import EnvSpec
+from vlarl_rllib.envs.single_suite import SingleSuiteEnv
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 230), "yellow": (230, 220, 40)}
 """One task per colour."""
-NUM_INITIAL_STATES = 50
-"""Per task, as in LIBERO's standard suites."""
-HORIZON = 20
 TOLERANCE = 0.2
 """Largest distance along x and along y from action to target, in action units; targets lie within [-0.6, 0.6]."""
 _REACH = 0.6
@@ -40,32 +36,19 @@ class SyntheticState:
     random: Mapping[str, Any]
 
 
-class SyntheticEnv(VLAEnv):
-    """See the module; `spec.suite`, `center_crop`, `fast_render` and `camera_size` have no meaning here."""
+class SyntheticEnv(SingleSuiteEnv):
+    """See the module; `spec.fast_render` has no meaning here."""
+
+    SUITE = "synthetic"
+    INSTRUCTIONS = tuple(f"point at the {color} square" for color in COLORS)
+    NUM_INITIAL_STATES = 50
+    HORIZON = 20
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium declares it so)
 
     def __init__(self, spec: EnvSpec) -> None:
-        self.env_spec = spec
-        self.render_mode = "rgb_array"
-        side = spec.image_size
-        self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)})
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
-        self.max_steps = spec.max_steps or HORIZON
+        super().__init__(spec)
         self._state = SyntheticState(0, 0, 0, (0.0, 0.0), (0.0, 0.0), {})
-
-    @staticmethod
-    def task_instructions(suite: str) -> list[str]:
-        return [f"point at the {color} square" for color in COLORS]
-
-    @staticmethod
-    def num_initial_states(suite: str, task_id: int) -> int:
-        _check_task(task_id)
-        return NUM_INITIAL_STATES
-
-    @staticmethod
-    def horizon(suite: str) -> int:
-        return HORIZON
 
     @property
     def target_action(self) -> np.ndarray:
@@ -75,18 +58,10 @@ class SyntheticEnv(VLAEnv):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start an episode; the first frame depends on task and initial state alone, later ones on the seed too."""
         super().reset(seed=seed)
-        options = options or {}
-        task_id, index = int(options.get("task_id", 0)), int(options.get("initial_state", 0))
-        _check_task(task_id)
-        if not 0 <= index < NUM_INITIAL_STATES:
-            raise ValueError(f"initial state {index} is not in the synthetic suite, whose states are 0 to {NUM_INITIAL_STATES - 1}")
+        info = self._start(options)
+        task_id, index = info["task_id"], info["initial_state"]
         start = np.random.default_rng([task_id, index, 1])  # no seed of `reset` gives this stream
         self._state = SyntheticState(task_id, index, 0, _place(start), _place(start), {})
-        info = {
-            "instruction": self.task_instructions("")[task_id],
-            "task_id": task_id,
-            "initial_state": index,
-        }
         return {"image": self.render()}, info
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -120,11 +95,6 @@ class SyntheticEnv(VLAEnv):
     def restore(self, snapshot: SyntheticState) -> None:
         self._state = snapshot
         self.np_random.bit_generator.state = snapshot.random
-
-
-def _check_task(task_id: int) -> None:
-    if not 0 <= task_id < len(COLORS):
-        raise ValueError(f"task {task_id} is not in the synthetic suite, whose tasks are 0 to {len(COLORS) - 1}")
 
 
 def _place(generator: np.random.Generator) -> tuple[float, float]:

@@ -11,11 +11,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium
 import numpy as np
 
-from vlarl_rllib.envs.base import VLAEnv
 from vlarl_rllib.envs.registry import EnvSpec
+from vlarl_rllib.envs.single_suite import SingleSuiteEnv
 from vlarl_rllib.envs.tabletop_model import (
     ARM_JOINTS,
     CAMERA,
@@ -30,10 +29,6 @@ from vlarl_rllib.envs.tabletop_model import (
     tabletop_xml,
 )
 
-NUM_INITIAL_STATES = 200
-"""Per task."""
-HORIZON = 30
-"""The scripted expert needs 5 to 20 steps."""
 POSITION_STEP, YAW_STEP = 0.04, 0.3
 """Metres and radians of a full action."""
 SUBSTEPS = 20
@@ -106,8 +101,8 @@ class TabletopSnapshot:
     """mjSTATE_INTEGRATION: time, positions, velocities, controls, zones and the solver's warm start, bit for bit."""
 
 
-class TabletopEnv(VLAEnv):
-    """See the module. There is one suite; `spec.suite`, `center_crop` and `camera_size` have no meaning here.
+class TabletopEnv(SingleSuiteEnv):
+    """See the module.
 
     An action is (dx, dy, dz, droll, dpitch, dyaw, gripper), each in [-1, 1]: up to `POSITION_STEP` towards the camera, to its right and
     upwards, up to `YAW_STEP`, and -1 = open, +1 = close. The gripper always points down: roll and pitch have no effect. The frame
@@ -117,9 +112,16 @@ class TabletopEnv(VLAEnv):
         RuntimeError: nothing can render on this machine.
     """
 
+    SUITE = "tabletop"
+    INSTRUCTIONS = tuple(task.instruction for task in TASKS)
+    NUM_INITIAL_STATES = 200
+    HORIZON = 30
+    """The scripted expert needs 5 to 20 steps."""
+
     metadata = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012 (gymnasium declares it so)
 
     def __init__(self, spec: EnvSpec) -> None:
+        super().__init__(spec)
         from vlarl_rllib.envs.rendering import configure_rendering
 
         configure_rendering(spec.render_device)
@@ -127,35 +129,16 @@ class TabletopEnv(VLAEnv):
 
         from vlarl_rllib.envs.camera import OffscreenCamera
 
-        self.env_spec = spec
-        self.render_mode = "rgb_array"
-        side = spec.image_size
-        self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)})
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
-        self.max_steps = spec.max_steps or HORIZON
         self._mujoco = mujoco
         self._model = mujoco.MjModel.from_xml_string(tabletop_xml())
         self._data = mujoco.MjData(self._model)
-        self._camera = OffscreenCamera(self._model, CAMERA, side * SUPERSAMPLING, fast=spec.fast_render)
+        self._camera = OffscreenCamera(self._model, CAMERA, spec.image_size * SUPERSAMPLING, fast=spec.fast_render)
         self._object_geom = {name: self._model.geom(name).id for name in OBJECTS}
         self._gripper_geoms = tuple(self._model.geom(name).id for name in (*FINGER_JOINTS, "palm"))
         self._object_qpos = {name: int(self._model.joint(name).qposadr[0]) for name in OBJECTS}
         self._zone_mocap = {name: int(self._model.body(name).mocapid[0]) for name in ZONES}
         self._gripper_qpos = np.array([int(self._model.joint(name).qposadr[0]) for name in (*ARM_JOINTS, *FINGER_JOINTS)])
         self._task_id, self._initial_state, self._num_steps, self._was_picked = 0, 0, 0, False
-
-    @staticmethod
-    def task_instructions(suite: str) -> list[str]:
-        return [task.instruction for task in TASKS]
-
-    @staticmethod
-    def num_initial_states(suite: str, task_id: int) -> int:
-        _check_task(task_id)
-        return NUM_INITIAL_STATES
-
-    @staticmethod
-    def horizon(suite: str) -> int:
-        return HORIZON
 
     @property
     def facts(self) -> TabletopFacts:
@@ -178,15 +161,12 @@ class TabletopEnv(VLAEnv):
             ValueError: no such task or initial state.
         """
         super().reset(seed=seed)
-        options = options or {}
-        task_id, index = int(options.get("task_id", 0)), int(options.get("initial_state", 0))
-        _check_task(task_id)
-        if not 0 <= index < NUM_INITIAL_STATES:
-            raise ValueError(f"initial state {index} is not in the tabletop suite, whose states are 0 to {NUM_INITIAL_STATES - 1}")
+        info = self._start(options)
+        task_id, index = info["task_id"], info["initial_state"]
         self._task_id, self._initial_state, self._num_steps, self._was_picked = task_id, index, 0, False
         self._mujoco.mj_resetData(self._model, self._data)
         self._place(TASKS[task_id], np.random.default_rng([task_id, index]))
-        return self._observation(), {"instruction": TASKS[task_id].instruction, "task_id": task_id, "initial_state": index}
+        return self._observation(), info
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """One control step; the deltas are counted from where the gripper is, not from where it was told to go."""
@@ -277,8 +257,3 @@ class TabletopEnv(VLAEnv):
     def _zone_position(self, name: str) -> np.ndarray:
         position: np.ndarray = self._data.mocap_pos[self._zone_mocap[name]]
         return position
-
-
-def _check_task(task_id: int) -> None:
-    if not 0 <= task_id < len(TASKS):
-        raise ValueError(f"task {task_id} is not in the tabletop suite, whose tasks are 0 to {len(TASKS) - 1}")
