@@ -39,14 +39,14 @@ _SCENE = f"""<mujoco model="tabletop">
   <default>
     <geom group="1" condim="4" solref="0.008 1"/>
     <default class="painted"><geom contype="0" conaffinity="0"/></default>
-    <default class="gripper"><geom type="box" rgba="0.30 0.32 0.36 1" friction="1.5 0.05 0.001"/></default>
+    <default class="gripper"><geom type="box" rgba="0.93 0.93 0.95 1" friction="1.5 0.05 0.001"/></default>
   </default>
   <worldbody>
     <light directional="true" pos="0.3 -0.4 1" dir="-0.25 0.35 -1" diffuse="0.62 0.60 0.56" specular="0.2 0.2 0.2" castshadow="true"/>
     <camera name="{CAMERA}" pos="0.46 0 0.60" xyaxes="0 1 0 -0.76 0 0.65" fovy="33"/>
     <geom name="table" type="plane" size="0 0 0.1" group="0" friction="0.4 0.02 0.001"/>
-    <geom class="painted" type="box" size="0.30 0.34 0.02" pos="-0.02 0 -0.0201" rgba="0.80 0.74 0.66 1"/>
-    <geom class="painted" type="plane" size="6 6 0.1" pos="0 0 -0.4" rgba="0.36 0.39 0.43 1"/>
+    <geom class="painted" type="box" size="0.30 0.34 0.02" pos="-0.02 0 -0.0201" rgba="0.42 0.40 0.37 1"/>
+    <geom class="painted" type="plane" size="6 6 0.1" pos="0 0 -0.4" rgba="0.52 0.54 0.58 1"/>
     {{zones}}
     {{objects}}
     <body name="carriage" gravcomp="1">
@@ -57,14 +57,14 @@ _SCENE = f"""<mujoco model="tabletop">
         <joint name="arm_z" type="slide" axis="0 0 1" damping="5"/>
         <joint name="arm_yaw" type="hinge" axis="0 0 1" damping="0.05"/>
         <geom class="gripper" name="palm" size="0.018 0.060 0.012" pos="0 0 0.068" mass="0.3"/>
-        <geom class="gripper" type="cylinder" size="0.014 0.30" pos="0 0 0.38" mass="0.05" rgba="0.86 0.87 0.90 1" contype="0" conaffinity="0"/>
+        <geom class="gripper" type="cylinder" size="0.014 0.30" pos="0 0 0.38" mass="0.05" rgba="0.75 0.76 0.80 1" contype="0" conaffinity="0"/>
         <body name="finger_left" gravcomp="1">
           <joint name="finger_left" type="slide" axis="0 -1 0" range="0 {FINGER_TRAVEL}" limited="true" damping="2"/>
-          <geom class="gripper" name="finger_left" size="0.011 0.006 0.034" pos="0 -0.006 0.024" mass="0.08" rgba="0.10 0.10 0.12 1"/>
+          <geom class="gripper" name="finger_left" size="0.011 0.006 0.034" pos="0 -0.006 0.024" mass="0.08" rgba="0.03 0.03 0.04 1"/>
         </body>
         <body name="finger_right" gravcomp="1">
           <joint name="finger_right" type="slide" axis="0 1 0" range="0 {FINGER_TRAVEL}" limited="true" damping="2"/>
-          <geom class="gripper" name="finger_right" size="0.011 0.006 0.034" pos="0 0.006 0.024" mass="0.08" rgba="0.10 0.10 0.12 1"/>
+          <geom class="gripper" name="finger_right" size="0.011 0.006 0.034" pos="0 0.006 0.024" mass="0.08" rgba="0.03 0.03 0.04 1"/>
         </body>
       </body>
     </body>
@@ -83,7 +83,7 @@ _SCENE = f"""<mujoco model="tabletop">
     <position joint="finger_right" kp="400" kv="12" forcerange="-6 6"/>
   </actuator>
 </mujoco>"""
-"""MJCF, but for the zones and the objects."""
+"""MJCF, but for the zones and the objects. The table is dark and the gripper bright: small models find a dark gripper on a bright table less well."""
 
 
 def tabletop_xml() -> str:
