@@ -184,12 +184,16 @@ def test_a_frozen_bfloat16_base_under_float32_adapters(make_group: Callable[...,
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_quantised_base_in_bfloat16(make_group: Callable[..., VLALearnerGroup], bits: str) -> None:
+def test_a_quantised_base_in_bfloat16(make_group: Callable[..., VLALearnerGroup], bits: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="k-bit weights need bitsandbytes")
-    group = make_group(0, LORA | {"quantization": bits, "dtype": "bfloat16"}, lr=1e-3)
+    group, other = (make_group(0, LORA | {"quantization": bits, "dtype": "bfloat16"}, lr=1e-3) for _ in range(2))
     before = weights(group, 1)
     assert update(group)["skipped_updates"] == 0
     assert changed(before, weights(group, 2))
+    assert changed(parameters(group), parameters(other))
+    group.call("save_sharded", str(tmp_path))
+    other.call("load_sharded", str(tmp_path))
+    assert not changed(parameters(group), parameters(other))
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

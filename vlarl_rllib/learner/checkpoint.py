@@ -14,10 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 
@@ -72,7 +69,6 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
         dcp.load(state, checkpoint_id=directory / "shards", planner=_SafePlanner())
     except dcp.api.CheckpointException as error:
         raise OSError(f"{directory}: {_first_failure(error)}") from None
-    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     for name, optimizer in optimizers.items():
         if name in stepped:
             set_optimizer_state_dict(model, optimizer, state[name])
@@ -87,19 +83,25 @@ def load_trained(directory: Path, model: nn.Module) -> None:
         ValueError: where the checkpoint holds something that torch does not write.
         OSError: where it is damaged, or lacks one of the parameters.
     """
-    state = {"model": get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))}
+    state = {"model": _trained(model)}
     try:
         _refuse_foreign_metadata(directory / "shards")
         dcp.load(state, checkpoint_id=directory / "shards", planner=_SafePlanner(), no_dist=True)
     except dcp.api.CheckpointException as error:
         raise OSError(f"{directory}: {_first_failure(error)}") from None
-    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
 
 
 def _state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], stepped: Sequence[str]) -> dict[str, Any]:
     """Trained parameters and the state of the optimisers named. What is frozen is `model.path`'s, and stays there."""
-    trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
-    return {"model": trained} | {name: get_optimizer_state_dict(model, optimizers[name]) for name in stepped}
+    return {"model": _trained(model)} | {name: get_optimizer_state_dict(model, optimizers[name]) for name in stepped}
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, on the parameters' own memory, so that `dcp.load` fills the model.
+
+    torch's `get_model_state_dict` fails on bitsandbytes' 8-bit layers: their state dict has entries (SCB) that are no attributes.
+    """
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _first_failure(error: dcp.api.CheckpointException) -> str:
