@@ -85,7 +85,7 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a run without a checkpoint to evaluate": (["eval", "runs/without_checkpoint", "--env", "synthetic"], ("CHECKPOINT:", "has no config.json")),
     "results over other things": (["eval", "tiny", "--env", "synthetic", "--out", "other_model"], ("--out: other_model holds other things",)),
     "results over a file": (["eval", "tiny", "--env", "synthetic", "--out", "good.yaml"], ("--out: good.yaml cannot be made",)),
-    "an unknown preset": (["make-checkpoint", "large", "new"], ("PRESET: 'large'", "choose from tiny, mini")),
+    "an unknown preset": (["make-checkpoint", "large", "new"], ("PRESET: 'large'", "choose from tiny, small, mini")),
     "a checkpoint over another": (["make-checkpoint", "tiny", "other_model"], ("DIRECTORY: other_model", "give a new directory")),
 }
 

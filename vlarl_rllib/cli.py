@@ -93,7 +93,7 @@ def doctor(config: ConfigPath = None, overrides: Overrides = None) -> None:
 
 @app.command(name="make-checkpoint")
 def make_checkpoint(
-    preset: Annotated[str, typer.Argument(help="tiny or mini.")],
+    preset: Annotated[str, typer.Argument(help="tiny, small or mini.")],
     directory: Annotated[Path, typer.Argument(help="Where to write it.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
@@ -114,7 +114,8 @@ def collect(
     env: Annotated[str, typer.Option(help="An environment with a scripted expert: tabletop, synthetic.")] = "tabletop",
     episodes: Annotated[int, typer.Option(help="Successful episodes to keep.")] = 100,
     tasks: Annotated[str | None, typer.Option(metavar="0,3", help="Tasks, in turn; default all.", show_default=False)] = None,
-    noise: Annotated[float, typer.Option(help="Noise of the expert's actions.")] = 0.0,
+    noise: Annotated[float, typer.Option(help="Noise that pushes the arm off the expert's way; what is recorded is the expert's answer.")] = 0.0,
+    slowest: Annotated[float, typer.Option(help="Each episode's pace is drawn between this share of full speed and full speed.")] = 1.0,
     image_size: Annotated[int, typer.Option(help="Side of the frames in pixels: the policy's.")] = 56,
     max_steps: Annotated[int | None, typer.Option(help="Episodes that take longer fail; default the horizon.", show_default=False)] = None,
     num_processes: Annotated[int | None, typer.Option(help="Subprocesses; default cores.", show_default=False)] = None,
@@ -127,7 +128,7 @@ def collect(
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise SettingsError(f"--{name}: {value} must be at least 1")
-    raise typer.Exit(run_collect(out, env, episodes, _task_numbers(tasks), noise, image_size, max_steps, num_processes, seed))
+    raise typer.Exit(run_collect(out, env, episodes, _task_numbers(tasks), noise, slowest, image_size, max_steps, num_processes, seed))
 
 
 @app.command(name="eval")

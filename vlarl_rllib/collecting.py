@@ -23,6 +23,7 @@ def run_collect(
     episodes: int,
     tasks: tuple[int, ...] | None,
     noise: float,
+    slowest: float,
     image_size: int,
     max_steps: int | None,
     num_processes: int | None,
@@ -37,11 +38,13 @@ def run_collect(
             raise SettingsError(f"--tasks: {task} is not a task of {env}, whose tasks are 0 to {available - 1}")
     if noise < 0:
         raise SettingsError(f"--noise: {noise:g} must be at least 0")
+    if not 0 < slowest <= 1:
+        raise SettingsError(f"--slowest: {slowest:g} must be above 0 and at most 1")
     if (out / env).exists():
         raise SettingsError(f"--out: {out / env} exists; give another directory, or remove it")
     spec = EnvSpec(name=env, suite="", image_size=image_size, max_steps=max_steps)
     processes = num_processes or psutil.cpu_count() or 1
-    request = CollectRequest(spec, tuple(tasks or range(available)), episodes, out, noise, seed, processes)
+    request = CollectRequest(spec, tuple(tasks or range(available)), episodes, out, noise, slowest, seed, processes)
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
     try:

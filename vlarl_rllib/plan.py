@@ -14,6 +14,8 @@ LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "l
 """Tasks of each standard suite (LIBERO, arXiv 2306.03310, section 4)."""
 SUITELESS_TASKS = {"tabletop": 18, "synthetic": 4}
 """Tasks of each environment that has no suites."""
+HELD_OUT_STARTS = {"libero": 10, "tabletop": 200, "synthetic": 10}
+"""Initial states of each task that only evaluation uses: a fifth (`envs.registry.HELD_OUT_FRACTION`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,8 @@ class RuntimeArgs:
     """Episodes of one evaluation: at most one for each held-out (task, start)."""
 
 
-def calculate_runtime_args(settings: Settings, *, cores: int | None = None, held_out_starts: int = 10) -> RuntimeArgs:
-    """Derive sizes and resources. Pure but for the default of `cores`, this machine's.
-
-    `held_out_starts` is the number per task: a fifth of LIBERO's 50 published initial states.
-    """
+def calculate_runtime_args(settings: Settings, *, cores: int | None = None) -> RuntimeArgs:
+    """Derive sizes and resources. Pure but for the default of `cores`, this machine's."""
     env, rollout, learners, engines = settings.env, settings.rollout, settings.learners, settings.engines
     steps = rollout.num_runners * env.num_envs * rollout.steps_per_iteration
     minibatches = math.ceil(steps / settings.training.minibatch_size)
@@ -69,7 +68,7 @@ def calculate_runtime_args(settings: Settings, *, cores: int | None = None, held
         bundles=tuple({kind: amount for kind, amount in bundle.items() if amount} for bundle in bundles),
         total_cpus=sum(bundle.get("CPU", 0.0) for bundle in bundles),
         total_gpus=sum(bundle.get("GPU", 0.0) for bundle in bundles),
-        evaluation_episodes=min(settings.evaluation.episodes, held_out_starts * len(settings.task_ids)),
+        evaluation_episodes=min(settings.evaluation.episodes, HELD_OUT_STARTS[env.name] * len(settings.task_ids)),
     )
 
 

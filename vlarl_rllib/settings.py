@@ -217,6 +217,8 @@ class SFTSettings(Section):
     steps: PositiveInt = Field(1000, description="Optimiser steps.")
     batch_size: PositiveInt = Field(32, description="Demonstrated steps per optimiser step, over all learners.")
     lr: NonNegativeFloat = Field(5e-4, description="AdamW learning rate; OpenVLA's for LoRA on LIBERO, 2e-5 for all weights.")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="Of the learning rate: as OpenVLA's, or falling to 0 over sft.steps.")
+    warmup_steps: Natural = Field(0, description="First steps, over which the learning rate rises from 0.")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay.")
     augment: bool = Field(True, description="OpenVLA's image augmentation: crops, brightness, contrast, saturation, hue.")
     report_every: PositiveInt = Field(50, description="Optimiser steps between two lines of progress.")

@@ -108,7 +108,7 @@ def _learners(settings: Settings) -> Iterator[VLALearnerGroup]:
 
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"critic": "shared_head", "critic_path": None})})
     config = VLAPPOConfig.from_settings(settings)
-    config.training(learner_class=SupervisedLearner)
+    config.learners(learner_class=SupervisedLearner)
     config.validate()
     learners = settings.learners
     bundle = {"CPU": learners.cpus, "GPU": learners.gpus}

@@ -10,6 +10,7 @@ import pytest
 if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
 
+from vlarl_rllib.curriculum import Start
 from vlarl_rllib.data import RLDSDataset
 from vlarl_rllib.data.collect import CollectRequest, collect, play, starts
 from vlarl_rllib.data.experts import make_expert
@@ -25,7 +26,7 @@ def test_successes_are_kept_in_an_order_that_does_not_depend_on_the_processes(tm
     assert told[-1][0] == 6 and [played for _, played in told] == list(range(1, len(told) + 1))
     data = RLDSDataset(path)
     assert data.num_episodes == 6
-    expected = list(islice((demo for start in starts(request) if (demo := play(SPEC, start, 0.25))), 6))
+    expected = list(islice((demo for start in starts(request) if (demo := play(SPEC, start, 0.25, 1.0))), 6))
     np.testing.assert_allclose(data.actions[:, :6], np.concatenate([demo.actions[:, :6] for demo in expected]), atol=1e-6)
     assert {data[i]["instruction"] for i in range(len(data))} == {"point at the red square", "point at the blue square"}
 
@@ -44,7 +45,7 @@ def test_an_expert_that_fails_is_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the expert succeeded in \d of 10 episodes of synthetic; lower the noise"):
         collect(hopeless)
     with pytest.raises(ValueError, match="libero has no scripted expert; synthetic, tabletop have"):
-        make_expert("libero", 0.0, 0)
+        make_expert("libero")
 
 
 def test_the_tabletops_expert_is_noisy_and_nearly_always_kept(tmp_path: Path) -> None:
@@ -53,3 +54,13 @@ def test_the_tabletops_expert_is_noisy_and_nearly_always_kept(tmp_path: Path) ->
     data = RLDSDataset(collect(CollectRequest(spec, tasks=tuple(range(18)), episodes=18, out=tmp_path, noise=0.2), lambda *n: told.append(n)))
     assert data.num_episodes == 18 and told[-1][1] <= 24
     assert len({data[i]["instruction"] for i in range(len(data))}) >= 14
+
+
+def test_with_noise_the_experts_own_action_is_recorded_and_a_slow_pace_takes_more_steps() -> None:
+    spec = EnvSpec(name="tabletop", image_size=28, max_steps=80)
+    start = next(starts(CollectRequest(spec, tasks=(3,), episodes=1, out=Path("unused"), seed=1)))
+    noisy, fast = play(spec, start, 0.2, 1.0), play(spec, start, 0.0, 1.0)
+    assert noisy is not None and fast is not None
+    assert set(np.unique(noisy.actions[:, :3] * 4 % 1)) == {0.0}  # quarters: the expert's, without the noise
+    slow = [demo for seed in range(4) if (demo := play(spec, Start(3, start.initial_state, seed), 0.0, 0.2)) is not None]
+    assert np.mean([len(demo.actions) for demo in slow]) > len(fast.actions)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from vlarl_rllib.cli import main
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.data import Demonstration, RLDSWriter
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
-from vlarl_rllib.learner.supervised import SupervisedLearner
+from vlarl_rllib.learner.supervised import SupervisedLearner, rate_factor
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from vlarl_rllib.settings import Settings
 
@@ -113,3 +114,10 @@ def test_the_command_leaves_a_checkpoint_that_acts(demonstrations: Path, tmp_pat
     inputs = OpenVLAProcessor.from_pretrained(model_directory)(images=frames, instructions=[f"point at the {color} square" for color in COLORS])
     actions = model.predict_action(**inputs, unnorm_key="pointing").actions
     assert (actions[0, :6] > 0.2).all() and (actions[1, :6] < -0.2).all()
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    sft = settings(Path("unused"), 0, lr=1.0, steps=100, warmup_steps=10, schedule="cosine").sft
+    assert [rate_factor(step, sft) for step in (0, 9)] == pytest.approx([0.1, 0.5 * (1 + math.cos(0.09 * math.pi))])
+    assert rate_factor(50, sft) == pytest.approx(0.5) and rate_factor(99, sft) < 1e-3
+    assert {rate_factor(step, settings(Path("unused"), 0, steps=100).sft) for step in range(100)} == {1.0}

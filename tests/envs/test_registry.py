@@ -18,7 +18,7 @@ from vlarl_rllib.envs import (
 )
 from vlarl_rllib.envs.base import VLAEnv
 from vlarl_rllib.envs.registry import ENVIRONMENTS
-from vlarl_rllib.plan import SUITELESS_TASKS
+from vlarl_rllib.plan import HELD_OUT_STARTS, SUITELESS_TASKS
 
 
 def test_facts_need_no_simulator() -> None:
@@ -69,7 +69,10 @@ def test_unknown_names_list_the_choices() -> None:
 
 def test_settings_know_the_tasks_of_environments_without_suites() -> None:
     assert {name: num_tasks("", name=name) for name in SUITELESS_TASKS} == SUITELESS_TASKS
-    assert {"libero", *SUITELESS_TASKS} == set(ENVIRONMENTS)
+    assert {"libero", *SUITELESS_TASKS} == set(ENVIRONMENTS) == set(HELD_OUT_STARTS)
+    for name, count in HELD_OUT_STARTS.items():
+        suite = "libero_spatial" if name == "libero" else ""
+        assert len(training_and_held_out_states(EnvSpec(name=name, suite=suite), 0)[1]) == count
 
 
 def test_a_class_can_be_named_by_its_module() -> None:

@@ -54,10 +54,11 @@ def test_doing_nothing_or_anything_solves_next_to_nothing(env: TabletopEnv) -> N
     assert successes <= 3
 
 
-def test_the_last_step_truncates(env: TabletopEnv) -> None:
-    env.reset()
-    ends = [env.step(STILL)[1:4] for _ in range(HORIZON)]
-    assert ends == [(0.0, False, False)] * (HORIZON - 1) + [(0.0, False, True)]
+@pytest.mark.parametrize(("task", "horizon"), [(0, 8), (3, 24), (9, 20), (12, 40)])
+def test_the_last_step_truncates_and_each_verb_has_its_own(env: TabletopEnv, task: int, horizon: int) -> None:
+    env.reset(options={"task_id": task})
+    ends = [env.step(STILL)[1:4] for _ in range(horizon)]
+    assert ends == [(0.0, False, False)] * (horizon - 1) + [(0.0, False, True)]
 
 
 def test_an_episode_repeats_bit_for_bit_and_goes_on_from_a_snapshot(env: TabletopEnv) -> None:
@@ -103,5 +104,5 @@ def test_instructions_name_the_task() -> None:
 def test_unknown_start(env: TabletopEnv) -> None:
     with pytest.raises(ValueError, match="0 to 17"):
         env.reset(options={"task_id": 18})
-    with pytest.raises(ValueError, match="0 to 199"):
-        env.reset(options={"initial_state": 200})
+    with pytest.raises(ValueError, match="0 to 999"):
+        env.reset(options={"initial_state": 1000})

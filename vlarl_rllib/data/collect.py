@@ -1,6 +1,8 @@
 """`vlarl collect`: a scripted expert plays in subprocesses, and what succeeds becomes an RLDS data set.
 
 Only training starts are played: held-out ones stay unseen by supervised fine-tuning too. No-ops are dropped, as in the published data.
+With noise, what is played strays from the expert's action and what is recorded is the expert's: the data show how to come back
+(DART, arXiv 1703.09327).
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from vlarl_rllib.envs.base import VLAEnv
 
 MAX_ATTEMPTS_PER_EPISODE = 5
-"""After so many times the wanted number of attempts the expert counts as unfit."""
+"""After so many times the wanted number of attempts the expert counts as unfit, """
+MIN_ATTEMPTS = 40
+"""and as soon as fewer than one in so many attempts has succeeded after this many."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class CollectRequest:
     out: Path
     """The data set goes into `out/<environment's name>/1.0.0`."""
     noise: float = 0.0
-    """Of the expert's actions."""
+    """Standard deviation of what is added to the arm's three position deltas, in units of a full action."""
+    slowest: float = 1.0
+    """Each episode has a pace of its own, drawn between this share of full speed and full speed."""
     seed: int = 0
     num_processes: int = 1
 
@@ -68,7 +74,7 @@ def collect(request: CollectRequest, progress: Callable[[int, int], None] = lamb
                     writer.add(demonstration)
                     kept += 1
                 progress(kept, played)
-                if kept == request.episodes:
+                if kept == request.episodes or (played >= MIN_ATTEMPTS and kept * MAX_ATTEMPTS_PER_EPISODE < played):
                     break
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -87,16 +93,19 @@ def starts(request: CollectRequest) -> Iterator[Start]:
         yield Start(task, training[task][turn % len(training[task])], derive_seed(request.seed, 3, index))
 
 
-def play(spec: EnvSpec, start: Start, noise: float) -> Demonstration | None:
+def play(spec: EnvSpec, start: Start, noise: float, slowest: float) -> Demonstration | None:
     """One episode of the expert; None where it fails."""
-    env, expert = _env(spec), make_expert(spec.name, noise, start.seed)
+    random = np.random.default_rng(start.seed)
+    env, expert = _env(spec), make_expert(spec.name, random.uniform(slowest, 1.0))
     _, info = env.reset(seed=start.seed, options={"task_id": start.task_id, "initial_state": start.initial_state})
     images: list[np.ndarray] = []
     actions: list[np.ndarray] = []
     while True:
         images.append(np.array(env.render()))
         actions.append(expert.act(env))
-        _, _, terminated, truncated, outcome = env.step(actions[-1])
+        played = actions[-1].copy()
+        played[:3] += noise * random.standard_normal(3)
+        _, _, terminated, truncated, outcome = env.step(np.clip(played, -1.0, 1.0))
         if terminated or truncated:
             break
     if not outcome["success"]:
@@ -108,10 +117,10 @@ def play(spec: EnvSpec, start: Start, noise: float) -> Demonstration | None:
 def _in_order(pool: ProcessPoolExecutor, request: CollectRequest) -> Iterator[Demonstration | None]:
     """Episodes in the order of their starts, so that the data do not depend on who was faster; a few are played ahead."""
     coming = starts(request)
-    futures = [pool.submit(play, request.spec, start, request.noise) for start in islice(coming, 2 * request.num_processes)]
+    futures = [pool.submit(play, request.spec, start, request.noise, request.slowest) for start in islice(coming, 2 * request.num_processes)]
     while futures:
         demonstration = futures.pop(0).result()
-        futures += [pool.submit(play, request.spec, start, request.noise) for start in islice(coming, 1)]
+        futures += [pool.submit(play, request.spec, start, request.noise, request.slowest) for start in islice(coming, 1)]
         yield demonstration
 
 

@@ -28,24 +28,20 @@ class TabletopExpert:
     """Solves every task of `tabletop`, in closed loop: each action follows from the present state alone.
 
     Args:
-        noise: standard deviation of what is added to the arm's three position deltas, in units of a full action.
-        seed: of the noise.
+        pace: largest position delta, in (0, 1]; 1 = as fast as the environment allows.
         resolution: position deltas are rounded to multiples of it, so that a small model sees few distinct action tokens; 0 = not at all.
     """
 
-    def __init__(self, *, noise: float = 0.0, seed: int = 0, resolution: float = 0.25) -> None:
-        self._noise, self._resolution = noise, resolution
-        self._random = np.random.default_rng(seed)
+    def __init__(self, pace: float = 1.0, resolution: float = 0.25) -> None:
+        self._pace, self._resolution = pace, resolution
 
     def act(self, env: TabletopEnv) -> np.ndarray:
         """[7] float64: the environment's action in its present state."""
         facts = env.facts
         goal, gripper = {"touch": _touch, "push": _push, "pick": _pick, "put": _put}[facts.task.verb](facts)
         action = np.zeros(7)
-        action[:3] = (goal - facts.gripper) / POSITION_STEP
-        action[:3] += self._noise * self._random.standard_normal(3)
+        action[:3] = np.clip((goal - facts.gripper) / POSITION_STEP, -self._pace, self._pace)
         action[6] = gripper
-        action = np.clip(action, -1.0, 1.0)
         if self._resolution:
             action[:3] = np.round(action[:3] / self._resolution) * self._resolution
         return action
@@ -99,17 +95,13 @@ def _put(facts: TabletopFacts) -> tuple[np.ndarray, float]:
 
 
 class SyntheticExpert:
-    """Points at the square that the instruction of `synthetic` names. Arguments as in `TabletopExpert`; the noise is that of the pointer."""
+    """Points at the square that the instruction of `synthetic` names; nothing there has a pace."""
 
-    def __init__(self, *, noise: float = 0.0, seed: int = 0) -> None:
-        self._noise = noise
-        self._random = np.random.default_rng(seed)
+    def __init__(self, pace: float = 1.0) -> None: ...
 
     def act(self, env: SyntheticEnv) -> np.ndarray:
-        """[7] float64: an action that succeeds now, but for the noise."""
-        action = env.target_action
-        action[:2] += self._noise * self._random.standard_normal(2)
-        return np.clip(action, -1.0, 1.0)
+        """[7] float64: an action that succeeds now."""
+        return env.target_action
 
 
 class Expert(Protocol):
@@ -120,12 +112,12 @@ class Expert(Protocol):
         ...
 
 
-EXPERTS: dict[str, Callable[..., Expert]] = {"synthetic": SyntheticExpert, "tabletop": TabletopExpert}
-"""By the environment's name; called with `noise` and `seed`."""
+EXPERTS: dict[str, Callable[[float], Expert]] = {"synthetic": SyntheticExpert, "tabletop": TabletopExpert}
+"""By the environment's name; called with the pace."""
 
 
-def make_expert(name: str, noise: float, seed: int) -> Expert:
+def make_expert(name: str, pace: float = 1.0) -> Expert:
     """The expert of an environment. Raises ValueError, naming those that have one, for another."""
     if name not in EXPERTS:
         raise ValueError(f"{name} has no scripted expert; {', '.join(EXPERTS)} have")
-    return EXPERTS[name](noise=noise, seed=seed)
+    return EXPERTS[name](pace)

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets, in a process of its own: `python -m vlarl_rllib.data.tfds_process FD`, started by `data/rlds.py`.
+"""TensorFlow Datasets, in a process of its own that `data/rlds.py` starts.
 
 TensorFlow carries an LLVM whose symbols Mesa's software rasteriser then finds: drawing a LIBERO frame crashes in a process that has
 imported TensorFlow before. It would also cost a learner 0.4 GB and some seconds.
@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+"""TensorFlow's greetings."""
 VERSION = "1.0.0"
 EPISODES_PER_FILE = 64
 MAX_EPISODE_STEPS = 2**20
@@ -34,8 +36,13 @@ class TFDSProcess:
     def __init__(self, *command: Any) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            arguments = [sys.executable, "-m", "vlarl_rllib.data.tfds_process", str(theirs.fileno())]
-            self._process = subprocess.Popen(arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            program = "import sys; from vlarl_rllib.data.tfds_process import main; main(sys.argv[1:])"  # -m would warn: the package imports this
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | QUIET,
+            )
         self._connection = Connection(ours.detach())
         self.send(command)
 
@@ -159,13 +166,8 @@ def _features(tfds: Any, image_shape: tuple[int, int], wrist_camera: bool) -> An
 
 
 def _tfds() -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         import tensorflow_datasets
     except ImportError as error:
         raise ImportError(f"RLDS data need TensorFlow Datasets ({error}); run: pip install 'vlarl-rllib[data]'") from None
     return tensorflow_datasets
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

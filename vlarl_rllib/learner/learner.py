@@ -136,7 +136,7 @@ class VLALearner(PPOTorchLearner):
         }
         for name, (params, lr, weight_decay) in groups.items():
             assert all(p.dtype == torch.float32 for p in params), "AdamW's steps vanish in bfloat16"
-            optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+            optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
             self.register_optimizer(module_id=module_id, optimizer_name=name, optimizer=optimizer, params=params)
 
     def _policy_rates(self) -> tuple[float, float]:

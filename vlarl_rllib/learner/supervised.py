@@ -8,6 +8,7 @@ b = demonstrated steps of one rank, S = image side in pixels, A = 8 targets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from vlarl_rllib.envs.image import RESIZED_SIDE, resize_lanczos
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.learner import POLICY, VLALearner
 from vlarl_rllib.models.action_tokenizer import ActionTokenizer
+from vlarl_rllib.settings import SFTSettings
 from vlarl_rllib.types import NUM_ACTION_TOKENS
 
 NUM_TARGETS = NUM_ACTION_TOKENS + 1
@@ -64,6 +66,7 @@ class SupervisedLearner(VLALearner):
         self._statistics = read_statistics(sft.data)[1]["action"]
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + self._rank)
         self._batches = self._prefetch()
+        self._num_steps = 0
         return len(self._data)
 
     def supervise(self, num_steps: int) -> dict[str, float]:
@@ -78,6 +81,9 @@ class SupervisedLearner(VLALearner):
         for _ in range(num_steps):
             for name, value in self._accumulate(next(self._batches)).items():
                 sums[name] += value
+            for group in self.optimizers()[POLICY].param_groups:
+                group["lr"] = self.settings.sft.lr * rate_factor(self._num_steps, self.settings.sft)
+            self._num_steps += 1
             step_norms, finite = self._step_optimizers((POLICY,))
             norms.append(step_norms[POLICY])
             skipped += not finite
@@ -140,6 +146,12 @@ class SupervisedLearner(VLALearner):
         targets = np.full((size, NUM_TARGETS), self._processor.tokenizer.eos_token_id, dtype=np.int64)
         targets[:, :NUM_ACTION_TOKENS] = self._tokenizer.encode(actions)
         return DemonstrationBatch(dict(inputs), torch.from_numpy(targets), torch.from_numpy(actions).float())
+
+
+def rate_factor(step: int, sft: SFTSettings) -> float:
+    """What the learning rate of optimiser step `step`, counted from 0, is multiplied with: warm-up times schedule."""
+    warmup = min(1.0, (step + 1) / sft.warmup_steps) if sft.warmup_steps else 1.0
+    return warmup * (0.5 * (1.0 + math.cos(math.pi * step / sft.steps)) if sft.schedule == "cosine" else 1.0)
 
 
 def _resized(image: np.ndarray, side: int) -> np.ndarray:
