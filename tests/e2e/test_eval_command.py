@@ -115,7 +115,7 @@ class Command:
         return self.process.communicate(timeout=seconds)[0]
 
     def left_behind(self) -> list[str]:
-        """Command lines of live processes that it started, a little later: Ray's agents notice the end of a killed Ray by polling, slowly on a busy machine."""
+        """Command lines of live processes that it started, a little later: Ray's agents notice by polling that their Ray was killed."""
         deadline = time.monotonic() + 90
         while (found := list(self._alive())) and time.monotonic() < deadline:
             time.sleep(0.2)
