@@ -115,7 +115,7 @@ def collect(
     episodes: Annotated[int, typer.Option(help="Successful episodes to keep.")] = 100,
     tasks: Annotated[str | None, typer.Option(metavar="0,3", help="Tasks, in turn; default all.", show_default=False)] = None,
     noise: Annotated[float, typer.Option(help="Noise that pushes the arm off the expert's way; what is recorded is the expert's answer.")] = 0.0,
-    slowest: Annotated[float, typer.Option(help="Each episode's pace is drawn between this share of full speed and full speed.")] = 1.0,
+    slowest: Annotated[float, typer.Option(help="Each episode's pace is drawn between this share of full speed and full speed (tabletop).")] = 1.0,
     image_size: Annotated[int, typer.Option(help="Side of the frames in pixels: the policy's.")] = 56,
     max_steps: Annotated[int | None, typer.Option(help="Episodes that take longer fail; default the horizon.", show_default=False)] = None,
     num_processes: Annotated[int | None, typer.Option(help="Subprocesses; default cores.", show_default=False)] = None,

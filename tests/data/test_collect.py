@@ -44,6 +44,9 @@ def test_an_expert_that_fails_is_told(tmp_path: Path) -> None:
     hopeless = CollectRequest(SPEC, tasks=(0,), episodes=2, out=tmp_path, noise=50.0)
     with pytest.raises(RuntimeError, match=r"the expert succeeded in \d of 10 episodes of synthetic; lower the noise"):
         collect(hopeless)
+    many = CollectRequest(SPEC, tasks=(0,), episodes=100, out=tmp_path / "many", noise=50.0)
+    with pytest.raises(RuntimeError, match=r"in \d of 40 episodes"):  # not 500
+        collect(many)
     with pytest.raises(ValueError, match="libero has no scripted expert; synthetic, tabletop have"):
         make_expert("libero")
 

@@ -115,7 +115,11 @@ class Command:
         return self.process.communicate(timeout=seconds)[0]
 
     def left_behind(self) -> list[str]:
-        """Command lines of live processes that it started, a little later: Ray's agents notice by polling that their Ray was killed."""
+        """Command lines of live processes that it started, a little later.
+
+        Mostly they are gone in 3 s. But an agent of Ray whose raylet got no SIGTERM reports that to the GCS before it ends
+        (ray/_private/process_watcher.py), and where the GCS is dead too that waits for Ray's reconnection time-out, 60 s.
+        """
         deadline = time.monotonic() + 90
         while (found := list(self._alive())) and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from vlarl_rllib.envs.base import VLAEnv
 
 MAX_ATTEMPTS_PER_EPISODE = 5
-"""After so many times the wanted number of attempts the expert counts as unfit, """
+"""An expert that needs more of them counts as unfit: after so many times the wanted episodes,"""
 MIN_ATTEMPTS = 40
-"""and as soon as fewer than one in so many attempts has succeeded after this many."""
+"""or at once where, after this many, it is that bad so far."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,11 @@ class SingleSuiteEnv(VLAEnv):
         side = spec.image_size
         self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)})
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
-        self.max_steps = spec.max_steps or self.HORIZON
+
+    @property
+    def max_steps(self) -> int:
+        """Steps after which the running episode is cut off."""
+        return self.env_spec.max_steps or self.HORIZON
 
     @classmethod
     def task_instructions(cls, suite: str) -> list[str]:

@@ -151,7 +151,7 @@ PRESETS = {
         num_layers=2,
         num_heads=2,
     ),
-    # 1.0 M parameters, 16 patches: learns `tabletop` in minutes on a CPU
+    # 1.0 M parameters, 16 patches: for `tabletop` on a CPU
     "small": Preset(
         image_size=56,
         tower_width=64,
