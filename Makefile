@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 # Every actor is a process that imports torch and RLlib; without cached bytecode each one compiles them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup setup-cuda lint test test-slow libero-smoke bench lock clean
+.PHONY: help setup setup-cuda lint test test-slow quickstart libero-smoke bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -39,6 +39,10 @@ test: $(STAMP)  ## every test that a 2-core machine without GPU can run
 
 test-slow: $(STAMP)  ## the long ones, by hand
 	$(BIN)/python -m pytest -m slow
+
+quickstart: $(STAMP)  ## demonstrations, fine-tuning and PPO on a MuJoCo table top: success rises on 2 cores within 10 minutes
+	rm -rf runs/quickstart
+	$(BIN)/vlarl quickstart configs/quickstart.yaml --run-dir runs/quickstart
 
 libero-smoke: $(STAMP)  ## train a tiny policy for 3 iterations on real LIBERO with real vLLM
 	rm -rf runs/libero-smoke

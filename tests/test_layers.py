@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sft", "collecting"),
     ("evaluation",),
     ("report",),
+    ("quickstart",),
     ("cli",),
     ("__init__", "__main__"),
 )

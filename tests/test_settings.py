@@ -139,6 +139,8 @@ def test_a_wrong_override_is_named(tmp_path: Path, override: str, parts: tuple[s
 
 # What is refused
 
+GROUPS: dict[str, Any] = {"rollout": {"group_size": 4, "episodes_per_iteration": 8}, "training": {"advantages": "rloo"}}
+
 WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a misspelt key": ({"training": {"gama": 1}}, ("training.gama: unknown key", "did you mean training.gamma?")),
     "a key like no other": ({"rewards": {"dense": True}}, ("rewards.dense: unknown key", "keys of rewards are success")),
@@ -183,6 +185,16 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"training": {"critic_warmup_iterations": 10}},
         ("training.critic_warmup_iterations: 10", "less than run.iterations = 10"),
     ),
+    "groups of steps": ({"rollout": {"group_size": 4}}, ("rollout.group_size: 4", "rollout.episodes_per_iteration to a multiple of 4")),
+    "half a group": ({"rollout": {"group_size": 4, "episodes_per_iteration": 6}}, ("rollout.group_size: 4", "a multiple of 4")),
+    "a filter without groups": ({"rollout": {"filter_groups": True}}, ("rollout.filter_groups: true", "rollout.group_size to at least 2")),
+    "relative to nobody": ({"training": {"advantages": "grpo"}}, ("training.advantages: grpo", "rollout.group_size to at least 2")),
+    "a critic that nobody asks": ({**GROUPS, "model": {"critic": "separate"}}, ("model.critic: separate", "shared_head")),
+    "warm-up of no critic": (
+        {"rollout": GROUPS["rollout"], "training": {"advantages": "rloo", "critic_warmup_iterations": 1}},
+        ("training.critic_warmup_iterations: 1", "advantages is rloo"),
+    ),
+    "values of no critic": ({**GROUPS, "rewards": {"value_shaping": 1.0}}, ("rewards.value_shaping: 1", "a trained critic")),
     "a reward that is no number": ({"rewards": {"success": float("inf")}}, ("rewards.success: inf", "finite")),
 }
 

@@ -96,6 +96,7 @@ class VLAPPO(PPO):
             self.learner_group,
             restore_runners=lambda: self.restore_env_runners(self.env_runner_group),
             timeout_seconds=self._vla.rollout.timeout_seconds,
+            filter_groups=self._vla.rollout.filter_groups,
         )
         if self.engine_pool is not None:
             self.engine_pool.wait_until_ready()
@@ -156,7 +157,7 @@ class VLAPPO(PPO):
     def training_step(self) -> None:
         """Sample, update, sync."""
         with self._timed("sample", ENV_RUNNER_SAMPLING_TIMER):
-            rollout: Rollout = self.collector.collect(self.iteration, self._vla.rollout.steps_per_iteration, self._successes.weights())
+            rollout: Rollout = self.collector.collect(self.iteration, self._vla.rollout.quota, self._successes.weights())
             for result in rollout.results:
                 self._successes.add(result.task_id, result.initial_state, result.success)
             self.metrics.aggregate(rollout.metrics, key=ENV_RUNNER_RESULTS)

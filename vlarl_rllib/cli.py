@@ -109,26 +109,41 @@ def make_checkpoint(
 
 
 @app.command()
-def collect(
-    out: Annotated[Path, typer.Option(help="The data set goes into OUT/<env>/1.0.0.")],
-    env: Annotated[str, typer.Option(help="An environment with a scripted expert: tabletop, synthetic.")] = "tabletop",
-    episodes: Annotated[int, typer.Option(help="Successful episodes to keep.")] = 100,
-    tasks: Annotated[str | None, typer.Option(metavar="0,3", help="Tasks, in turn; default all.", show_default=False)] = None,
-    noise: Annotated[float, typer.Option(help="Noise that pushes the arm off the expert's way; what is recorded is the expert's answer.")] = 0.0,
-    slowest: Annotated[float, typer.Option(help="Each episode's pace is drawn between this share of full speed and full speed (tabletop).")] = 1.0,
-    image_size: Annotated[int, typer.Option(help="Side of the frames in pixels: the policy's.")] = 56,
-    max_steps: Annotated[int | None, typer.Option(help="Episodes that take longer fail; default the horizon.", show_default=False)] = None,
-    num_processes: Annotated[int | None, typer.Option(help="Subprocesses; default cores.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of noise and resets.")] = 0,
+def quickstart(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where everything goes; default runs/<config>-<time>.")] = None,
 ) -> None:
-    """Have a scripted expert play, and keep what succeeds as an RLDS data set."""
-    from vlarl_rllib.collecting import run_collect
+    """Collect demonstrations, fine-tune on them and improve the policy with PPO, one after the other."""
+    from vlarl_rllib.run_directory import new_run_directory
 
-    numbers = {"episodes": episodes, "image-size": image_size, "max-steps": max_steps, "num-processes": num_processes}
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise SettingsError(f"--{name}: {value} must be at least 1")
-    raise typer.Exit(run_collect(out, env, episodes, _task_numbers(tasks), noise, slowest, image_size, max_steps, num_processes, seed))
+    if config is None:
+        raise SettingsError("CONFIG: missing; give a YAML file, for example configs/quickstart.yaml")
+    settings = Settings.from_yaml(config, overrides or [])
+    run = new_run_directory(run_dir, config.stem, None)
+    from vlarl_rllib.quickstart import check_quickstart, run_quickstart
+
+    check_quickstart(settings, run)
+    code = run_quickstart(settings, run)
+    if run.read_rows():
+        _report(run.path)
+    raise typer.Exit(code)
+
+
+@app.command()
+def collect(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The data set goes into OUT/<environment>/1.0.0.", show_default=False)] = None,
+) -> None:
+    """Have a scripted expert play, and keep what succeeds as an RLDS data set (env, collect)."""
+    if config is None or out is None:
+        raise SettingsError("CONFIG, --out: both are needed; give a YAML file, for example configs/quickstart.yaml, and a directory")
+    settings = Settings.from_yaml(config, overrides or [])
+    from vlarl_rllib.collecting import check_collect, run_collect
+
+    check_collect(settings, out)
+    raise typer.Exit(run_collect(settings, out))
 
 
 @app.command(name="eval")

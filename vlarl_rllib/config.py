@@ -120,7 +120,7 @@ class VLAPPOConfig(PPOConfig):
             num_env_runners=settings.rollout.num_runners,
             num_envs_per_env_runner=settings.env.num_envs,
             num_cpus_per_env_runner=settings.rollout.cpus_per_runner,
-            rollout_fragment_length=settings.rollout.steps_per_iteration,
+            rollout_fragment_length=settings.rollout.quota,
             batch_mode="truncate_episodes",
             sample_timeout_s=None,  # RLlib drops rollouts that take longer
             add_default_connectors_to_env_to_module_pipeline=False,
@@ -136,7 +136,7 @@ class VLAPPOConfig(PPOConfig):
             lr=training.lr,
             gamma=training.gamma,
             lambda_=training.gae_lambda,
-            train_batch_size_per_learner=-(-plan.steps_per_iteration // max(1, learners.num)),
+            train_batch_size_per_learner=-(-plan.num_slots * settings.rollout.quota // max(1, learners.num)),
             minibatch_size=None,
             num_epochs=training.num_epochs,
             grad_clip=training.grad_clip,

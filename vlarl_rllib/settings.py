@@ -104,6 +104,13 @@ class EnvSettings(Section):
 class RolloutSettings(Section):
     num_runners: PositiveInt = Field(1, description="EnvRunner actors.")
     steps_per_iteration: PositiveInt = Field(128, description="Environment steps that each slot contributes to an iteration.")
+    episodes_per_iteration: PositiveInt | None = Field(
+        None, description="Whole episodes that each slot contributes to an iteration, in place of steps; null = steps_per_iteration."
+    )
+    group_size: PositiveInt = Field(1, description="So many of a slot's whole episodes, one after the other, have the same start: a group.")
+    filter_groups: bool = Field(
+        False, description="Leave out groups whose episodes all have the same return: nothing is to be learned from them (arXiv 2503.14476)."
+    )
     temperature: PositiveFloat | None = Field(
         None,
         le=2.0,
@@ -118,6 +125,11 @@ class RolloutSettings(Section):
         3600.0, description="A runner that takes longer for its part of an iteration is frozen and is started anew."
     )
     cpus_per_runner: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each runner and its subprocesses.")
+
+    @property
+    def quota(self) -> int:
+        """What each slot contributes to an iteration: whole episodes where they are set, else steps."""
+        return self.episodes_per_iteration or self.steps_per_iteration
 
 
 class EngineSettings(Section):
@@ -167,7 +179,14 @@ class TrainingSettings(Section):
         description="behaviour = the sampler's; recompute = the learner's before its first step, with truncated importance weights for the gap.",
     )
     importance_cap: PositiveFloat = Field(2.0, description="Cap of the importance weight learner/sampler under old_log_probs: recompute.")
-    normalize_advantages: bool = Field(True, description="Zero mean and unit variance over all valid steps of the iteration, on all learners.")
+    advantages: Literal["gae", "grpo", "rloo"] = Field(
+        "gae",
+        description="gae = from the critic; grpo, rloo = of whole episodes against their group (arXiv 2402.03300, 2402.14740), without a critic.",
+    )
+    normalize_advantages: bool = Field(
+        True,
+        description="Of gae: zero mean and unit variance over the iteration, on all learners; grpo and rloo stay as they are.",
+    )
     whiten_rewards: bool = Field(
         False, description="Divide rewards by their standard deviation over all valid steps of the iteration; their mean stays, and with it success."
     )
@@ -211,6 +230,17 @@ class EvaluationSettings(Section):
     videos: Natural = Field(2, description="Films of each evaluation: of its first episodes, in RUN/videos.")
 
 
+class CollectSettings(Section):
+    episodes: PositiveInt = Field(100, description="Successful demonstrations that `vlarl collect` keeps, the tasks in turn.")
+    noise: NonNegativeFloat = Field(
+        0.0, description="Standard deviation of what pushes the arm off the expert's way, in full actions; what is recorded is the expert's answer."
+    )
+    paces: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
+        [1.0], description="Shares of full speed; each episode is played at one of them, drawn at random (tabletop). Twice = twice as often."
+    )
+    max_steps: PositiveInt | None = Field(None, description="Demonstrations that take longer are not kept; null = as in training.")
+
+
 class SFTSettings(Section):
     data: str | None = Field(None, description="Directory of an RLDS data set for `vlarl sft`.")
     split: str = Field("train", min_length=1, description="TFDS split of it, also a part such as train[:95%].")
@@ -249,6 +279,7 @@ class Settings(Section):
     rewards: RewardSettings = RewardSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    collect: CollectSettings = CollectSettings()
     sft: SFTSettings = SFTSettings()
     run: RunSettings = RunSettings()
 
@@ -278,6 +309,11 @@ class Settings(Section):
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+    def replaced(self, **sections: Mapping[str, Any]) -> Settings:
+        """A copy with other values for some keys of some sections. Raises `SettingsError`."""
+        values = self.to_dict()
+        return Settings.from_dict(values | {name: values[name] | dict(changes) for name, changes in sections.items()})
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

@@ -20,7 +20,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,10 +30,9 @@ from vlarl_rllib.export import write_model
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.run_directory import RunDirectory, installed_versions
 from vlarl_rllib.settings import Settings, calculate_runtime_args
-from vlarl_rllib.training import start_ray
+from vlarl_rllib.training import ray_session
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS
 from vlarl_rllib.weights import make_reader
-from vlarl_rllib.weights.shared_memory import reap_stale
 
 MODEL_DIRECTORY = "model"
 
@@ -118,20 +116,13 @@ def _learners(settings: Settings) -> Iterator[VLALearnerGroup]:
         total_cpus=learners.num * learners.cpus,
         total_gpus=learners.num * learners.gpus,
     )
-    began_ray = not ray.is_initialized()
-    group: VLALearnerGroup | None = None
-    try:
-        if began_ray:
-            start_ray(plan, settings)
-        spaces = (gym.spaces.Box(0, 255, (1, 1, 3), np.uint8), gym.spaces.MultiDiscrete([NUM_ACTION_BINS] * NUM_ACTION_TOKENS))
-        group = config.build_learner_group(spaces={"__env__": spaces, "__env_single__": spaces, "default_policy": spaces})
-        yield group
-    finally:
-        if group is not None:
+    spaces = (gym.spaces.Box(0, 255, (1, 1, 3), np.uint8), gym.spaces.MultiDiscrete([NUM_ACTION_BINS] * NUM_ACTION_TOKENS))
+    with ray_session(plan, settings):
+        group: VLALearnerGroup = config.build_learner_group(spaces={"__env__": spaces, "__env_single__": spaces, "default_policy": spaces})
+        try:
+            yield group
+        finally:
             group.shutdown()
-        if began_ray:
-            ray.shutdown()
-            reap_stale(Path("/dev/shm"))
 
 
 @contextmanager

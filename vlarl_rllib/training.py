@@ -68,13 +68,9 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     console.print(
         f"run directory {os.path.relpath(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), {settings.learners.num} learner(s)"
     )
-    try:
-        start_ray(plan, settings)
-        with _signals(stopper, log, console):  # only now: ray.init() installs a handler of its own, which aborts on SIGTERM
-            error = _fit_through_failures(config, settings, run, stopper, log, console)
-    finally:
-        ray.shutdown()
-        reap_stale(Path("/dev/shm"))
+    # ray.init() installs a handler of its own, which aborts on SIGTERM; so ours come after it.
+    with ray_session(plan, settings), _signals(stopper, log, console):
+        error = _fit_through_failures(config, settings, run, stopper, log, console)
     summary = summarize(settings, log.rows, earlier_seconds + time.time() - began)
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     return _finish(run, stopper, error, console)
@@ -138,6 +134,20 @@ def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: S
 
 def _trial_dirname(trial: Any) -> str:
     return f"trial_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@contextmanager
+def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
+    """`start_ray`, and the end of what it started; nothing of both where a session is there already."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        start_ray(plan, settings)
+        yield
+    finally:
+        ray.shutdown()
+        reap_stale(Path("/dev/shm"))
 
 
 def start_ray(plan: RuntimeArgs, settings: Settings) -> None:

@@ -26,7 +26,7 @@ def test_successes_are_kept_in_an_order_that_does_not_depend_on_the_processes(tm
     assert told[-1][0] == 6 and [played for _, played in told] == list(range(1, len(told) + 1))
     data = RLDSDataset(path)
     assert data.num_episodes == 6
-    expected = list(islice((demo for start in starts(request) if (demo := play(SPEC, start, 0.25, 1.0))), 6))
+    expected = list(islice((demo for start in starts(request) if (demo := play(SPEC, start, 0.25, (1.0,)))), 6))
     np.testing.assert_allclose(data.actions[:, :6], np.concatenate([demo.actions[:, :6] for demo in expected]), atol=1e-6)
     assert {data[i]["instruction"] for i in range(len(data))} == {"point at the red square", "point at the blue square"}
 
@@ -62,8 +62,8 @@ def test_the_tabletops_expert_is_noisy_and_nearly_always_kept(tmp_path: Path) ->
 def test_with_noise_the_experts_own_action_is_recorded_and_a_slow_pace_takes_more_steps() -> None:
     spec = EnvSpec(name="tabletop", image_size=28, max_steps=80)
     start = next(starts(CollectRequest(spec, tasks=(3,), episodes=1, out=Path("unused"), seed=1)))
-    noisy, fast = play(spec, start, 0.2, 1.0), play(spec, start, 0.0, 1.0)
+    noisy, fast = play(spec, start, 0.2, (1.0,)), play(spec, start, 0.0, (1.0,))
     assert noisy is not None and fast is not None
     assert set(np.unique(noisy.actions[:, :3] * 4 % 1)) == {0.0}  # quarters: the expert's, without the noise
-    slow = [demo for seed in range(4) if (demo := play(spec, Start(3, start.initial_state, seed), 0.0, 0.2)) is not None]
+    slow = [demo for seed in range(4) if (demo := play(spec, Start(3, start.initial_state, seed), 0.0, (0.25,))) is not None]
     assert np.mean([len(demo.actions) for demo in slow]) > len(fast.actions)

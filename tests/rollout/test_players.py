@@ -26,10 +26,13 @@ def reply(version: int = 7) -> SampleReply:
     return SampleReply(np.arange(7), np.full(7, -1.0, np.float32), version)
 
 
-def player() -> TrainingPlayer:
+def player(*, whole_episodes: bool = False, group_size: int = 1) -> TrainingPlayer:
     curriculum = FixedCurriculum([0], {0: range(40)}, first_slot=0, seed=1)
     rewards = WeightedRewards([(5.0, Success())], timeout_seconds=10.0, traceback_dir=Path("unused"))
-    return TrainingPlayer(0, 0, curriculum=curriculum, spaces=SPACES, temperature=1.0, rewards=rewards, decode=lambda tokens: tokens / 256, seed=1)
+    return TrainingPlayer(
+        0, 0, curriculum=curriculum, spaces=SPACES, temperature=1.0, rewards=rewards, decode=lambda tokens: tokens / 256, seed=1,
+        whole_episodes=whole_episodes, group_size=group_size,
+    )  # fmt: skip
 
 
 def test_an_episode_goes_on_across_iterations_and_a_success_is_scaled() -> None:
@@ -39,8 +42,8 @@ def test_an_episode_goes_on_across_iterations_and_a_success_is_scaled() -> None:
     for frame in (1, 2):
         assert slot.wants_action()
         slot.stepped(reply(), event("step", frame))
-    assert not slot.wants_action() and slot.missing_steps == 0
-    (first,) = slot.take()
+    assert not slot.wants_action() and slot.missing == 0
+    ((first,),) = slot.take()
     assert len(first) == 2 and not first.is_done and slot.results == []
     assert first.get_observations()[:, 0, 0, 0].tolist() == [0, 1, 2]
 
@@ -48,7 +51,7 @@ def test_an_episode_goes_on_across_iterations_and_a_success_is_scaled() -> None:
     slot.stepped(reply(8), event("step", 3, reward=1.0, terminated=True))
     slot.started(event("reset", 10))
     slot.stepped(reply(8), event("step", 11, truncated=True))
-    success, timed_out = slot.take()
+    ((success, timed_out),) = slot.take()
     assert success.get_observations()[:, 0, 0, 0].tolist() == [2, 3]
     assert success.get_rewards().tolist() == [5.0] and success.is_terminated
     assert timed_out.is_truncated and not timed_out.is_terminated
@@ -64,11 +67,11 @@ def test_a_dead_environment_costs_the_running_chunk_and_the_quota_is_still_met()
     slot.started(event("reset", 5))
     slot.stepped(reply(), event("step", 6))
     slot.dropped()
-    assert (slot.dropped_steps, slot.missing_steps) == (1, 2)
+    assert (slot.dropped_steps, slot.missing) == (1, 2)
     slot.started(event("reset", 8))
     for frame in (9, 10):
         slot.stepped(reply(), event("step", frame))
-    assert [len(chunk) for chunk in slot.take()] == [1, 2] and not slot.wants_action()
+    assert [[len(chunk) for chunk in chunks] for chunks in slot.take()] == [[1, 2]] and not slot.wants_action()
 
 
 def test_a_request_seed_depends_on_slot_iteration_and_step_alone() -> None:
@@ -83,3 +86,31 @@ def test_a_request_seed_depends_on_slot_iteration_and_step_alone() -> None:
         return found
 
     assert seeds(0) == seeds(0) and len(set(seeds(0) + seeds(1))) == 6
+
+
+def test_groups_are_whole_episodes_from_one_start_also_after_a_death_and_from_one_iteration_to_the_next() -> None:
+    slot = player(whole_episodes=True, group_size=2)
+    begun = []
+
+    def play(frames: int, *, dies: bool = False) -> None:
+        begun.append(slot.next_start())
+        slot.started(event("reset", 0))
+        for frame in range(frames):
+            slot.stepped(reply(), event("step", frame, terminated=frame + 1 == frames and not dies))
+        if dies:
+            slot.dropped()
+
+    slot.begin_iteration(0, 4)
+    play(3)
+    play(1, dies=True)
+    play(2)
+    play(1)
+    assert (slot.missing, slot.num_played, slot.dropped_steps) == (1, 6, 1)
+    play(1)
+    assert not slot.wants_action()
+    assert [[len(chunk) for chunk in group] for group in slot.take()] == [[3, 2], [1, 1]]
+    assert begun[0] == begun[1] == begun[2] and begun[3] == begun[4] != begun[0]
+
+    ahead = slot.next_start()  # the environment is reset while the learners update
+    slot.begin_iteration(1, 2)
+    assert slot.next_start() == ahead not in begun

@@ -45,8 +45,8 @@ class CollectRequest:
     """The data set goes into `out/<environment's name>/1.0.0`."""
     noise: float = 0.0
     """Standard deviation of what is added to the arm's three position deltas, in units of a full action."""
-    slowest: float = 1.0
-    """Each episode has a pace of its own, drawn between this share of full speed and full speed."""
+    paces: tuple[float, ...] = (1.0,)
+    """Shares of full speed, each in (0, 1]; every episode is played at one of them, drawn at random. One that is named twice comes twice as often."""
     seed: int = 0
     num_processes: int = 1
 
@@ -93,10 +93,10 @@ def starts(request: CollectRequest) -> Iterator[Start]:
         yield Start(task, training[task][turn % len(training[task])], derive_seed(request.seed, 3, index))
 
 
-def play(spec: EnvSpec, start: Start, noise: float, slowest: float) -> Demonstration | None:
+def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) -> Demonstration | None:
     """One episode of the expert; None where it fails."""
     random = np.random.default_rng(start.seed)
-    env, expert = _env(spec), make_expert(spec.name, random.uniform(slowest, 1.0))
+    env, expert = _env(spec), make_expert(spec.name, float(random.choice(paces)))
     _, info = env.reset(seed=start.seed, options={"task_id": start.task_id, "initial_state": start.initial_state})
     images: list[np.ndarray] = []
     actions: list[np.ndarray] = []
@@ -117,10 +117,10 @@ def play(spec: EnvSpec, start: Start, noise: float, slowest: float) -> Demonstra
 def _in_order(pool: ProcessPoolExecutor, request: CollectRequest) -> Iterator[Demonstration | None]:
     """Episodes in the order of their starts, so that the data do not depend on who was faster; a few are played ahead."""
     coming = starts(request)
-    futures = [pool.submit(play, request.spec, start, request.noise, request.slowest) for start in islice(coming, 2 * request.num_processes)]
+    futures = [pool.submit(play, request.spec, start, request.noise, request.paces) for start in islice(coming, 2 * request.num_processes)]
     while futures:
         demonstration = futures.pop(0).result()
-        futures += [pool.submit(play, request.spec, start, request.noise, request.slowest) for start in islice(coming, 1)]
+        futures += [pool.submit(play, request.spec, start, request.noise, request.paces) for start in islice(coming, 1)]
         yield demonstration
 
 

@@ -44,6 +44,8 @@ class RolloutBatch:
     """[N] int64: the chunk of each step."""
     column: np.ndarray
     """[N] int64: the place of each step in its chunk."""
+    chunk_contribution: np.ndarray
+    """[C] int64: the contribution that each chunk came in."""
     chunk_terminated: np.ndarray
     """[C] bool"""
     chunk_bootstrap: np.ndarray
@@ -92,7 +94,7 @@ def collate(contributions: Sequence[Sequence[SingleAgentEpisode]], prompt_ids: C
     """Put the chunks of all contributions one after the other.
 
     Args:
-        contributions: for each slot, its chunks in the order they were played.
+        contributions: for each slot, or group of episodes, its chunks in the order they were played.
         prompt_ids: instruction -> token ids.
 
     Raises:
@@ -127,6 +129,7 @@ def collate(contributions: Sequence[Sequence[SingleAgentEpisode]], prompt_ids: C
         rewards=torch.from_numpy(np.concatenate(rewards)),
         chunk=chunk,
         column=np.concatenate([np.arange(length) for length in lengths]),
+        chunk_contribution=np.repeat(np.arange(len(contributions)), [len(contribution) for contribution in contributions]),
         chunk_terminated=terminated,
         chunk_bootstrap=bootstrap,
         contribution_steps=tuple(sum(len(episode) for episode in contribution) for contribution in contributions),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
 from vlarl_rllib.learner.gae import gae, next_values, shaped_rewards
+from vlarl_rllib.learner.group_advantages import group_advantages
 from vlarl_rllib.learner.loss import LossInputs, LossSettings, ppo_loss
 from vlarl_rllib.policy.rl_module import ACTION_LOGITS, VALUES
 from vlarl_rllib.settings import Settings, calculate_runtime_args
@@ -210,9 +212,17 @@ class VLALearner(PPOTorchLearner):
         return {
             "old_values": old_values,
             "value_targets": flat_targets,
-            "advantages": fsdp.normalize(flat_advantages) if training.normalize_advantages else flat_advantages,
+            "advantages": self._scaled(flat_advantages, batch, rewards),
             "old_log_probs": log_probs if training.old_log_probs == "recompute" else batch.behaviour_log_probs,
         }
+
+    def _scaled(self, advantages: Tensor, batch: RolloutBatch, rewards: Tensor) -> Tensor:
+        """[N] what the policy learns from: these of GAE as the settings want them scaled, or those of `rewards` [C, T] within each group."""
+        training = self.settings.training
+        if training.advantages == "gae":
+            return fsdp.normalize(advantages) if training.normalize_advantages else advantages
+        groups = torch.from_numpy(batch.chunk_contribution)
+        return group_advantages(rewards.sum(1), groups, training.advantages)[batch.chunk]
 
     @torch.no_grad()
     def _score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -241,9 +251,10 @@ class VLALearner(PPOTorchLearner):
 
     def _optimize(self, batch: RolloutBatch, targets: dict[str, Tensor], plan: UpdatePlan, *, warm_up: bool) -> None:
         training = self.settings.training
-        loss_settings = LossSettings(
-            **{name: getattr(training, name) for name in LossSettings.__dataclass_fields__ if name != "train_policy"}, train_policy=not warm_up
-        )
+        keys = {name: getattr(training, name) for name in LossSettings.__dataclass_fields__ if name != "train_policy"}
+        loss_settings = LossSettings(**keys, train_policy=not warm_up)
+        if training.advantages != "gae":  # nothing reads a critic
+            loss_settings = replace(loss_settings, vf_coeff=0.0)
         history: list[dict[str, float]] = []
         for minibatch in plan.minibatches(self._rank, training.num_epochs, training.minibatch_size, self.settings.learners.micro_batch_size):
             sums: dict[str, float] = {}

@@ -45,6 +45,7 @@ RUNNER_SUMS = (
     "reward_zeros",
     "reward_cpu_retries",
     "token_checksum",
+    "uniform_groups",
 )
 """What `VLAEnvRunner` logs as sums over an iteration."""
 SECONDS = ("startup", "sample", "update", "sync", "evaluation", "recovery", "other")

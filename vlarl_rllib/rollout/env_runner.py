@@ -48,13 +48,15 @@ class Contribution:
     """What one `sample_slots` call brought."""
 
     refs: list[Any] = field(default_factory=list)
-    """One ref per slot that has new chunks; each a list of SingleAgentEpisode."""
+    """One ref per slot that has new chunks, or per group of episodes; each a list of SingleAgentEpisode."""
     num_steps: list[int] = field(default_factory=list)
+    uniform: list[bool] = field(default_factory=list)
+    """Of each ref, whether all episodes of the group have the same return, so that nothing tells a better one from a worse one."""
     played_steps: int = 0
     """Steps that this call played, handed over or not."""
-    missing_steps: int = 0
-    """Steps that the iteration still lacks, because an engine failed. Nothing is handed over then: a chunk that is cut there has other
-    advantages, and the runner's objects are no safer than the runner."""
+    missing: int = 0
+    """Steps or episodes that the iteration still lacks, because an engine failed. Nothing is handed over then: a chunk that is cut there
+    has other advantages, and the runner's objects are no safer than the runner."""
     engine_error: str | None = None
     metrics: Any = None
     results: list[EpisodeResult] = field(default_factory=list)
@@ -156,6 +158,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 rewards=self._rewards,
                 decode=tokenizer.decode,
                 seed=self.settings.run.seed,
+                whole_episodes=self.settings.rollout.episodes_per_iteration is not None,
+                group_size=self.settings.rollout.group_size,
             )
             for slot in range(len(slot_tasks))
         }
@@ -179,8 +183,9 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         return {"__env__": (self.env.observation_space, self.env.action_space), "__env_single__": single, DEFAULT_MODULE_ID: single}
 
     def sample(self, *, num_timesteps: int | None = None, **kwargs: Any) -> list[SingleAgentEpisode]:  # type: ignore[override]
-        """Play `num_timesteps` (default: an iteration's) divided over the slots and return the episodes themselves."""
-        per_slot = -(-num_timesteps // self.num_envs) if num_timesteps else self.settings.rollout.steps_per_iteration
+        """Play an iteration's share and return the episodes themselves; `num_timesteps` divided over the slots where steps are counted."""
+        rollout = self.settings.rollout
+        per_slot = -(-num_timesteps // self.num_envs) if num_timesteps and not rollout.episodes_per_iteration else rollout.quota
         contribution = self.sample_slots(self._iteration + 1, per_slot)
         return [episode for ref in contribution.refs for episode in ray.get(ref)]
 
@@ -213,8 +218,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         evaluating = self._evaluation.queue.playing.values() if self._evaluation else ()
         return Attached(os.getpid(), self._slot_tasks, tuple(evaluating))
 
-    def sample_slots(self, iteration: int, steps_per_slot: int, weights: Mapping[tuple[int, int], float] | None = None) -> Contribution:
-        """Play until each slot has contributed `steps_per_slot` to `iteration`, or an engine fails.
+    def sample_slots(self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float] | None = None) -> Contribution:
+        """Play until each slot has contributed `quota` steps, or whole episodes, to `iteration`, or an engine fails.
 
         Called again with the same `iteration` it goes on where the failure stopped it, and hands all of it over at the end.
 
@@ -226,12 +231,13 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         if iteration != self._iteration:
             self._iteration = iteration
             for player in self._players.values():
-                player.begin_iteration(iteration, steps_per_slot)
+                player.begin_iteration(iteration, quota)
         began = time.perf_counter()
-        missing = self._missing_steps()
+        played = sum(player.num_played for player in self._players.values())
         self._loop.run(self._players, self._require_sampler(), self._version)
         contribution = self._collect()
-        contribution.played_steps = max(0, missing - contribution.missing_steps)  # below 0 where a death cost more than was played
+        # Below 0 where a death cost more than was played.
+        contribution.played_steps = max(0, sum(player.num_played for player in self._players.values()) - played)
         self._log_rollout(contribution, time.perf_counter() - began)
         contribution.metrics = self.get_metrics()
         return contribution
@@ -273,21 +279,19 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             raise RuntimeError("attach() comes before sampling: this runner knows no engine")
         return self._sampler
 
-    def _missing_steps(self) -> int:
-        return sum(player.missing_steps for player in self._players.values())
-
     def _collect(self) -> Contribution:
         error = self._loop.engine_error
         contribution = Contribution(
-            missing_steps=self._missing_steps(),
+            missing=sum(player.missing for player in self._players.values()),
             engine_error=str(error) if error else None,
             runner=self.worker_index,
             pids={"runner": os.getpid(), "environments": self.env.processes.pids()},
         )
-        for player in self._players.values() if not contribution.missing_steps else ():
-            if chunks := player.take():
+        for player in self._players.values() if not contribution.missing else ():
+            for chunks in player.take():
                 contribution.refs.append(ray.put(chunks))
                 contribution.num_steps.append(sum(map(len, chunks)))
+                contribution.uniform.append(self.settings.rollout.group_size > 1 and len({float(chunk.get_return()) for chunk in chunks}) == 1)
                 contribution.token_checksum += sum(zlib.crc32(tokens.tobytes()) for chunk in chunks for tokens in chunk.get_actions())
         return contribution
 
@@ -313,6 +317,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             "dropped_steps": float(dropped),
             "engine_failures": float(contribution.engine_error is not None),
             "token_checksum": float(contribution.token_checksum),
+            "uniform_groups": float(sum(contribution.uniform)),
             **{name: float(self._rewards.failures[name]) for name in REWARD_FAULTS},
         }.items():
             self.metrics.log_value(name, value, reduce="sum")

@@ -62,10 +62,12 @@ class Player(Protocol):
 
 
 class TrainingPlayer:
-    """Contributes a fixed number of steps per iteration; an episode may go on in the next one.
+    """Contributes a fixed number of steps per iteration, where an episode may go on in the next one, or of whole episodes.
 
     Args:
         slot: index within the runner; `global_slot`: within the run.
+        whole_episodes: what is counted.
+        group_size: so many whole episodes, one after the other, have the same start.
         spaces: (observation, action) of one slot.
         rewards: what steps are worth, asked when they are handed over.
         decode: action token ids [T, 7] -> normalised actions.
@@ -82,32 +84,36 @@ class TrainingPlayer:
         rewards: WeightedRewards,
         decode: Callable[[np.ndarray], np.ndarray],
         seed: int,
+        whole_episodes: bool = False,
+        group_size: int = 1,
     ) -> None:
         self.results: list[EpisodeResult] = []
         self.dropped_steps = 0
         self._slot, self._global_slot, self._seed = slot, global_slot, seed
         self._curriculum, self._spaces = curriculum, spaces
         self._temperature, self._rewards, self._decode = temperature, rewards, decode
-        self._iteration, self._quota = 0, 0
-        self._episodes_begun = 0
+        self._whole_episodes, self._group_size = whole_episodes, group_size
+        self._iteration, self.missing, self.num_played = 0, 0, 0
+        self._episodes_begun = self._episodes_ended = 0
         self._chunk: SingleAgentEpisode | None = None
         self._done_chunks: list[SingleAgentEpisode] = []
         self._instruction = ""
         self._image: np.ndarray | None = None
 
-    def begin_iteration(self, iteration: int, num_steps: int) -> None:
-        """Ask for `num_steps` more steps; call it once per iteration."""
-        self._iteration, self._quota, self._episodes_begun = iteration, num_steps, 0
+    def begin_iteration(self, iteration: int, quota: int) -> None:
+        """Ask for so many steps, or whole episodes; call it once per iteration.
 
-    @property
-    def missing_steps(self) -> int:
-        """Steps still to be played in this iteration."""
-        return self._quota
+        From then on `missing` of them are still to be played, and `num_played` counts steps.
+        """
+        self._iteration, self.missing, self.num_played = iteration, quota, 0
+        self._episodes_begun = self._episodes_ended = 0
 
     def next_start(self) -> Start:
-        start = self._curriculum.next_start(self._slot, self._iteration, self._episodes_begun)
+        if self._whole_episodes:  # begun anew after a death; and the one that is reset while the learners update is the next iteration's first
+            iteration, index = (self._iteration, self._episodes_ended) if self.missing else (self._iteration + 1, 0)
+            return self._curriculum.next_start(self._slot, iteration, index // self._group_size)
         self._episodes_begun += 1
-        return start
+        return self._curriculum.next_start(self._slot, self._iteration, self._episodes_begun - 1)
 
     def started(self, event: SlotEvent) -> None:
         self._instruction, self._image = event.instruction, event.image
@@ -116,11 +122,11 @@ class TrainingPlayer:
         self._chunk.add_env_reset(event.image)
 
     def wants_action(self) -> bool:
-        return self._quota > 0
+        return self.missing > 0
 
     def request(self) -> SampleRequest:
         assert self._image is not None, "a request without a frame"
-        seed = derive_seed(self._seed, 2, self._global_slot, self._iteration, self._quota)
+        seed = derive_seed(self._seed, 2, self._global_slot, self._iteration, self.num_played)
         return SampleRequest(self._image, self._instruction, seed, self._temperature)
 
     def stepped(self, reply: SampleReply, event: SlotEvent) -> None:
@@ -137,8 +143,11 @@ class TrainingPlayer:
         chunk.custom_data["length"] += 1
         chunk.custom_data["reward"] += event.reward
         self._image = event.image
-        self._quota -= 1
-        if event.terminated or event.truncated:
+        self.num_played += 1
+        ended = event.terminated or event.truncated
+        self.missing -= ended if self._whole_episodes else 1
+        if ended:
+            self._episodes_ended += 1
             length, total = chunk.custom_data["length"], chunk.custom_data["reward"]
             self.results.append(EpisodeResult(event.task_id, event.initial_state, length, event.success, total))
             self._done_chunks.append(chunk)
@@ -146,17 +155,20 @@ class TrainingPlayer:
 
     def dropped(self) -> None:
         if self._chunk is not None:
-            self._quota += len(self._chunk)
+            self.missing += 0 if self._whole_episodes else len(self._chunk)
+            self.num_played -= len(self._chunk)
             self.dropped_steps += len(self._chunk)
         self._chunk = None
 
-    def take(self) -> list[SingleAgentEpisode]:
-        """The chunks played since the last call, the running episode cut here; numpy inside."""
+    def take(self) -> list[list[SingleAgentEpisode]]:
+        """The chunks played since the last call, the running episode cut here: one list of all, or one of each group; numpy inside."""
         chunks, self._done_chunks = self._done_chunks, []
         if self._chunk is not None and len(self._chunk):
             chunks.append(self._chunk)
             self._chunk = self._chunk.cut()
-        return [self._rewarded(chunk.to_numpy()) for chunk in chunks]
+        rewarded = [self._rewarded(chunk.to_numpy()) for chunk in chunks]
+        size = self._group_size if self._group_size > 1 else max(1, len(rewarded))
+        return [rewarded[first : first + size] for first in range(0, len(rewarded), size)]
 
     def _rewarded(self, chunk: SingleAgentEpisode) -> SingleAgentEpisode:
         tokens = np.asarray(chunk.get_actions())

@@ -1,0 +1,117 @@
+"""`vlarl quickstart`: demonstrations, supervised fine-tuning and PPO one after the other, in one Ray session.
+
+RUN/demonstrations/  what the scripted expert showed (RLDS)
+    initial/         the preset with random weights, where `model.path` is one
+    sft/             the run of `vlarl sft`, with its model
+    stages.json      seconds, amount and success of each stage
+    ...              the run of `vlarl train`, which goes on from sft/model
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vlarl_rllib.checkpoints import write_atomically
+from vlarl_rllib.collecting import check_collect, run_collect
+from vlarl_rllib.data.rlds import read_statistics
+from vlarl_rllib.evaluation.report import wilson_interval
+from vlarl_rllib.models.presets import PRESETS, write_checkpoint
+from vlarl_rllib.observability.curves import evaluation_points
+from vlarl_rllib.preflight import check_environment, check_sft
+from vlarl_rllib.report import STAGES_FILE, stage_cells
+from vlarl_rllib.run_directory import RunDirectory
+from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
+from vlarl_rllib.sft import MODEL_DIRECTORY, run_sft
+from vlarl_rllib.training import ray_session, run_training
+
+DEMONSTRATIONS, INITIAL, SFT = "demonstrations", "initial", "sft"
+"""Folders in a run's directory."""
+
+
+def check_quickstart(settings: Settings, run: RunDirectory) -> None:
+    """Raise `SettingsError` for what would fail later anyway."""
+    if settings.unnorm_key != settings.env.name:
+        raise SettingsError(
+            f"model.unnorm_key: {settings.unnorm_key!r} is not what the demonstrations' statistics will be called; set it to {settings.env.name}"
+        )
+    if not settings.evaluation.episodes:
+        raise SettingsError("evaluation.episodes: 0 would leave nothing to show; set it to at least 1")
+    check_collect(settings, run.path / DEMONSTRATIONS)
+    check_sft(settings, data_to_come=True)
+    check_environment(settings.env.name)
+
+
+def run_quickstart(settings: Settings, run: RunDirectory) -> int:
+    """All stages and their table; the exit code of the first one that did not end well, else 0."""
+    console = Console(highlight=False, soft_wrap=True)
+    initial, sft = settings.model.path, RunDirectory(run.path / SFT)
+    if initial in PRESETS:
+        initial = str(run.path / INITIAL)
+        write_checkpoint(settings.model.path, initial, seed=settings.run.seed)
+    data = run.path / DEMONSTRATIONS / settings.env.name
+    for_sft = settings.replaced(model={"path": initial}, sft={"data": str(data)})
+    for_ppo = settings.replaced(model={"path": str(sft.path / MODEL_DIRECTORY)})
+
+    def fine_tune() -> int:
+        with sft.claimed(for_sft):
+            return run_sft(for_sft, sft)
+
+    def reinforce() -> int:
+        with run.claimed(for_ppo):
+            return run_training(for_ppo, run, resume_from=None)
+
+    stages: list[tuple[str, Callable[[], int]]] = [
+        ("demonstrations", lambda: run_collect(settings, run.path / DEMONSTRATIONS)),
+        ("supervised fine-tuning", fine_tune),
+        ("PPO", reinforce),
+    ]
+    seconds: dict[str, float] = {}
+    with ray_session(calculate_runtime_args(settings), settings):
+        for number, (name, stage) in enumerate(stages, start=1):
+            console.print(f"{number}/{len(stages)} {name}", style="bold")
+            began = time.perf_counter()
+            if code := stage():
+                return code
+            seconds[name] = time.perf_counter() - began
+    rows = _stage_rows(settings, run, sft, data, seconds)
+    write_atomically(run.path / STAGES_FILE, json.dumps(rows, indent=2) + "\n")
+    console.print(_table(rows))
+    return 0
+
+
+def _stage_rows(settings: Settings, run: RunDirectory, sft: RunDirectory, data: Path, seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """One for each stage: its name, seconds, amount in words, and the greedy success behind it, None where there is no policy yet."""
+    statistics = read_statistics(data)[1]
+    tuned, rows = sft.read_rows()[-1], run.read_rows()
+    before, after = (evaluation for _, evaluation in (evaluation_points(rows)[index] for index in (0, -1)))
+    amounts = (
+        (f"{statistics['num_trajectories']:,} episodes, {statistics['num_transitions']:,} steps", None),
+        (f"{tuned['step']:,} x {settings.sft.batch_size} steps", before),
+        (f"{rows[-1]['env_steps']:,} environment steps", after),
+    )
+    return [
+        {"stage": name, "seconds": seconds[name], "amount": amount, "success": _success(evaluation) if evaluation else None}
+        for name, (amount, evaluation) in zip(seconds, amounts, strict=True)
+    ]
+
+
+def _success(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Of greedy episodes from held-out starts: rate, 95 % Wilson interval, episodes, and the rate of each task."""
+    rate, episodes = evaluation["success_rate"], evaluation["episodes"]
+    low, high = wilson_interval(round(rate * episodes), episodes)
+    return {"rate": rate, "low": low, "high": high, "episodes": episodes, "by_task": evaluation["success_rate_by_task"]}
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    cells = [stage_cells(row) for row in rows]
+    table = Table(*cells[0])
+    for row in cells:
+        table.add_row(*row.values())
+    return table
