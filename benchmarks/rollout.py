@@ -43,16 +43,16 @@ def measure(arguments: argparse.Namespace, lockstep: bool) -> dict[str, Any]:
     )
     algorithm = VLAPPOConfig.from_settings(settings).build_algo()
     collect = algorithm.collector.collect
-    collect(0, arguments.steps)  # environments build their models, the engine warms up
+    collect(0, arguments.steps, {})  # environments build their models, the engine warms up
     results = []
     for iteration in range(1, 1 + arguments.repeats):
         engine_before = algorithm.engine_pool.statuses()[0].busy_seconds
         began = time.perf_counter()
-        rollout = collect(iteration, arguments.steps)
+        rollout = collect(iteration, arguments.steps, {})
         wall = time.perf_counter() - began
         engine = algorithm.engine_pool.statuses()[0].busy_seconds - engine_before
         env = sum(float(metrics["env_seconds"].peek()) for metrics in rollout.metrics) / settings.env.num_processes
-        results.append({"wall_seconds": wall, "env_seconds": env, "engine_seconds": engine, "steps": sum(rollout.num_steps)})
+        results.append({"wall_seconds": wall, "env_seconds": env, "engine_seconds": engine, "steps": sum(slot[2] for slot in rollout.slots)})
     algorithm.stop()
     best = min(results, key=lambda result: result["wall_seconds"])
     return best | {

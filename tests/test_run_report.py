@@ -46,6 +46,18 @@ def run(tmp_path: Path) -> Path:
     return directory
 
 
+def test_a_quickstarts_stages_are_in_the_report(run: Path) -> None:
+    success = {"rate": 0.5, "low": 0.41, "high": 0.59, "episodes": 128, "by_task": {"0": 0.5}}
+    stages = [
+        {"stage": "demonstrations", "seconds": 41.2, "amount": "800 episodes", "success": None},
+        {"stage": "PPO", "seconds": 300.0, "amount": "27,648 environment steps", "success": success},
+    ]
+    assert "Stages" not in write_report(run).read_text()
+    (run / "stages.json").write_text(json.dumps(stages))
+    text = write_report(run).read_text()
+    assert "41 s" in text and "27,648 environment steps" in text and "50.0 % of 128 (41 to 59 %)" in text
+
+
 def test_the_report_holds_everything_in_one_file(run: Path) -> None:
     (run / "videos").mkdir()
     (run / "videos" / "iteration_000000_task_00_start_040_failure.mp4").write_bytes(b"film")

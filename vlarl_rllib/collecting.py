@@ -28,15 +28,15 @@ def check_collect(settings: Settings, out: Path) -> None:
 
 def run_collect(settings: Settings, out: Path) -> int:
     """Collect and report; the process's exit code: 0 = done, 1 = the expert fails nearly always, 130 = ended by Ctrl-C."""
-    wanted, env = settings.collect, settings.env
+    env = settings.env
     image_size = read_checkpoint_facts(resolve_model(settings.model.path)).image_size
     request = CollectRequest(
-        EnvSpec(name=env.name, suite="", image_size=image_size, max_steps=wanted.max_steps or env.max_steps),
+        EnvSpec(name=env.name, suite="", image_size=image_size, max_steps=settings.collect.max_steps or env.max_steps),
         tasks=tuple(settings.task_ids),
-        episodes=wanted.episodes,
+        episodes=settings.collect.episodes,
         out=out,
-        noise=wanted.noise,
-        paces=tuple(wanted.paces),
+        noise=settings.collect.noise,
+        paces=tuple(settings.collect.paces),
         seed=settings.run.seed,
         num_processes=calculate_runtime_args(settings).num_processes,
     )
@@ -44,7 +44,7 @@ def run_collect(settings: Settings, out: Path) -> int:
     columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=wanted.episodes, shown="")
+            bar = progress.add_task("", total=settings.collect.episodes, shown="")
 
             def show(kept: int, played: int) -> None:
                 progress.update(bar, completed=kept, shown=f"expert succeeds in {100 * kept / played:.0f} %")

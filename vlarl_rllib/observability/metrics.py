@@ -104,10 +104,11 @@ def iteration_metrics(
 
 
 def evaluation_metrics(results: Sequence[EpisodeResult]) -> dict[str, Any]:
-    """Success over all episodes of an evaluation and by task."""
+    """Success over all episodes of an evaluation and by task; `failures` are the [task, start] that failed."""
     return {
         "episodes": len(results),
         "success_rate": float(np.mean([result.success for result in results])) if results else None,
         "mean_length": float(np.mean([result.length for result in results])) if results else None,
         "success_rate_by_task": {str(task): rate for task, rate in success_by_task(list(results)).items()},
+        "failures": sorted([result.task_id, result.initial_state] for result in results if not result.success),
     }

@@ -1,0 +1,105 @@
+"""`vlarl quickstart`: the stages follow each other in one Ray; and, slowly, that success rises and the controls' does not."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("tensorflow_datasets") is None:
+    pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
+
+CONFIG = """
+model: {path: tiny, unnorm_key: synthetic, center_crop: false}
+env: {name: synthetic, tasks: [0, 1], num_envs: 4, num_processes: 2, models_per_process: 2, max_steps: 6}
+collect: {episodes: 6, noise: 0.1}
+sft: {steps: 4, batch_size: 8, augment: false}
+rollout: {episodes_per_iteration: 4, group_size: 2, filter_groups: true}
+engines: {num: 0}
+learners: {num: 0, micro_batch_size: 16}
+training: {minibatch_size: 16, advantages: rloo, entropy_coeff: 0.01}
+evaluation: {episodes: 4, videos: 1}
+run: {iterations: 2, dashboard: false}
+"""
+POINTS = 0.30
+SEEDS = [0, 1, 2]
+
+
+def vlarl(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.run([sys.executable, "-m", "vlarl_rllib", *arguments], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_the_stages_follow_each_other_and_groups_are_whole_episodes(tmp_path: Path) -> None:
+    (tmp_path / "q.yaml").write_text(CONFIG)
+    run = tmp_path / "run"
+    done = vlarl("quickstart", str(tmp_path / "q.yaml"), "--run-dir", str(run))
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = json.loads((run / "stages.json").read_text())
+    assert [stage["stage"] for stage in stages] == ["demonstrations", "supervised fine-tuning", "PPO"]
+    assert stages[0]["success"] is None and stages[0]["amount"].startswith("6 episodes")
+    assert stages[1]["amount"] == "4 x 8 steps"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episodes"] for row in rows] == [16, 16], "4 slots, 4 whole episodes each"
+    assert all(0 <= row["uniform_groups"] <= 8 for row in rows)
+    assert stages[1]["success"]["rate"] == rows[0]["initial_evaluation"]["success_rate"]
+    assert stages[2]["success"]["rate"] == rows[-1]["evaluation"]["success_rate"]
+    assert len(rows[-1]["evaluation"]["failures"]) == round(4 * (1 - rows[-1]["evaluation"]["success_rate"]))
+    text = (run / "report.html").read_text()
+    assert "supervised fine-tuning" in text and "4 x 8 steps" in text and "video/mp4" in text
+
+    again = vlarl("quickstart", str(tmp_path / "q.yaml"), "--run-dir", str(run))
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "holds a run already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.unnorm_key=libero_spatial", "model.unnorm_key: 'libero_spatial' is not what the demonstrations' statistics will be called"),
+        ("evaluation.episodes=0", "evaluation.episodes: 0"),
+        ("env.name=libero", "env.name: 'libero' has no scripted expert"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_starts(tmp_path: Path, override: str, said: str) -> None:
+    (tmp_path / "q.yaml").write_text(CONFIG)
+    extra = ["--set", "model.unnorm_key=libero"] if "libero" in override and "env" in override else []
+    done = vlarl("quickstart", str(tmp_path / "q.yaml"), "--run-dir", str(tmp_path / "run"), "--set", override, *extra)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert said in done.stderr
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[int, dict[str, Any]]]:
+    """Two hours of runs; kept in runs/learning, where a broken-off test goes on. `python benchmarks/quickstart.py runs/learning` shows them."""
+    from benchmarks.quickstart import PARTS, measure
+
+    return measure(Path("runs/learning").resolve(), SEEDS, list(PARTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_success_rises_by_thirty_points_within_ten_minutes(results: dict[str, dict[int, dict[str, Any]]], seed: int) -> None:
+    found = results["quickstart"][seed]
+    before, after = found["before"]["success_rate"], found["after"]["success_rate"]
+    assert found["before"]["episodes"] == found["after"]["episodes"] == 128
+    assert 0.2 <= before <= 0.5 and after >= before + POINTS
+    assert found["wall_seconds"] <= 600
+
+
+@pytest.mark.slow
+def test_so_it_does_with_the_sampler_in_the_runner(results: dict[str, dict[int, dict[str, Any]]]) -> None:
+    found = results["local"][SEEDS[0]]
+    assert found["after"]["success_rate"] >= found["before"]["success_rate"] + POINTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_controls_do_not_learn(results: dict[str, dict[int, dict[str, Any]]], seed: int) -> None:
+    frozen, shuffled = results["frozen"][seed], results["shuffled"][seed]
+    assert frozen["after"] == frozen["before"], "to the episode"
+    assert shuffled["after"]["success_rate"] <= shuffled["before"]["success_rate"] + 0.10
