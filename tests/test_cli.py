@@ -68,6 +68,14 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("model.path:", "config.json of no_sizes has no 'image_sizes'"),
     ),
     "half a model": (["train", "good.yaml", "--set", "model.path=cut_short"], ("model.path:", "cut_short cannot be read")),
+    "a judge that is nowhere": (
+        ["train", "good.yaml", "--set", "rewards.process=1", "--set", "rewards.judge=absent"],
+        ("rewards.judge: absent has no config.json", "vlarl reward-model"),
+    ),
+    "a judge that cannot judge": (
+        ["train", "good.yaml", "--set", "rewards.process=1", "--set", "rewards.judge=other_model"],
+        ("rewards.judge: other_model holds a model of type 'llama'", "vision-language model"),
+    ),
     "a wrong unnorm_key": (["train", "good.yaml", "--set", "model.unnorm_key=bridge"], ("model.unnorm_key: 'bridge'", "choose from libero_10")),
     "resume without a run": (["train", "--resume"], ("--resume: needs --run-dir",)),
     "resume with a changed config": (["train", "--resume", "--run-dir", "runs/done", "--set", "run.seed=1"], ("--resume:", "no CONFIG, --set")),
@@ -85,6 +93,9 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a run without a checkpoint to evaluate": (["eval", "runs/without_checkpoint", "--env", "synthetic"], ("CHECKPOINT:", "has no config.json")),
     "results over other things": (["eval", "tiny", "--env", "synthetic", "--out", "other_model"], ("--out: other_model holds other things",)),
     "results over a file": (["eval", "tiny", "--env", "synthetic", "--out", "good.yaml"], ("--out: good.yaml cannot be made",)),
+    "no data for a reward model": (["reward-model", "--data", "absent", "--out", "new"], ("--data: absent: no data set below it",)),
+    "a reward model over another": (["reward-model", "--data", "absent", "--out", "other_model"], ("--out: other_model", "give a new directory")),
+    "a reward model without steps": (["reward-model", "--data", "absent", "--out", "new", "--steps", "0"], ("--steps: 0 must be at least 1",)),
     "an unknown preset": (["make-checkpoint", "large", "new"], ("PRESET: 'large'", "choose from tiny, small, mini")),
     "a checkpoint over another": (["make-checkpoint", "tiny", "other_model"], ("DIRECTORY: other_model", "give a new directory")),
 }
@@ -126,7 +137,7 @@ def test_help_names_the_commands_at_once(arguments: list[str], place: Path) -> N
     done = vlarl_quickly(arguments, place)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage:" in done.stdout
-    for command in ("train", "eval", "doctor", "make-checkpoint"):
+    for command in ("train", "eval", "reward-model", "doctor", "make-checkpoint"):
         assert f"  {command} " in done.stdout
 
 

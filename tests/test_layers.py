@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "algorithm"),
     ("run_directory", "preflight", "export"),
     ("training", "doctor"),
-    ("sft", "collecting"),
+    ("sft", "collecting", "reward_model"),
     ("evaluation",),
     ("report",),
     ("quickstart",),

@@ -195,6 +195,10 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("training.critic_warmup_iterations: 1", "advantages is rloo"),
     ),
     "values of no critic": ({**GROUPS, "rewards": {"value_shaping": 1.0}}, ("rewards.value_shaping: 1", "a trained critic")),
+    "a process reward without a judge": ({"rewards": {"process": 0.5}}, ("rewards.process: 0.5 needs a judge", "set rewards.judge")),
+    "a judge without a weight": ({"rewards": {"judge": "judge"}}, ("rewards.judge: 'judge'", "rewards.process 0", "set a weight")),
+    "GPUs without a judge": ({"rewards": {"judge_gpus": 0.5}}, ("rewards.judge_gpus: 0.5", "no judge", "set rewards.process and rewards.judge")),
+    "a judge without CPUs": ({"rewards": {"process": 1, "judge": "judge", "judge_cpus": 0}}, ("rewards.judge_cpus: 0", "greater than 0")),
     "a reward that is no number": ({"rewards": {"success": float("inf")}}, ("rewards.success: inf", "finite")),
 }
 
@@ -307,6 +311,12 @@ def test_bundles_are_driver_runners_learners_engines() -> None:
     driver, runner, learner, engine = {"CPU": 1.0}, {"CPU": 3.0}, {"CPU": 2.0, "GPU": 0.5}, {"CPU": 4.0, "GPU": 1.0}
     assert result.bundles == (driver, runner, runner, learner, learner, engine)
     assert (result.total_cpus, result.total_gpus) == (1 + 3 + 3 + 2 + 2 + 4, 0.5 + 0.5 + 1)  # 15 CPUs, 2 GPUs
+
+
+def test_a_judge_has_a_bundle_between_learners_and_engines() -> None:
+    result = plan(rewards={"process": 0.5, "judge": "judge", "judge_cpus": 2, "judge_gpus": 0.25}, engines={"num": 1, "cpus": 4})
+    assert result.bundles == ({"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0, "GPU": 0.25}, {"CPU": 4.0})
+    assert (result.total_cpus, result.total_gpus) == (1 + 1 + 1 + 2 + 4, 0.25)
 
 
 def test_without_learner_actors_the_driver_takes_their_resources() -> None:

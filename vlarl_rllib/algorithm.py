@@ -35,11 +35,18 @@ from vlarl_rllib.curriculum import Start, SuccessRecord
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
 from vlarl_rllib.observability.metrics import FAULTS, evaluation_metrics, iteration_metrics
+from vlarl_rllib.rewards.worker import RewardService
 from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
 from vlarl_rllib.rollout.video import keep_videos
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 logger = logging.getLogger(__name__)
+
+
+def _in_bundle(from_the_end: int) -> dict[str, Any]:
+    """Ray options for an actor in the trial's bundle that is so many from the end, the last one 1; none outside a placement group."""
+    group = ray.util.get_current_placement_group()
+    return {} if group is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, group.bundle_count - from_the_end)}
 
 
 def _no_environment(context: Any) -> None:
@@ -60,7 +67,7 @@ class VLAPPO(PPO):
 
     @classmethod
     def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
-        """Bundles of the Algorithm, the runners, the learners, and last the engines, which find theirs by counting from the end."""
+        """Bundles of the Algorithm, runners, learners, reward worker, and last the engines, which find theirs by counting from the end."""
         merged = cls.get_default_config().update_from_dict(config)
         return PlacementGroupFactory(list(calculate_runtime_args(merged.settings()).bundles), strategy=merged.placement_strategy)
 
@@ -85,7 +92,8 @@ class VLAPPO(PPO):
         self._successes = SuccessRecord(self._vla.curriculum.rule, self._vla.curriculum.temperature)
         root = self._checkpoint_root()
         self._store = CheckpointStore(root, self._vla.run.keep_checkpoints) if root else None
-        # Engines take longest to start and need nothing from the rest, so they start first and are waited for last.
+        # Engines and the judge take longest to start and need nothing from the rest, so they start first and are waited for last.
+        self.reward_service = self._start_reward_worker() if self._vla.rewards.process else None
         self.engine_pool = self._start_engines() if self._vla.engines.num else None
         super().setup(config)
         self.weight_sync = WeightSync(self.learner_group, self.engine_pool, self.config.policy_version)
@@ -94,12 +102,15 @@ class VLAPPO(PPO):
             self.weight_sync,
             self.engine_pool,
             self.learner_group,
+            reward_service=self.reward_service,
             restore_runners=lambda: self.restore_env_runners(self.env_runner_group),
             timeout_seconds=self._vla.rollout.timeout_seconds,
             filter_groups=self._vla.rollout.filter_groups,
         )
         if self.engine_pool is not None:
             self.engine_pool.wait_until_ready()
+        if self.reward_service is not None:
+            self.reward_service.wait_until_ready()
         self._start_over()
         self._seconds["startup"] = time.perf_counter() - began
 
@@ -114,19 +125,23 @@ class VLAPPO(PPO):
 
     def _start_engines(self) -> EnginePool:
         engines = self._vla.engines
-        group = ray.util.get_current_placement_group()
-        options: list[dict[str, Any]] = []
-        for index in range(engines.num):
-            options.append({"num_cpus": engines.cpus, "num_gpus": engines.gpus})
-            if group is not None:
-                bundle = group.bundle_count - engines.num + index
-                options[-1]["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, bundle)
+        options = [
+            {"num_cpus": engines.cpus, "num_gpus": engines.gpus, **_in_bundle(engines.num - index)}  # the last bundles
+            for index in range(engines.num)
+        ]
         return EnginePool(self.config.engine_spec(), engines.num, actor_options=options, start_timeout_seconds=engines.start_timeout_seconds)
+
+    def _start_reward_worker(self) -> RewardService:
+        rewards = self._vla.rewards
+        options = {"num_cpus": rewards.judge_cpus, "num_gpus": rewards.judge_gpus, **_in_bundle(self._vla.engines.num + 1)}  # before the engines'
+        assert rewards.judge is not None, "validated with rewards.process"
+        return RewardService(rewards.judge, "cuda" if rewards.judge_gpus else "cpu", actor_options=options)
 
     def cleanup(self) -> None:
         super().cleanup()
-        if (pool := getattr(self, "engine_pool", None)) is not None:
-            pool.shutdown()
+        for group in (getattr(self, "engine_pool", None), getattr(self, "reward_service", None)):
+            if group is not None:
+                group.shutdown()
 
     # One iteration
 
@@ -190,6 +205,7 @@ class VLAPPO(PPO):
             "runners": {str(index): pids for index, pids in rollout.pids.items()},
             "learners": self.learner_group.pids,
             "engines": self.engine_pool.pids if self.engine_pool is not None else [],
+            "reward_worker": self.reward_service.pid if self.reward_service is not None else None,
         }
         try:
             self._store.root.parent.mkdir(parents=True, exist_ok=True)
@@ -241,6 +257,7 @@ class VLAPPO(PPO):
         restarts = {
             "runner_restarts": self.collector.num_restarts,
             "engine_restarts": self.engine_pool.num_restarts if self.engine_pool is not None else 0,
+            "reward_worker_restarts": self.reward_service.num_restarts if self.reward_service is not None else 0,
         }
         return {name: self.config.faults.get(name, 0) + self._faults[name] + restarts.get(name, 0) for name in FAULTS}
 

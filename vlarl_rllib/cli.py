@@ -146,6 +146,25 @@ def collect(
     raise typer.Exit(run_collect(settings, out))
 
 
+@app.command(name="reward-model")
+def reward_model(
+    data: Annotated[Path, typer.Option(help="RLDS data set of successful demonstrations.")],
+    out: Annotated[Path, typer.Option(help="A new directory, for rewards.judge.")],
+    split: Annotated[str, typer.Option(help="TFDS split of the data, also a part such as train[:95%].")] = "train",
+    image_size: Annotated[int, typer.Option(help="Side that frames are brought to, in pixels.")] = 56,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
+    batch_size: Annotated[int, typer.Option(help="Frames per optimiser step.")] = 64,
+    lr: Annotated[float, typer.Option(help="AdamW learning rate.")] = 2e-3,
+    near: Annotated[int, typer.Option(help="Last frames of each episode that count as solved.")] = 2,
+    held_out: Annotated[float, typer.Option(help="Share of the episodes that measure and do not train.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of weights, batches and the choice of held-out episodes.")] = 0,
+) -> None:
+    """Train a classifier that tells solved frames from others: the learned process reward."""
+    from vlarl_rllib.reward_model import run_reward_model
+
+    raise typer.Exit(run_reward_model(data, out, split, image_size, steps, batch_size, lr, near, held_out, seed))
+
+
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[

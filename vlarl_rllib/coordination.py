@@ -21,6 +21,7 @@ from vlarl_rllib.curriculum import Start
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.engines.protocol import INITIAL_VERSION
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
+from vlarl_rllib.rewards.worker import RewardService
 from vlarl_rllib.rollout.env_runner import Attached, Contribution
 from vlarl_rllib.rollout.evaluation import EvaluationRound
 from vlarl_rllib.rollout.players import EpisodeResult
@@ -139,6 +140,7 @@ class RunnerCalls:
         runners: RLlib's group of VLAEnvRunners.
         sync: for the engines' health and the weights' version.
         pool: None with in-process samplers.
+        reward_service: None without a judge.
         restore_runners: brings restarted runners back into the group.
         timeout_seconds: a runner that takes longer for a call is frozen; it is killed and started anew.
     """
@@ -149,10 +151,11 @@ class RunnerCalls:
         sync: EngineWeights,
         pool: EnginePool | None,
         *,
+        reward_service: RewardService | None = None,
         restore_runners: Callable[[], Any],
         timeout_seconds: float,
     ) -> None:
-        self._runners, self._sync, self._pool = runners, sync, pool
+        self._runners, self._sync, self._pool, self._reward_service = runners, sync, pool, reward_service
         self._restore_runners, self._timeout_seconds = restore_runners, timeout_seconds
         self.num_restarts = 0
         """Runners that came back as a new process. RLlib counts only those that it saw dead: Ray may be faster than the next call."""
@@ -203,10 +206,13 @@ class RunnerCalls:
         self._foreach("begin_new_episodes", {index: {} for index in self._runners.healthy_worker_ids()})
 
     def _attach(self) -> dict[int, Attached]:
-        """Make engines current and tell the runners about them; those that are ready to sample."""
+        """Make engines current, see after the reward worker, and tell the runners about them; those that are ready to sample."""
         self._sync.make_engines_current()
         handles = self._pool.handles if self._pool is not None else []
         attach = {"engines": handles, "version": self._sync.version, "manifest": self._sync.manifest}
+        if self._reward_service is not None:
+            self._reward_service.ensure_alive()
+            attach["reward_worker"] = self._reward_service.handle
         attached: dict[int, Attached] = self._foreach("attach", dict.fromkeys(self._runners.healthy_worker_ids(), attach))
         pids = {index: runner.pid for index, runner in attached.items()}
         self.num_restarts += sum(self._runner_pids.get(index, pid) != pid for index, pid in pids.items())
@@ -263,7 +269,7 @@ class RolloutCollector(RunnerCalls):
     """Has the runners sample until the learners have an iteration's steps, through failures of engines and runners.
 
     Args:
-        runners, sync, pool, restore_runners, timeout_seconds: see `RunnerCalls`.
+        runners, sync, pool, reward_service, restore_runners, timeout_seconds: see `RunnerCalls`.
         learners: receive what was sampled.
         filter_groups: whether uniform groups are left out.
     """
@@ -275,11 +281,12 @@ class RolloutCollector(RunnerCalls):
         pool: EnginePool | None,
         learners: VLALearnerGroup,
         *,
+        reward_service: RewardService | None = None,
         restore_runners: Callable[[], Any],
         timeout_seconds: float,
         filter_groups: bool = False,
     ) -> None:
-        super().__init__(runners, sync, pool, restore_runners=restore_runners, timeout_seconds=timeout_seconds)
+        super().__init__(runners, sync, pool, reward_service=reward_service, restore_runners=restore_runners, timeout_seconds=timeout_seconds)
         self._learners, self._filter_groups = learners, filter_groups
 
     def collect(self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float]) -> Rollout:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vlarl_rllib.settings import EnvSettings, Settings
+    from vlarl_rllib.settings import EnvSettings, RewardSettings, Settings
 
 LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
 """Tasks of each standard suite (LIBERO, arXiv 2306.03310, section 4)."""
@@ -39,7 +39,8 @@ class RuntimeArgs:
     slot_tasks: tuple[tuple[int, ...], ...]
     """For each runner, the task of each of its slots."""
     bundles: tuple[dict[str, float], ...]
-    """Resources of: the Algorithm, each runner, each learner, each engine, in the order of the placement group."""
+    """Resources of: the Algorithm, each runner, each learner, the reward worker where there is one, each engine; the order of the placement
+    group."""
     total_cpus: float
     total_gpus: float
     evaluation_episodes: int
@@ -48,13 +49,14 @@ class RuntimeArgs:
 
 def calculate_runtime_args(settings: Settings, *, cores: int | None = None) -> RuntimeArgs:
     """Derive sizes and resources. Pure but for the default of `cores`, this machine's."""
-    env, rollout, learners, engines = settings.env, settings.rollout, settings.learners, settings.engines
+    env, rollout, learners, engines, rewards = settings.env, settings.rollout, settings.learners, settings.engines, settings.rewards
     steps = None if rollout.episodes_per_iteration else rollout.num_runners * env.num_envs * rollout.steps_per_iteration
     minibatches = math.ceil(steps / settings.training.minibatch_size) if steps else None
     ranks = max(1, learners.num)
     bundles = [{"CPU": 1.0 if learners.num else max(1.0, learners.cpus), "GPU": 0.0 if learners.num else learners.gpus}]
     bundles += [{"CPU": rollout.cpus_per_runner}] * rollout.num_runners
     bundles += [{"CPU": learners.cpus, "GPU": learners.gpus}] * learners.num
+    bundles += [{"CPU": rewards.judge_cpus, "GPU": rewards.judge_gpus}] * bool(rewards.process)
     bundles += [{"CPU": engines.cpus, "GPU": engines.gpus}] * engines.num
     return RuntimeArgs(
         num_slots=rollout.num_runners * env.num_envs,
@@ -145,6 +147,7 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
         yield f"model.critic_path: {s.model.critic_path!r} has no effect with critic {s.model.critic}; set model.critic to separate, or remove it"
     if s.learners.fsdp.cpu_offload and not s.learners.gpus:
         yield "learners.fsdp.cpu_offload: true needs learners on a GPU; set learners.gpus or leave it false"
+    yield from _impossible_rewards(s.rewards)
     if s.evaluation.every and not s.evaluation.episodes:
         yield f"evaluation.every: {s.evaluation.every} evaluates nothing with evaluation.episodes 0; raise episodes or set every to 0"
     if s.training.critic_warmup_iterations >= s.run.iterations and s.training.critic_warmup_iterations:
@@ -176,6 +179,15 @@ def _impossible_groups(s: Settings) -> Iterator[str]:
             f"rewards.value_shaping: {s.rewards.value_shaping:g} needs a trained critic, which training.advantages {kind} has not; "
             "set it to 0, or advantages to gae"
         )
+
+
+def _impossible_rewards(rewards: RewardSettings) -> Iterator[str]:
+    if rewards.process and not rewards.judge:
+        yield f"rewards.process: {rewards.process:g} needs a judge; set rewards.judge to a directory that vlarl reward-model wrote, or process to 0"
+    if rewards.judge and not rewards.process:
+        yield f"rewards.judge: {rewards.judge!r} has no effect with rewards.process 0; set a weight, or judge to null"
+    if rewards.judge_gpus and not rewards.process:
+        yield f"rewards.judge_gpus: {rewards.judge_gpus:g} has no judge to go to; set rewards.process and rewards.judge, or judge_gpus to 0"
 
 
 def num_tasks(env: EnvSettings) -> int:

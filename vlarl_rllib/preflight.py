@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
 from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
+from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, calculate_runtime_args
 
 
@@ -16,11 +17,17 @@ def check(settings: Settings) -> None:
     """Raise `SettingsError` for what would fail later anyway."""
     check_model(settings.model.path, settings.unnorm_key)
     _check_additions(settings.model)
+    if settings.rewards.judge:
+        try:
+            check_judge(Path(settings.rewards.judge).expanduser())
+        except ValueError as error:
+            raise SettingsError(f"rewards.judge: {error}") from error
     check_environment(settings.env.name)
     plan = calculate_runtime_args(settings)
     if plan.total_gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
         raise SettingsError(
-            f"engines.gpus, learners.gpus: the plan needs {plan.total_gpus:g} GPU(s) but this machine shows none; set both to 0 to run on the CPU"
+            f"engines.gpus, learners.gpus, rewards.judge_gpus: the plan needs {plan.total_gpus:g} GPU(s) but this machine shows none; "
+            "set them to 0 to run on the CPU"
         )
 
 

@@ -210,6 +210,12 @@ class RewardSettings(Section):
     value_shaping: NonNegativeFloat = Field(
         0.0, description="Weight of gamma V(next) - V(now), the critic's own values as a potential (Ng et al. 1999)."
     )
+    process: NonNegativeFloat = Field(0.0, description="Weight of what a step adds to the score that rewards.judge gives the frame, in [0, 1].")
+    judge: str | None = Field(
+        None, min_length=1, description="Directory that vlarl reward-model wrote, or of a Hugging Face vision-language model; null = none."
+    )
+    judge_gpus: NonNegativeFloat = Field(0.0, le=1.0, description="GPUs of the judge's worker; a fraction shares a GPU, 0 = CPU.")
+    judge_cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for the judge's worker.")
     timeout_seconds: PositiveFloat = Field(10.0, description="A reward that takes longer for a chunk of an episode counts as failed: zero.")
 
 

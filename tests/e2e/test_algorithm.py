@@ -16,6 +16,7 @@ import ray
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
 from vlarl_rllib.settings import Settings
 
 STEPS = 4 * 40
@@ -24,12 +25,15 @@ STEPS = 4 * 40
 
 @pytest.fixture(scope="module")
 def algorithm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLAPPO]:
+    judge = tmp_path_factory.mktemp("judge")
+    SuccessClassifier(ClassifierConfig(28, ("red", "green"))).save(judge)
     settings = Settings.from_dict(
         {
             "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 4, "num_processes": 2, "max_steps": 10},
             "rollout": {"steps_per_iteration": 40},
             "learners": {"num": 1, "micro_batch_size": 32},
             "training": {"minibatch_size": 80, "lr": 1e-4},
+            "rewards": {"process": 0.1, "judge": str(judge)},
             "evaluation": {"episodes": 6},
             "run": {"iterations": 100, "seed": 1},
         }
@@ -111,6 +115,27 @@ def _alive(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_killed_reward_worker_costs_no_reward_and_serves_again(algorithm: VLAPPO) -> None:
+    before = train(algorithm)
+    assert before["reward_cpu_retries"] == before["reward_zeros"] == 0, "the worker judges"
+    for seconds in (0.3, 0.1, 0.6, 0.9):  # it is to be away at the end of sampling, when it is asked: dead, and not yet restarted
+        before = train(algorithm)
+        pid = processes(algorithm)["reward_worker"]
+        later(seconds, pid)
+        row = train(algorithm)
+        assert row["env_steps"] == before["env_steps"] + STEPS and row["reward_zeros"] == 0
+        if row["reward_cpu_retries"]:
+            break
+    assert row["faults"]["reward_cpu_retries"] > before["faults"]["reward_cpu_retries"], "no kill came at the right time"
+    deadline = time.monotonic() + 60
+    while row["faults"]["reward_worker_restarts"] == before["faults"]["reward_worker_restarts"] or row["reward_cpu_retries"]:
+        assert time.monotonic() < deadline and row["reward_zeros"] == 0
+        row = train(algorithm)
+    assert processes(algorithm)["reward_worker"] != pid and not _alive(pid)
+    errors = [file.read_text() for file in (algorithm._store.root.parent / "reward_errors").glob("reward_process_*.txt")]
+    assert errors and all("ActorUnavailableError" in error or "ActorDiedError" in error for error in errors)
 
 
 def test_a_frozen_environment_is_ended(algorithm: VLAPPO) -> None:
@@ -207,7 +232,7 @@ def test_iterations_and_syncs_leave_nothing_behind(algorithm: VLAPPO) -> None:
     """The short form of test_soak.py."""
     train(algorithm)
     roles = processes(algorithm)
-    pids = [*roles["engines"], *roles["learners"], runner_pid(algorithm), *environment_pids(algorithm)]
+    pids = [*roles["engines"], *roles["learners"], roles["reward_worker"], runner_pid(algorithm), *environment_pids(algorithm)]
 
     def sync_and_measure() -> tuple[list[int], list[int], int]:
         for _ in range(10):

@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
+
 CONFIG = """
 env: {name: synthetic, tasks: [0, 1], num_envs: 2, num_processes: 1, models_per_process: 2, max_steps: 8}
 rollout: {steps_per_iteration: 16}
@@ -139,10 +141,12 @@ def test_a_run_survives_ctrl_c_sigterm_and_the_death_of_its_processes(tmp_path: 
 
 
 @pytest.mark.timeout(600)
-def test_the_smoke_config_on_real_libero_with_real_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, others = tmp_path / "run", weights_in_shared_memory()
+def test_the_smoke_config_on_real_libero_with_real_vllm_and_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, judge, others = tmp_path / "run", tmp_path / "judge", weights_in_shared_memory()
+    SuccessClassifier(ClassifierConfig(28, ("bowl", "plate"))).save(judge)
     monkeypatch.setenv("VLARL_TEST_SESSION", f"{os.getpid()}-libero")
-    overrides = ("run.iterations=2", "rollout.steps_per_iteration=8", "training.minibatch_size=16", "env.max_steps=6", "run.dashboard=false")
+    overrides = ["run.iterations=2", "rollout.steps_per_iteration=8", "training.minibatch_size=16", "env.max_steps=6", "run.dashboard=false"]
+    overrides += ["rewards.process=0.1", f"rewards.judge={judge}"]
     process = start("configs/libero_smoke_cpu.yaml", "--run-dir", str(run), *(part for override in overrides for part in ("--set", override)))
     output, _ = process.communicate(timeout=500)
     monkeypatch.delenv("VLARL_TEST_SESSION")
@@ -153,6 +157,7 @@ def test_the_smoke_config_on_real_libero_with_real_vllm(tmp_path: Path, monkeypa
     assert first["approx_kl"] > 0.0 and max(row["first_ratio_deviation"] for row in (first, second)) < 1e-4
     summary = json.loads((run / "summary.json").read_text())
     assert summary["env_steps"] == 64 and summary["engine"] == "vllm" and summary["versions"]["mujoco"].startswith("3.3.")
+    assert summary["faults"]["reward_zeros"] == summary["faults"]["reward_cpu_retries"] == 0, "the reward worker was there from the start"
     assert summary["success_rate_initial"] is not None and summary["success_rate_final"] is not None
     wait_until_gone(f"{os.getpid()}-libero", 15)
     assert session_processes(f"{os.getpid()}-libero") == []

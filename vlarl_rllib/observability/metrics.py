@@ -54,6 +54,7 @@ FAULTS = (
     "env_deaths",
     "runner_restarts",
     "engine_restarts",
+    "reward_worker_restarts",
     "learner_restarts",
     "trial_restarts",
     "dropped_steps",

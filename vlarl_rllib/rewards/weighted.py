@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlarl_rllib.rewards.base import Reward, RewardEpisode, safe_get_reward
 from vlarl_rllib.rewards.heuristics import Length, MalformedReply, Smoothness
+from vlarl_rllib.rewards.process import ProcessReward
 from vlarl_rllib.rewards.success import Success
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ class WeightedRewards:
         self.failures: Counter[str] = Counter()
         """`reward_zeros` and `reward_cpu_retries`, since they were last taken."""
 
+    def attach(self, worker: Any) -> None:
+        """Have the process reward, where there is one, ask this reward worker."""
+        for _, reward in self._rewards:
+            if isinstance(reward, ProcessReward):
+                reward.attach(worker)
+
     def __call__(self, episode: RewardEpisode) -> np.ndarray:
         """[T] float32."""
         total = np.zeros(len(episode.actions), np.float32)
@@ -45,5 +52,7 @@ class WeightedRewards:
 def make_rewards(settings: RewardSettings, action_token_ids: range, traceback_dir: Path) -> WeightedRewards:
     """The rewards that the settings give a weight."""
     known = ((settings.success, Success()), (settings.malformed, MalformedReply(action_token_ids)), (settings.length, Length()))
-    chosen = [(weight, reward) for weight, reward in (*known, (settings.smoothness, Smoothness())) if weight]
+    chosen: list[tuple[float, Reward]] = [(weight, reward) for weight, reward in (*known, (settings.smoothness, Smoothness())) if weight]
+    if settings.process and settings.judge:
+        chosen.append((settings.process, ProcessReward(settings.judge, settings.timeout_seconds)))
     return WeightedRewards(chosen, timeout_seconds=settings.timeout_seconds, traceback_dir=traceback_dir)

@@ -200,8 +200,9 @@ class VLAEnvRunner(SingleAgentEnvRunner):
 
     # The Algorithm's calls
 
-    def attach(self, engines: list[Any], version: int, manifest: WeightManifest | None) -> Attached:
-        """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`."""
+    def attach(self, engines: list[Any], version: int, manifest: WeightManifest | None, reward_worker: Any = None) -> Attached:
+        """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`; and this reward worker."""
+        self._rewards.attach(reward_worker)
         if self.settings.engines.num:
             if not isinstance(self._sampler, RemoteSampler):
                 self._sampler = RemoteSampler(self._loop.completions, engines)

@@ -1,0 +1,91 @@
+"""The learned process reward: what a step does to a judge's score.
+
+T = steps of a chunk of an episode, S = image side in pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vlarl_rllib.rewards.base import Reward, RewardEpisode
+from vlarl_rllib.rewards.judge import Judge, load_judge
+
+WAIT_SHARE = 0.9
+"""Of the reward's time-out, for the worker's answer: the call ends by itself before it is given up."""
+
+
+class ProcessReward(Reward):
+    """Score of the frame behind a step minus score of the frame before it, by the run's reward worker.
+
+    The differences of an episode add up to its last score minus its first, at most 1, in however many chunks it is handed over.
+
+    Args:
+        judge_directory: what the worker has loaded; `on_cpu` loads it in this process.
+        timeout_seconds: see `safe_get_reward`.
+    """
+
+    name = "process"
+
+    def __init__(self, judge_directory: str, timeout_seconds: float) -> None:
+        super().__init__()
+        self._directory, self._wait_seconds = judge_directory, WAIT_SHARE * timeout_seconds
+        self._worker: Any = None
+        self._was_late = False
+        self._local: LocalProcessReward | None = None
+
+    def attach(self, worker: Any) -> None:
+        """Ask this `RewardWorker` actor from now on, also where it was late before."""
+        self._worker, self._was_late = worker, False
+
+    def __call__(self, episode: RewardEpisode) -> np.ndarray:
+        """[T] float32.
+
+        Raises:
+            RuntimeError: there is no worker.
+            TimeoutError: it gave no answer in time, now or since it was attached: each call would cost as much again.
+            ValueError: it gave something that is no score.
+            Exception: Ray's, or what the judge raised.
+        """
+        import ray
+
+        if self._worker is None:
+            raise RuntimeError("no reward worker is attached")
+        if self._was_late:
+            raise TimeoutError("the reward worker was late before, and is asked again when the next round of sampling begins")
+        try:
+            scores = ray.get(self._worker.score.remote(episode.images, episode.instruction), timeout=self._wait_seconds)
+        except ray.exceptions.GetTimeoutError as error:
+            self._was_late = True
+            raise TimeoutError(f"the reward worker gave no answer within {self._wait_seconds:g} s") from error
+        return differences(scores, len(episode.actions))
+
+    def on_cpu(self) -> Reward:
+        """The same judge in this process, loaded once."""
+        if self._local is None:
+            self._local = LocalProcessReward(load_judge(self._directory))
+        return self._local
+
+
+class LocalProcessReward(Reward):
+    """`ProcessReward` by a judge in this process."""
+
+    name = "process"
+
+    def __init__(self, judge: Judge) -> None:
+        super().__init__()
+        self._judge = judge
+
+    def __call__(self, episode: RewardEpisode) -> np.ndarray:
+        return differences(self._judge.score(episode.images, episode.instruction), len(episode.actions))
+
+
+def differences(scores: np.ndarray, num_steps: int) -> np.ndarray:
+    """[T+1] scores -> [T] float32 changes. Raises ValueError for another shape, or scores outside [0, 1]."""
+    array = np.asarray(scores, dtype=np.float32)
+    if array.shape != (num_steps + 1,):
+        raise ValueError(f"a judge's scores of {num_steps} steps have shape ({num_steps + 1},), got {array.shape}")
+    if not ((array >= 0.0) & (array <= 1.0)).all():
+        raise ValueError(f"a judge's scores lie in [0, 1], got {array.min():g} to {array.max():g}")
+    return np.diff(array)

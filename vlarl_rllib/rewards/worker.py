@@ -1,0 +1,113 @@
+"""The reward worker of a run: one Ray actor with a judge, which all runners ask.
+
+Ray starts it anew when it dies. Lives in the Algorithm's process, beside the engine pool; runners only get `handle`.
+
+    service = RewardService(directory, "cpu", actor_options={"num_cpus": 1})   # returns at once
+    service.wait_until_ready()
+    service.ensure_alive()                                 # before each sample call
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError
+
+from vlarl_rllib.errors import one_line
+from vlarl_rllib.rewards.judge import check_judge, load_judge
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_SECONDS = 600.0
+"""Longest wait for the worker, which loads a model of some billion parameters from a network disk at worst."""
+PING_TIMEOUT_SECONDS = 30.0
+"""A worker that does not answer for so long between two rounds of sampling is frozen."""
+RESTART_POLL_SECONDS = 0.5
+
+
+class RewardWorker:
+    """The actor. Raises ValueError from its constructor where the directory holds no judge."""
+
+    def __init__(self, directory: str, device: str) -> None:
+        self._judge = load_judge(directory, device)
+
+    def ping(self) -> int:
+        """The process id."""
+        return os.getpid()
+
+    def score(self, images: np.ndarray, instruction: str) -> np.ndarray:
+        """See `Judge.score`."""
+        return self._judge.score(images, instruction)
+
+
+class RewardService:
+    """Starts the worker, sees that it answers, and ends it. The constructor does not wait.
+
+    Args:
+        directory: of the judge.
+        device: "cpu" or "cuda".
+        actor_options: Ray options: num_cpus, num_gpus, scheduling_strategy, ...
+        ping_timeout_seconds: a worker that does not answer for so long is killed; Ray starts another.
+        worker_class: the actor's class.
+
+    Raises:
+        ValueError: in one line, where the directory holds no judge; no actor is started then.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        device: str,
+        *,
+        actor_options: dict[str, Any],
+        ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
+        worker_class: type = RewardWorker,
+    ) -> None:
+        check_judge(directory)
+        self._arguments = (directory, device)
+        actor_class: Any = ray.remote(worker_class)
+        self._actor_class = actor_class.options(max_restarts=-1, max_task_retries=0, **actor_options)
+        self._ping_timeout_seconds = ping_timeout_seconds
+        self.pid = 0
+        """Process id of the worker, as of when it last answered."""
+        self.num_restarts = 0
+        """Workers that answered as a new process."""
+        self.handle: Any = self._actor_class.remote(*self._arguments)
+
+    def wait_until_ready(self, timeout_seconds: float = START_TIMEOUT_SECONDS) -> None:
+        """Wait for the judge to be loaded. Raises RuntimeError, with the worker gone, where that fails or takes too long."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                self.pid = ray.get(self.handle.ping.remote(), timeout=max(0.0, deadline - time.monotonic()))
+                return
+            except ActorUnavailableError:  # it was killed while it started, and Ray starts another
+                time.sleep(RESTART_POLL_SECONDS)
+            except (RayError, GetTimeoutError) as error:
+                self.shutdown()
+                raise RuntimeError(f"the reward worker does not start: {one_line(error)}") from error
+
+    def ensure_alive(self) -> None:
+        """Kill a worker that is frozen and replace one that Ray has given up. Waits for no restart: meanwhile runners judge by themselves."""
+        try:
+            pid = ray.get(self.handle.ping.remote(), timeout=self._ping_timeout_seconds)
+        except GetTimeoutError:
+            logger.warning("the reward worker gave no answer within %g s; it is killed", self._ping_timeout_seconds)
+            ray.kill(self.handle, no_restart=False)
+        except ActorDiedError as error:  # its constructor failed, after a restart
+            logger.warning("the reward worker is lost (%s); another one is started", one_line(error))
+            self.handle = self._actor_class.remote(*self._arguments)
+        except RayError as error:
+            logger.warning("the reward worker is being restarted: %s", one_line(error))
+        else:
+            self.num_restarts += pid != self.pid
+            self.pid = pid
+
+    def shutdown(self) -> None:
+        """Kill the worker for good; safe to call twice."""
+        ray.kill(self.handle, no_restart=True)
