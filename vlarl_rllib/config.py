@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.util.debug import log_once
 
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.settings import Settings, calculate_runtime_args
@@ -86,6 +87,7 @@ class VLAPPOConfig(PPOConfig):
     def validate(self) -> None:
         if not self._is_frozen:
             self._apply(self.settings())
+        log_once(f"{self.algo_class.__name__}_on_new_api_stack")  # or RLlib explains its new API stack to users, who did not choose it
         super().validate()
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:

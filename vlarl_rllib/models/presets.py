@@ -206,6 +206,8 @@ def write_checkpoint(preset_name: str, directory: str | Path, seed: int = 0) -> 
 
     The same seed gives the same bytes. Raises ValueError for an unknown preset.
     """
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
     from vlarl_rllib.models.openvla import PrismaticImageProcessor
 
     if preset_name not in PRESETS:
@@ -213,7 +215,11 @@ def write_checkpoint(preset_name: str, directory: str | Path, seed: int = 0) -> 
     preset = PRESETS[preset_name]
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    build_model(preset, seed).save_pretrained(directory)
+    disable_progress_bar()  # of one shard; it would be the first thing that a quickstart shows
+    try:
+        build_model(preset, seed).save_pretrained(directory)
+    finally:
+        enable_progress_bar()
     PrismaticImageProcessor.for_image_size(preset.image_size).save_pretrained(directory)
     write_tokenizer(preset, directory)
 
