@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vlarl_rllib import coordination
-from vlarl_rllib.coordination import LoadedWeights, RunnerCalls
+from vlarl_rllib.coordination import LoadedWeights, Rollout, RunnerCalls
 from vlarl_rllib.curriculum import Start
 from vlarl_rllib.rollout.env_runner import Attached
 from vlarl_rllib.rollout.evaluation import EvaluationRound, StartQueue
@@ -170,3 +170,15 @@ def test_with_several_runners_a_task_is_in_few_hands() -> None:
     shares = coordination._share(EVERYTHING, attached, change_tasks=True)
     assert [{start.task_id for start in share} for share in shares.values()] == [{0, 1}, {2, 3}]
     assert [len(share) for share in shares.values()] == [12, 12]
+
+
+def test_uniform_groups_are_left_out_but_for_what_every_learner_needs() -> None:
+    def kept(uniform: list[bool], enough: int) -> list[str]:
+        rollout = Rollout([(1, f"group {index}", 8, same) for index, same in enumerate(uniform)])
+        rollout.filter_groups(enough)
+        assert rollout.lost_steps == 0
+        return [ref for _, ref, _, _ in rollout.slots]
+
+    assert kept([True, False, True, False], enough=1) == ["group 1", "group 3"]
+    assert kept([True, False, True], enough=2) == ["group 1", "group 0"]
+    assert kept([True, True, True], enough=2) == ["group 0", "group 1"]

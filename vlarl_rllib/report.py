@@ -105,7 +105,7 @@ def stage_cells(stage: dict[str, Any]) -> dict[str, str]:
         "stage": stage["stage"],
         "time": f"{stage['seconds']:.0f} s",
         "amount": stage["amount"],
-        "greedy success on held-out starts (95 %)": f"{100 * success['rate']:.1f} % of {success['episodes']} "
+        "greedy success (95 %)": f"{100 * success['rate']:.1f} % of {success['episodes']} "
         f"({100 * success['low']:.0f} to {100 * success['high']:.0f} %)"
         if success
         else "-",

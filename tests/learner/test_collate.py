@@ -35,6 +35,7 @@ def test_steps_then_bootstrap_frames() -> None:
     # the frame behind the terminated chunk (12) is not there; those behind the two cut ones (23, 31) come last
     assert batch.frames[:, 0, 0, 0].tolist() == [10, 11, 20, 21, 22, 30, 23, 31]
     assert batch.chunk_bootstrap.tolist() == [-1, 6, 7]
+    assert batch.chunk_contribution.tolist() == [0, 0, 1]
     assert batch.prompts == [prompt_ids("reach"), prompt_ids("push it")]
     assert batch.frame_prompt.tolist() == [0, 0, 0, 0, 0, 1, 0, 1]
     assert batch.tokens[:, 0].tolist() == [10, 11, 20, 21, 22, 30]

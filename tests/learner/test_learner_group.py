@@ -55,12 +55,13 @@ def contributions() -> list[list[SingleAgentEpisode]]:
     ]
 
 
-def build(num_learners: int, model: dict[str, Any] | None = None, **training: Any) -> VLALearnerGroup:
+def build(num_learners: int, model: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, **training: Any) -> VLALearnerGroup:
     dtype = (model or {}).get("dtype", "float32")
     settings = Settings.from_dict(
         {
             "model": model or {},
             "engines": {"dtype": dtype},
+            "rollout": rollout or {},
             "learners": {"num": num_learners, "micro_batch_size": 4, "timeout_seconds": 120},
             "training": {"minibatch_size": 10, "num_epochs": 2, "lr": 2e-5, "value_lr": 1e-3, "old_log_probs": "recompute"} | training,
             "run": {"seed": 3},
@@ -75,8 +76,8 @@ def build(num_learners: int, model: dict[str, Any] | None = None, **training: An
 def make_group(ray_session: None) -> Iterator[Callable[..., VLALearnerGroup]]:
     groups: list[VLALearnerGroup] = []
 
-    def make(num_learners: int, model: dict[str, Any] | None = None, **training: Any) -> VLALearnerGroup:
-        groups.append(build(num_learners, model, **training))
+    def make(num_learners: int, model: dict[str, Any] | None = None, **sections: Any) -> VLALearnerGroup:
+        groups.append(build(num_learners, model, **sections))
         return groups[-1]
 
     yield make
@@ -100,6 +101,11 @@ def weights(group: VLALearnerGroup, version: int) -> dict[str, torch.Tensor]:
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy of a parameter, gathered where it is sharded."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
 def read_until_lost(ref: Any) -> None:
@@ -342,3 +348,20 @@ class Touching:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.path.touch, ()
+
+
+def test_group_relative_advantages_compare_the_episodes_of_a_contribution_and_leave_the_critic_alone(
+    make_group: Callable[..., VLALearnerGroup],
+) -> None:
+    group = make_group(0, rollout={"episodes_per_iteration": 2, "group_size": 2}, advantages="rloo", num_epochs=1)
+    group.receive(contributions(), STEPS)
+    learner = group._learner
+    batch = learner._batch
+    advantages = learner._targets(batch)["advantages"]
+    first, second = batch.rewards[:5].sum(), batch.rewards[5:8].sum()
+    assert advantages[:8].tolist() == pytest.approx([float(first - second)] * 5 + [float(second - first)] * 3, abs=1e-5)
+    assert advantages[8:].tolist() == [0.0] * 22, "the other contributions are of one episode each"
+    before = {name: whole(parameter) for name, parameter in learner.policy.named_parameters()}
+    update(group)
+    moved = {name for name, parameter in learner.policy.named_parameters() if not torch.equal(whole(parameter), before[name])}
+    assert moved and not any("value_head" in name for name in moved)
