@@ -115,15 +115,17 @@ def quickstart(
     run_dir: Annotated[Path | None, typer.Option(help="Where everything goes; default runs/<config>-<time>.")] = None,
 ) -> None:
     """Collect demonstrations, fine-tune on them and improve the policy with PPO, one after the other."""
+    from vlarl_rllib.preflight import check_quickstart
     from vlarl_rllib.run_directory import new_run_directory
 
     if config is None:
         raise SettingsError("CONFIG: missing; give a YAML file, for example configs/quickstart.yaml")
     settings = Settings.from_yaml(config, overrides or [])
     run = new_run_directory(run_dir, config.stem, None)
-    from vlarl_rllib.quickstart import check_quickstart, run_quickstart
+    check_quickstart(settings, run.path)
 
-    check_quickstart(settings, run)
+    from vlarl_rllib.quickstart import run_quickstart
+
     code = run_quickstart(settings, run)
     if run.read_rows():
         _report(run.path)
@@ -140,9 +142,12 @@ def collect(
     if config is None or out is None:
         raise SettingsError("CONFIG, --out: both are needed; give a YAML file, for example configs/quickstart.yaml, and a directory")
     settings = Settings.from_yaml(config, overrides or [])
-    from vlarl_rllib.collecting import check_collect, run_collect
+    from vlarl_rllib.preflight import check_collect
 
     check_collect(settings, out)
+
+    from vlarl_rllib.collecting import run_collect
+
     raise typer.Exit(run_collect(settings, out))
 
 

@@ -9,21 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vlarl_rllib.data.collect import CollectRequest, collect
-from vlarl_rllib.data.experts import EXPERTS
 from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
-
-
-def check_collect(settings: Settings, out: Path) -> None:
-    """Raise `SettingsError` where the environment has no expert, or the data set exists."""
-    env = settings.env.name
-    if env not in EXPERTS:
-        raise SettingsError(f"env.name: {env!r} has no scripted expert; choose one of {', '.join(EXPERTS)}")
-    if (out / env).exists():
-        raise SettingsError(f"--out: {out / env} exists; give another directory, or remove it")
+from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 
 def run_collect(settings: Settings, out: Path) -> int:

@@ -12,6 +12,9 @@ from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
 from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, calculate_runtime_args
 
+DEMONSTRATIONS = "demonstrations"
+"""Folder of a quickstart's run directory that its data go into."""
+
 
 def check(settings: Settings) -> None:
     """Raise `SettingsError` for what would fail later anyway."""
@@ -29,6 +32,30 @@ def check(settings: Settings) -> None:
             f"engines.gpus, learners.gpus, rewards.judge_gpus: the plan needs {plan.total_gpus:g} GPU(s) but this machine shows none; "
             "set them to 0 to run on the CPU"
         )
+
+
+def check_collect(settings: Settings, out: Path) -> None:
+    """The same for collecting demonstrations: whether the environment has an expert, and whether the data set exists."""
+    from vlarl_rllib.data.experts import EXPERTS
+
+    env = settings.env.name
+    if env not in EXPERTS:
+        raise SettingsError(f"env.name: {env!r} has no scripted expert; choose one of {', '.join(EXPERTS)}")
+    if (out / env).exists():
+        raise SettingsError(f"--out: {out / env} exists; give another directory, or remove it")
+    check_environment(env)
+
+
+def check_quickstart(settings: Settings, run: Path) -> None:
+    """The same for all stages of a quickstart in the directory `run`."""
+    if not settings.evaluation.episodes:
+        raise SettingsError("evaluation.episodes: 0 would leave nothing to show; set it to at least 1")
+    check_collect(settings, run / DEMONSTRATIONS)
+    if settings.unnorm_key != settings.env.name:
+        raise SettingsError(
+            f"model.unnorm_key: {settings.unnorm_key!r} is not what the demonstrations' statistics will be called; set it to {settings.env.name}"
+        )
+    check_sft(settings, data_to_come=True)
 
 
 def check_sft(settings: Settings, *, data_to_come: bool = False) -> None:

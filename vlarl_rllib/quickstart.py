@@ -19,33 +19,20 @@ from rich.console import Console
 from rich.table import Table
 
 from vlarl_rllib.checkpoints import write_atomically
-from vlarl_rllib.collecting import check_collect, run_collect
+from vlarl_rllib.collecting import run_collect
 from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.models.presets import PRESETS, write_checkpoint
 from vlarl_rllib.observability.curves import evaluation_points
-from vlarl_rllib.preflight import check_environment, check_sft
+from vlarl_rllib.preflight import DEMONSTRATIONS
 from vlarl_rllib.report import STAGES_FILE, stage_cells
 from vlarl_rllib.run_directory import RunDirectory
-from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
+from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.sft import MODEL_DIRECTORY, run_sft
 from vlarl_rllib.training import ray_session, run_training
 
-DEMONSTRATIONS, INITIAL, SFT = "demonstrations", "initial", "sft"
+INITIAL, SFT = "initial", "sft"
 """Folders in a run's directory."""
-
-
-def check_quickstart(settings: Settings, run: RunDirectory) -> None:
-    """Raise `SettingsError` for what would fail later anyway."""
-    if settings.unnorm_key != settings.env.name:
-        raise SettingsError(
-            f"model.unnorm_key: {settings.unnorm_key!r} is not what the demonstrations' statistics will be called; set it to {settings.env.name}"
-        )
-    if not settings.evaluation.episodes:
-        raise SettingsError("evaluation.episodes: 0 would leave nothing to show; set it to at least 1")
-    check_collect(settings, run.path / DEMONSTRATIONS)
-    check_sft(settings, data_to_come=True)
-    check_environment(settings.env.name)
 
 
 def run_quickstart(settings: Settings, run: RunDirectory) -> int:

@@ -88,7 +88,7 @@ def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any] | None, points: l
     if sampling:
         tiles.append(("steps/s while sampling", f"{rows[-1]['env_steps'] / sampling:.1f}"))
     if summary:
-        tiles.append(("wall time", f"{summary['wall_seconds'] / 60:.1f} min"))
+        tiles.append(("wall time of training", f"{summary['wall_seconds'] / 60:.1f} min"))
     return tiles
 
 

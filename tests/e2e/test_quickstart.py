@@ -67,8 +67,7 @@ def test_the_stages_follow_each_other_and_groups_are_whole_episodes(tmp_path: Pa
 )
 def test_a_mistake_is_told_before_anything_starts(tmp_path: Path, override: str, said: str) -> None:
     (tmp_path / "q.yaml").write_text(CONFIG)
-    extra = ["--set", "model.unnorm_key=libero"] if "libero" in override and "env" in override else []
-    done = vlarl("quickstart", str(tmp_path / "q.yaml"), "--run-dir", str(tmp_path / "run"), "--set", override, *extra)
+    done = vlarl("quickstart", str(tmp_path / "q.yaml"), "--run-dir", str(tmp_path / "run"), "--set", override)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert said in done.stderr
 
