@@ -41,8 +41,8 @@ TOUCHING = 0.006
 """Gap between gripper and object that counts as touching, in metres."""
 SUPERSAMPLING = 2
 """Frames are drawn this many times larger and averaged."""
-HORIZONS = {"touch": 8, "push": 24, "pick": 20, "put": 40}
-"""By verb, in steps: about twice what the scripted expert needs at full pace."""
+HORIZONS = {"touch": 7, "push": 24, "pick": 20, "put": 40}
+"""By verb, in steps: less than twice what the scripted expert needs at full pace."""
 
 
 @dataclass(frozen=True)
