@@ -48,6 +48,8 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "an option without its value": (["train", "good.yaml", "--run-dir"], ("--run-dir", "requires an argument")),
     "one argument too many": (["train", "good.yaml", "wrong_key.yaml"], ("unexpected", "wrong_key.yaml")),
     "a number that is none": (["make-checkpoint", "tiny", "new", "--seed", "one"], ("--seed", "integer")),
+    "collecting nowhere": (["collect", "good.yaml"], ("--out: missing", "give a directory")),
+    "a quickstart of nothing": (["quickstart"], ("CONFIG: missing", "configs/quickstart.yaml")),
     "no config": (["train"], ("CONFIG: missing", "configs/libero_smoke_cpu.yaml")),
     "a missing file": (["train", "absent.yaml"], ("absent.yaml: no such file",)),
     "a missing file for the doctor": (["doctor", "absent.yaml"], ("absent.yaml: no such file",)),

@@ -43,10 +43,8 @@ def train(
         run: RunDirectory = open_run_directory(run_dir)
         settings = run.settings()
     else:
-        if config is None:
-            raise SettingsError("CONFIG: missing; give a YAML file, for example configs/libero_smoke_cpu.yaml")
-        settings = Settings.from_yaml(config, overrides or [])
-        run = new_run_directory(run_dir, config.stem, resume_from)
+        settings, name = _load(config, overrides, "configs/libero_smoke_cpu.yaml")
+        run = new_run_directory(run_dir, name, resume_from)
     checkpoint = run.newest_checkpoint() if resume else resume_from
     if checkpoint is not None:
         check_unfinished(checkpoint, settings)
@@ -69,11 +67,9 @@ def sft(
     from vlarl_rllib.preflight import check_sft
     from vlarl_rllib.run_directory import new_run_directory
 
-    if config is None:
-        raise SettingsError("CONFIG: missing; give a YAML file with sft.data")
-    settings = Settings.from_yaml(config, overrides or [])
+    settings, name = _load(config, overrides, "configs/quickstart.yaml")
     check_sft(settings)
-    run = new_run_directory(run_dir, config.stem, None)
+    run = new_run_directory(run_dir, name, None)
     with run.claimed(settings):
         from vlarl_rllib.sft import run_sft
 
@@ -118,10 +114,8 @@ def quickstart(
     from vlarl_rllib.preflight import check_quickstart
     from vlarl_rllib.run_directory import new_run_directory
 
-    if config is None:
-        raise SettingsError("CONFIG: missing; give a YAML file, for example configs/quickstart.yaml")
-    settings = Settings.from_yaml(config, overrides or [])
-    run = new_run_directory(run_dir, config.stem, None)
+    settings, name = _load(config, overrides, "configs/quickstart.yaml")
+    run = new_run_directory(run_dir, name, None)
     check_quickstart(settings, run.path)
 
     from vlarl_rllib.quickstart import run_quickstart
@@ -139,9 +133,9 @@ def collect(
     out: Annotated[Path | None, typer.Option(help="The data set goes into OUT/<environment>/1.0.0.", show_default=False)] = None,
 ) -> None:
     """Have a scripted expert play, and keep what succeeds as an RLDS data set (env, collect)."""
-    if config is None or out is None:
-        raise SettingsError("CONFIG, --out: both are needed; give a YAML file, for example configs/quickstart.yaml, and a directory")
-    settings = Settings.from_yaml(config, overrides or [])
+    settings, _ = _load(config, overrides, "configs/quickstart.yaml")
+    if out is None:
+        raise SettingsError("--out: missing; give a directory for the data set")
     from vlarl_rllib.preflight import check_collect
 
     check_collect(settings, out)
@@ -265,6 +259,13 @@ def _report(run: Path) -> None:
         typer.echo(f"report: {os.path.relpath(write_report(run))}")
     except (SettingsError, ImportError, OSError) as error:
         typer.echo(f"no report: {error}", err=True)
+
+
+def _load(config: Path | None, overrides: list[str] | None, example: str) -> tuple[Settings, str]:
+    """The settings, and what to call a run of them. Raises `SettingsError`."""
+    if config is None:
+        raise SettingsError(f"CONFIG: missing; give a YAML file, for example {example}")
+    return Settings.from_yaml(config, overrides or []), config.stem
 
 
 def _preflight(settings: Settings) -> None:
