@@ -1,11 +1,12 @@
 """What is checked, and what is only remarked on, before Ray starts."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlarl_rllib.preflight import check_model, check_sft, doubts
+from vlarl_rllib.preflight import check_model, check_quickstart, check_sft, doubts
 from vlarl_rllib.settings import LIBERO_TASKS, Settings, SettingsError
 
 
@@ -46,3 +47,30 @@ def test_mistakes_before_supervised_fine_tuning(sections: dict[str, Any], messag
     with pytest.raises(SettingsError, match="^" + re.escape(message)) as caught:
         check_sft(Settings.from_dict(sections))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"model": {"unnorm_key": "libero_goal"}},
+            "model.unnorm_key: 'libero_goal' is not what the demonstrations' statistics will be called; set it to",
+        ),
+        ({"evaluation": {"episodes": 0}}, "evaluation.episodes: 0 would leave nothing to show"),
+        ({"env": {"name": "libero"}}, "env.name: 'libero' has no scripted expert; choose one of synthetic, tabletop"),
+        ({"sft": {"batch_size": 32}, "learners": {"num": 3}}, "sft.batch_size: 32 does not divide"),
+    ],
+)
+def test_mistakes_before_a_quickstart(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    settings = Settings.from_dict({"env": {"name": "synthetic"}, "model": {"unnorm_key": "synthetic"}} | sections)
+    with pytest.raises(SettingsError, match="^" + re.escape(message)) as caught:
+        check_quickstart(settings, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_earlier_quickstart_is_left_alone(tmp_path: Path) -> None:
+    settings = Settings.from_dict({"env": {"name": "synthetic"}, "model": {"unnorm_key": "synthetic"}})
+    check_quickstart(settings, tmp_path)
+    (tmp_path / "demonstrations").mkdir()
+    with pytest.raises(SettingsError, match="holds an earlier quickstart; give another directory, or remove it"):
+        check_quickstart(settings, tmp_path)

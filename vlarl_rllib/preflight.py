@@ -50,6 +50,8 @@ def check_quickstart(settings: Settings, run: Path) -> None:
     """The same for all stages of a quickstart in the directory `run`."""
     if not settings.evaluation.episodes:
         raise SettingsError("evaluation.episodes: 0 would leave nothing to show; set it to at least 1")
+    if (run / DEMONSTRATIONS).exists():
+        raise SettingsError(f"--run-dir: {run} holds an earlier quickstart; give another directory, or remove it")
     check_collect(settings, run / DEMONSTRATIONS)
     if settings.unnorm_key != settings.env.name:
         raise SettingsError(
