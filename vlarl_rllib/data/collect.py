@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def collect(request: CollectRequest, progress: Callable[[int, int], None] = lamb
     kept = played = 0
     context = multiprocessing.get_context("spawn")  # a fork would take threads and GL contexts along
     writer: RLDSWriter | None = None
-    with ProcessPoolExecutor(request.num_processes, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(request.num_processes, mp_context=context, initializer=_prepare_worker) as pool:
         try:
             for demonstration in _in_order(pool, request):
                 played += 1
@@ -129,6 +130,8 @@ def _env(spec: EnvSpec) -> VLAEnv:
     return make_env(spec)
 
 
-def _one_thread() -> None:
+def _prepare_worker() -> None:
+    """One thread each; Ctrl-C is for the parent, which cancels what is not begun."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"):
         os.environ[name] = "1"
