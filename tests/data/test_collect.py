@@ -1,10 +1,16 @@
 """Collecting demonstrations: what is kept, in which order, and what is told where the expert fails."""
 
 import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 if importlib.util.find_spec("tensorflow_datasets") is None:
@@ -67,3 +73,24 @@ def test_with_noise_the_experts_own_action_is_recorded_and_a_slow_pace_takes_mor
     assert set(np.unique(noisy.actions[:, :3] * 4 % 1)) == {0.0}  # quarters: the expert's, without the noise
     slow = [demo for seed in range(4) if (demo := play(spec, Start(3, start.initial_state, seed), 0.0, (0.25,))) is not None]
     assert np.mean([len(demo.actions) for demo in slow]) > len(fast.actions)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_workers_that_still_import_end_quietly_with_their_parent(tmp_path: Path, ending: signal.Signals) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("{env: {name: synthetic, tasks: [0], num_processes: 2}, collect: {episodes: 100000}}")
+    command = [sys.executable, "-m", "vlarl_rllib", "collect", str(config), "--out", str(tmp_path / "data")]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    workers: list[psutil.Process] = []
+    while len(workers) < 2:
+        assert parent.poll() is None, parent.communicate()[0]
+        workers = [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.01)
+    if ending == signal.SIGINT:
+        os.killpg(parent.pid, ending)  # a terminal sends it to the whole group
+    else:
+        parent.send_signal(ending)
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == (130 if ending == signal.SIGINT else -ending), output
+    assert "Traceback" not in output
+    assert psutil.wait_procs(workers, timeout=30)[1] == []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -118,7 +119,12 @@ def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) ->
 def _in_order(pool: ProcessPoolExecutor, request: CollectRequest) -> Iterator[Demonstration | None]:
     """Episodes in the order of their starts, so that the data do not depend on who was faster; a few are played ahead."""
     coming = starts(request)
-    futures = [pool.submit(play, request.spec, start, request.noise, request.paces) for start in islice(coming, 2 * request.num_processes)]
+    # Ctrl-C is for the parent, which cancels what is not begun. The first submit spawns every worker, and a blocked signal is inherited.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        futures = [pool.submit(play, request.spec, start, request.noise, request.paces) for start in islice(coming, 2 * request.num_processes)]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     while futures:
         demonstration = futures.pop(0).result()
         futures += [pool.submit(play, request.spec, start, request.noise, request.paces) for start in islice(coming, 1)]
@@ -131,7 +137,14 @@ def _env(spec: EnvSpec) -> VLAEnv:
 
 
 def _prepare_worker() -> None:
-    """One thread each; Ctrl-C is for the parent, which cancels what is not begun."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """One thread for numbers, and one that ends the worker with its parent: the pool's queue would keep it waiting for ever."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"):
         os.environ[name] = "1"
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker of a pool has a parent"
+    parent.join()
+    os._exit(1)
