@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_the_report_holds_everything_in_one_file(run: Path) -> None:
     assert "25.0 %" in text and "11.2 to 46.9 %" in text and "60.0 %" in text and "38.7 to 78.1 %" in text
     assert "env_deaths" in text and ">7<" in text and "runner_restarts" not in text
     assert "1.5 min" in text and "ray 2.60.0" in text and "learners:" in text
+
+
+def test_tasks_are_called_by_their_instructions(run: Path) -> None:
+    def first_column() -> list[str]:
+        table = write_report(run).read_text().split("held-out starts</h2>")[1].split("</table>")[0]
+        assert re.findall(r"<td[^>]*>([^<]*)</td>", table)[-2:] == ["25 %", "60 %"]
+        return re.findall(r"<th>([^<]*)</th>", table)
+
+    (run / "config.yaml").write_text("env: {name: tabletop}\nmodel: {unnorm_key: tabletop}\n")
+    assert first_column() == ["after environment steps", "success", "95 % interval", "episodes", "touch the red cube", "pick up the green cylinder"]
+    for foreign in ("env: {name: 'antigravity:Env'}", "env: {no_such_key: 1}"):
+        (run / "config.yaml").write_text(foreign)
+        assert first_column()[-2:] == ["task 0", "task 10"]
+        assert "antigravity" not in sys.modules
 
 
 def test_what_a_user_writes_does_not_become_markup(run: Path) -> None:

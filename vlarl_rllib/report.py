@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from vlarl_rllib.checkpoints import write_atomically
+from vlarl_rllib.envs.registry import ENVIRONMENTS, task_instructions
 from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.observability.curves import draw_curves, evaluation_points
 from vlarl_rllib.run_directory import RunDirectory
@@ -34,9 +35,10 @@ def write_report(path: Path) -> Path:
     rows = run.read_rows()
     if not rows:
         raise SettingsError(f"RUN_DIR: {path} has no finished iteration (metrics.jsonl); give a run's directory such as runs/latest")
-    curves = draw_curves(rows, wilson_interval)
+    names = _task_names(run, rows)
+    curves = draw_curves(rows, wilson_interval, names)
     (run.path / CURVES_FILE).write_bytes(curves)
-    write_atomically(run.path / REPORT_FILE, _to_html(run, rows, curves))
+    write_atomically(run.path / REPORT_FILE, _to_html(run, rows, curves, names))
     return run.path / REPORT_FILE
 
 
@@ -54,12 +56,23 @@ def compare(paths: Sequence[Path]) -> Table:
     return table
 
 
-def _to_html(run: RunDirectory, rows: list[dict[str, Any]], curves: bytes) -> str:
+def _task_names(run: RunDirectory, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The instruction of each task id; "task 3" where the environment is not one of this package's: a report runs no foreign code."""
+    try:
+        env = run.settings().env
+        instructions = task_instructions(env.suite, name=env.name) if env.name in ENVIRONMENTS else []
+    except (ImportError, ValueError):  # no LIBERO here, or settings of another version: neither keeps a report from being written
+        instructions = []
+    evaluations = [evaluation for _, evaluation in evaluation_points(rows)]
+    ids = {int(task) for row in (*rows, *evaluations) for task in row["success_rate_by_task"]}
+    return {str(task): instructions[task] if task < len(instructions) else f"task {task}" for task in sorted(ids)}
+
+
+def _to_html(run: RunDirectory, rows: list[dict[str, Any]], curves: bytes, task_names: dict[str, str]) -> str:
     import jinja2
 
     template = importlib.resources.files("vlarl_rllib").joinpath("templates/report.html.j2").read_text()
     summary, points = _summary(run), evaluation_points(rows)
-    tasks = sorted({task for _, evaluation in points for task in evaluation["success_rate_by_task"]}, key=int)
     faults = [(name, count) for name, count in rows[-1]["faults"].items() if count]
     return (
         jinja2.Environment(autoescape=True)
@@ -69,8 +82,7 @@ def _to_html(run: RunDirectory, rows: list[dict[str, Any]], curves: bytes) -> st
             subtitle=f"{len(rows)} iterations" + ("" if summary else "; no summary.json, so the run goes on or was killed"),
             tiles=_tiles(rows, summary, points),
             stages=_stages(run),
-            evaluations=[_evaluation_row(steps, evaluation, tasks) for steps, evaluation in points],
-            tasks=tasks,
+            evaluations=_evaluation_table(points, task_names),
             curves=base64.b64encode(curves).decode(),
             videos=_videos(run.path / "videos"),
             faults=faults,
@@ -112,17 +124,22 @@ def stage_cells(stage: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _evaluation_row(steps: int, evaluation: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    rate, episodes = evaluation["success_rate"], evaluation["episodes"]
-    low, high = wilson_interval(round(rate * episodes), episodes)
-    by_task = evaluation["success_rate_by_task"]
-    return {
-        "steps": f"{steps:,}",
-        "rate": _rate(evaluation),
-        "interval": f"{100 * low:.1f} to {100 * high:.1f} %",
-        "episodes": episodes,
-        "by_task": [f"{100 * by_task[task]:.0f} %" if task in by_task else "-" for task in tasks],
-    }
+def _evaluation_table(points: list[tuple[int, dict[str, Any]]], task_names: dict[str, str]) -> list[list[str]]:
+    """A column for each evaluation, a row for each task that was evaluated; none without evaluations."""
+    if not points:
+        return []
+    evaluations = [evaluation for _, evaluation in points]
+    rows = [
+        ["after environment steps", *(f"{steps:,}" for steps, _ in points)],
+        ["success", *map(_rate, evaluations)],
+        ["95 % interval", *map(_interval, evaluations)],
+        ["episodes", *(str(evaluation["episodes"]) for evaluation in evaluations)],
+    ]
+    for task, name in task_names.items():
+        rates = [evaluation["success_rate_by_task"].get(task) for evaluation in evaluations]
+        if any(rate is not None for rate in rates):
+            rows.append([name, *("-" if rate is None else f"{100 * rate:.0f} %" for rate in rates)])
+    return rows
 
 
 def _videos(directory: Path) -> list[dict[str, str]]:
@@ -142,3 +159,8 @@ def _summary(run: RunDirectory) -> dict[str, Any] | None:
 
 def _rate(evaluation: dict[str, Any]) -> str:
     return f"{100 * evaluation['success_rate']:.1f} %"
+
+
+def _interval(evaluation: dict[str, Any]) -> str:
+    low, high = wilson_interval(round(evaluation["success_rate"] * evaluation["episodes"]), evaluation["episodes"])
+    return f"{100 * low:.1f} to {100 * high:.1f} %"

@@ -77,8 +77,9 @@ def test_success_rises_by_thirty_points_within_ten_minutes(results: dict[str, di
 
 
 @pytest.mark.slow
-def test_so_it_does_with_the_sampler_in_the_runner(results: dict[str, dict[int, dict[str, Any]]]) -> None:
-    found = results["local"][SEEDS[0]]
+@pytest.mark.parametrize("seed", SEEDS)
+def test_so_it_does_with_the_sampler_in_the_runner(results: dict[str, dict[int, dict[str, Any]]], seed: int) -> None:
+    found = results["local"][seed]
     assert found["after"]["success_rate"] >= found["before"]["success_rate"] + POINTS
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Interval = Callable[[int, int], tuple[float, float]]
 """(successes, episodes) -> bounds of the success rate."""
 
 SHOWN_SECONDS = ("sample", "update", "sync", "evaluation", "recovery", "other")
-MAX_TASK_LINES = 10
-"""More tasks than that are not told apart in a small picture."""
+MAX_TASK_LINES, MAX_LABEL = 10, 40
+"""More tasks, and longer names, are too much for a small picture."""
 
 
-def draw_curves(rows: Sequence[dict[str, Any]], interval: Interval) -> bytes:
+def draw_curves(rows: Sequence[dict[str, Any]], interval: Interval, task_names: Mapping[str, str]) -> bytes:
     """A PNG of success, losses, policy change, the sampler's gap and where time went, over the iterations of `metrics.jsonl`.
 
     Args:
         rows: at least one.
         interval: draws the error bars of greedy evaluations.
+        task_names: of every task id in the rows.
     """
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
@@ -27,7 +29,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], interval: Interval) -> bytes:
     axes = figure.subplots(2, 3)
     steps = [row["env_steps"] for row in rows]
     _success(axes[0, 0], rows, steps, interval)
-    _success_by_task(axes[0, 1], rows, steps)
+    _success_by_task(axes[0, 1], rows, steps, task_names)
     _lines(axes[0, 2], rows, steps, ("value_loss", "explained_variance"), "critic")
     _lines(axes[1, 0], rows, steps, ("approx_kl", "clip_fraction"), "change of the policy in an iteration")
     _lines(axes[1, 1], rows, steps, ("logprob_gap_mean", "logprob_gap_max"), "|log-prob of learner - of sampler|", log=True)
@@ -62,11 +64,11 @@ def _success(axis: Any, rows: Sequence[dict[str, Any]], steps: list[int], interv
         axis.legend(loc="best")
 
 
-def _success_by_task(axis: Any, rows: Sequence[dict[str, Any]], steps: list[int]) -> None:
+def _success_by_task(axis: Any, rows: Sequence[dict[str, Any]], steps: list[int], names: Mapping[str, str]) -> None:
     tasks = sorted({task for row in rows for task in row["success_rate_by_task"]}, key=int)
     for task in tasks[:MAX_TASK_LINES]:
         known = [(step, row["success_rate_by_task"][task]) for step, row in zip(steps, rows, strict=True) if task in row["success_rate_by_task"]]
-        axis.plot(*zip(*known, strict=True), label=f"task {task}")
+        axis.plot(*zip(*known, strict=True), label=textwrap.shorten(names[task], MAX_LABEL, placeholder="..."))
     axis.set(title="success rate by task, training", xlabel="environment steps", ylim=(-0.02, 1.02))
     if tasks:
         axis.legend(loc="best", fontsize="small")
