@@ -15,7 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("published", "plan"),
-    ("types", "settings", "errors"),
+    ("types", "settings", "errors", "malloc"),
     ("models", "envs", "rewards", "curriculum"),
     ("weights",),
     ("engines",),

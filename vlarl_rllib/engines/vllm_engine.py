@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vlarl_rllib.engines.protocol import MAX_PROMPT_TOKENS, EngineSpec, EngineStatus, check_requests
 from vlarl_rllib.engines.step_loop import StepLoop, Stepper
+from vlarl_rllib.malloc import KEEP_FREED_MEMORY
 from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def engine_env_vars(spec: EngineSpec) -> dict[str, str]:
         variables["TRITON_F32_DEFAULT"] = "ieee"
     if spec.gpus == 0:
         # Without a compiler pass the first request saves seconds of g++; on a GPU, CUDA graphs need dynamo.
-        variables |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        variables |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | KEEP_FREED_MEMORY
     return variables
 
 

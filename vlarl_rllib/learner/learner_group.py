@@ -22,7 +22,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.learner.collate import UpdatePlan, assign_owners
-from vlarl_rllib.settings import Settings
+from vlarl_rllib.malloc import KEEP_FREED_MEMORY
+from vlarl_rllib.settings import LearnerSettings, Settings
 from vlarl_rllib.types import WeightManifest
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class VLALearnerGroup(LearnerGroup):
         group = ray.util.get_current_placement_group()
         actor_class = ray.remote(num_cpus=learners.cpus, num_gpus=learners.gpus, max_restarts=0)(self.config.learner_class)
         for index in range(learners.num):
-            options: dict[str, Any] = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(learners.cpus)))}}}
+            options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}}
             if group is not None and self._bundles is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, self._bundles[index])
             self._workers.append(actor_class.options(**options).remote(config=self.config, module_spec=self._module_spec))
@@ -240,3 +241,9 @@ class VLALearnerGroup(LearnerGroup):
 
     def __del__(self) -> None:
         """RLlib's shuts down here; at interpreter exit that only raises. `VLAPPO.cleanup` calls `shutdown`."""
+
+
+def _env_vars(learners: LearnerSettings) -> dict[str, str]:
+    """Environment of a learner's process."""
+    threads = {"OMP_NUM_THREADS": str(max(1, int(learners.cpus)))}
+    return threads if learners.gpus else threads | KEEP_FREED_MEMORY
