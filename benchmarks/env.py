@@ -1,6 +1,6 @@
-"""What LIBERO costs on this machine: speed of one core, resets, memory, and the observation path.
+"""What an environment costs on this machine: speed of one core, resets, memory, and the observation path.
 
-    python benchmarks/env.py [--suite libero_spatial] [--only-observation-path] [--out FILE]
+    python benchmarks/env.py [--env libero] [--suite libero_spatial] [--image-size 224] [--only-observation-path] [--out FILE]
 
 Prints a table and writes the same numbers as JSON. Takes a few minutes, or seconds for the observation path alone; run
 it on an idle machine.
@@ -15,7 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -69,11 +69,11 @@ class Player:
         return event
 
 
-def measure_speed(suite: str, *, fast_render: bool) -> list[Figure]:
+def measure_speed(spec: EnvSpec) -> list[Figure]:
     """First reset, repeated resets and steps of one slot."""
-    player = Player(EnvSpec(suite=suite, fast_render=fast_render), [0], 1)
-    label = "fast_render" if fast_render else "full render"
-    key = "fast" if fast_render else "full"
+    player = Player(spec, [0], 1)
+    label = "fast_render" if spec.fast_render else "full render"
+    key = "fast" if spec.fast_render else "full"
     try:
         began = time.perf_counter()
         player.reset(0, 0)
@@ -93,15 +93,15 @@ def measure_speed(suite: str, *, fast_render: bool) -> list[Figure]:
         Figure(f"{key}_rest_ms", f"physics and observation path of a step, {label}", rest * 1e3, "ms"),
         Figure(f"{key}_repeated_reset_seconds", f"reset of the same task, {label}", statistics.median(resets), "s"),
     ]
-    if fast_render:
+    if spec.fast_render:
         return figures
     return [*figures, Figure("first_reset_seconds", "new process to first frame: imports, model, reset", first, "s")]
 
 
-def measure_sharing(suite: str) -> list[Figure]:
+def measure_sharing(spec: EnvSpec) -> list[Figure]:
     """Memory of a process, of a further slot on its model and of a further model."""
     num_slots = 9
-    player = Player(EnvSpec(suite=suite, fast_render=True), [0] * num_slots, 2)
+    player = Player(spec, [0] * num_slots, 2)
     try:
         player.reset(0, 0)
         player.step(0)
@@ -112,7 +112,7 @@ def measure_sharing(suite: str) -> list[Figure]:
             player.step(slot)
         all_slots = player.megabytes()
         began = time.perf_counter()
-        player.reset(num_slots - 1, 1 % num_tasks(suite))
+        player.reset(num_slots - 1, 1 % num_tasks(spec.suite, name=spec.name))
         second_model_seconds = time.perf_counter() - began
         player.step(num_slots - 1)
         two_models = player.megabytes()
@@ -126,9 +126,9 @@ def measure_sharing(suite: str) -> list[Figure]:
     ]
 
 
-def measure_swap(suite: str) -> list[Figure]:
+def measure_swap(spec: EnvSpec) -> list[Figure]:
     """Putting one slot's state aside and another's back."""
-    env = make_env(EnvSpec(suite=suite, fast_render=True))
+    env = make_env(spec)
     try:
         env.reset(seed=0)
         env.step(np.zeros(7))
@@ -187,18 +187,19 @@ def median_milliseconds(run: Callable[[], object], repeats: int = 5, count: int 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="libero", help="env.name of a config")
     parser.add_argument("--suite", default="libero_spatial", help="LIBERO suite whose tasks 0 and 1 are played")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the policy's image in pixels")
     parser.add_argument("--only-observation-path", action="store_true", help="no simulator")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/env.json"), help="JSON file to write")
     arguments = parser.parse_args()
-    horizon(arguments.suite)  # a wrong name ends here
+    horizon(arguments.suite, name=arguments.env)  # a wrong name ends here
+    full = EnvSpec(name=arguments.env, suite=arguments.suite, image_size=arguments.image_size)
+    fast = replace(full, fast_render=True)
     figures = measure_observation_path()
     if not arguments.only_observation_path:
-        for fast_render in (False, True):
-            figures += measure_speed(arguments.suite, fast_render=fast_render)
-        figures += measure_sharing(arguments.suite)
-        figures += measure_swap(arguments.suite)
-    table = Table("what", "value", "unit", title=f"{arguments.suite} on {os.cpu_count()} core(s)")
+        figures += measure_speed(full) + measure_speed(fast) + measure_sharing(fast) + measure_swap(fast)
+    table = Table("what", "value", "unit", title=f"{arguments.env} on {os.cpu_count()} core(s)")
     for figure in figures:
         table.add_row(figure.description, f"{figure.value:.3g}", figure.unit)
     Console().print(table)
@@ -206,7 +207,7 @@ def main() -> None:
     machine = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "processor": platform.processor() or platform.machine()}
     versions = {name: version(name) for name in ("mujoco", "robosuite", "numpy")}
     values = {figure.key: figure.value for figure in figures}
-    arguments.out.write_text(json.dumps({"suite": arguments.suite, "machine": machine, "versions": versions, **values}, indent=1))
+    arguments.out.write_text(json.dumps({"env": asdict(full), "machine": machine, "versions": versions, **values}, indent=1))
     Console().print(f"written to {arguments.out}")
 
 
