@@ -29,6 +29,8 @@ from vlarl_rllib.envs.vector import SlotEvent, SlotProcesses
 
 NUM_STEPS = 40
 NUM_RESETS = 5
+LONG = 1000
+"""Steps of an episode: random actions are not to reach its end."""
 TIMEOUT_SECONDS = 300.0
 
 
@@ -56,7 +58,10 @@ class Player:
     def step(self, slot: int) -> SlotEvent:
         arm = self._actions.uniform(-0.5, 0.5, 6)
         self.processes.send_step(slot, np.append(arm, self._actions.integers(2)))
-        return self._answer()
+        event = self._answer()
+        if event.terminated:
+            self.reset(slot, event.task_id, event.initial_state)
+        return event
 
     def megabytes(self) -> float:
         (resident,) = self.processes.stats()["rss_bytes"]
@@ -194,7 +199,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/env.json"), help="JSON file to write")
     arguments = parser.parse_args()
     horizon(arguments.suite, name=arguments.env)  # a wrong name ends here
-    full = EnvSpec(name=arguments.env, suite=arguments.suite, image_size=arguments.image_size)
+    full = EnvSpec(name=arguments.env, suite=arguments.suite, image_size=arguments.image_size, max_steps=LONG)
     fast = replace(full, fast_render=True)
     figures = measure_observation_path()
     if not arguments.only_observation_path:
