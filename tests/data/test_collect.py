@@ -82,15 +82,18 @@ def test_workers_that_still_import_end_quietly_with_their_parent(tmp_path: Path,
     command = [sys.executable, "-m", "vlarl_rllib", "collect", str(config), "--out", str(tmp_path / "data")]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     workers: list[psutil.Process] = []
-    while len(workers) < 2:
-        assert parent.poll() is None, parent.communicate()[0]
-        workers = [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
-        time.sleep(0.01)
-    if ending == signal.SIGINT:
-        os.killpg(parent.pid, ending)  # a terminal sends it to the whole group
-    else:
-        parent.send_signal(ending)
-    output, _ = parent.communicate(timeout=60)
+    try:
+        while len(workers) < 2:
+            assert parent.poll() is None, parent.communicate()[0]
+            workers = [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+            time.sleep(0.01)
+        if ending == signal.SIGINT:
+            os.killpg(parent.pid, ending)  # a terminal sends it to the whole group
+        else:
+            parent.send_signal(ending)
+        output, _ = parent.communicate(timeout=60)
+    finally:
+        parent.kill()  # it would collect on, beside all other tests
     assert parent.returncode == (130 if ending == signal.SIGINT else -ending), output
     assert "Traceback" not in output
     assert psutil.wait_procs(workers, timeout=30)[1] == []
