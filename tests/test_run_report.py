@@ -67,7 +67,7 @@ def test_the_report_holds_everything_in_one_file(run: Path) -> None:
     text = file.read_text()
     assert not re.search(r'(src|href)="(?!data:)', text), "nothing is fetched from elsewhere"
     assert base64.b64encode((run / "curves.png").read_bytes()).decode() in text
-    assert base64.b64encode(b"film").decode() in text and "iteration 000000 task 00 start 040 failure" in text
+    assert base64.b64encode(b"film").decode() in text and ", start 40, failure<" in text
     # 5 of 20: Wilson's interval is 11.2 to 46.9 %; 12 of 20: 38.7 to 78.1 %
     assert "25.0 %" in text and "11.2 to 46.9 %" in text and "60.0 %" in text and "38.7 to 78.1 %" in text
     assert "env_deaths" in text and ">7<" in text and "runner_restarts" not in text
@@ -80,8 +80,11 @@ def test_tasks_are_called_by_their_instructions(run: Path) -> None:
         assert re.findall(r"<td[^>]*>([^<]*)</td>", table)[-2:] == ["25 %", "60 %"]
         return re.findall(r"<th>([^<]*)</th>", table)
 
+    (run / "videos").mkdir()
+    (run / "videos" / "iteration_000000_task_00_start_040_failure.mp4").write_bytes(b"film")
     (run / "config.yaml").write_text("env: {name: tabletop}\nmodel: {unnorm_key: tabletop}\n")
     assert first_column() == ["after environment steps", "success", "95 % interval", "episodes", "touch the red cube", "pick up the green cylinder"]
+    assert "iteration 0: touch the red cube, start 40, failure<" in (run / "report.html").read_text()
     for foreign in ("env: {name: 'antigravity:Env'}", "env: {no_such_key: 1}"):
         (run / "config.yaml").write_text(foreign)
         assert first_column()[-2:] == ["task 0", "task 10"]

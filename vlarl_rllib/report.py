@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _to_html(run: RunDirectory, rows: list[dict[str, Any]], curves: bytes, task_
             stages=_stages(run),
             evaluations=_evaluation_table(points, task_names),
             curves=base64.b64encode(curves).decode(),
-            videos=_videos(run.path / "videos"),
+            videos=_videos(run.path / "videos", task_names),
             faults=faults,
             settings=(run.path / "config.yaml").read_text(),
             versions=", ".join(f"{name} {version}" for name, version in (summary or {}).get("versions", {}).items()),
@@ -142,14 +143,23 @@ def _evaluation_table(points: list[tuple[int, dict[str, Any]]], task_names: dict
     return rows
 
 
-def _videos(directory: Path) -> list[dict[str, str]]:
+def _videos(directory: Path, task_names: dict[str, str]) -> list[dict[str, str]]:
     shown, total = [], 0
     for file in sorted(directory.glob("*.mp4")):
         total += file.stat().st_size
         if total > MAX_VIDEO_BYTES:
             break
-        shown.append({"name": file.stem.replace("_", " "), "data": base64.b64encode(file.read_bytes()).decode()})
+        shown.append({"name": _caption(file.stem, task_names), "data": base64.b64encode(file.read_bytes()).decode()})
     return shown
+
+
+def _caption(stem: str, task_names: dict[str, str]) -> str:
+    """What a film shows, from its file's name (`rollout.video`)."""
+    parts = re.fullmatch(r"iteration_(\d+)_task_(\d+)_start_(\d+)_(\w+)", stem)
+    if parts is None:
+        return stem
+    iteration, task, start = map(int, parts.groups()[:3])
+    return f"iteration {iteration}: {task_names.get(str(task), f'task {task}')}, start {start}, {parts[4]}"
 
 
 def _summary(run: RunDirectory) -> dict[str, Any] | None:
