@@ -118,7 +118,7 @@ class RolloutSettings(Section):
     )
     lockstep: bool | None = Field(
         None,
-        description="true = all slots wait for each other at each step, so that the engine gets full batches and the run repeats to the token; "
+        description="true = half of a runner's slots wait for each other at each step: the engine gets large batches, the run repeats to the token; "
         "false = every slot runs its own loop; null = true for CPU engines, which share the cores with the environments, false for GPU engines.",
     )
     timeout_seconds: PositiveFloat = Field(

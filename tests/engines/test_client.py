@@ -87,6 +87,18 @@ def test_many_requests_travel_in_one_call_per_engine(completions):
     assert {key: reply.tokens[0] for key, reply in drain(completions).items()} == {f"slot{i}": i for i in range(8)}
 
 
+def test_who_shares_a_call_does_not_depend_on_what_is_in_flight(completions):
+    engines = [FakeEngine(), FakeEngine()]
+    sampler = RemoteSampler(completions, engines)
+    requests = [(seed, SampleRequest(REQUEST.image, "push", seed, 1.0)) for seed in range(4)]
+    for _ in range(3):
+        sampler.submit("other", REQUEST)
+    for _ in range(2):
+        sampler.submit_many(requests)
+    shares = [sorted(request.seed for request in call) for engine in engines for call, _ in engine.calls if len(call) > 1]
+    assert sorted(shares) == [[0, 2], [0, 2], [1, 3], [1, 3]]
+
+
 def test_a_lost_engine_completes_all_it_owes_and_gets_no_more(completions):
     lost, well = FakeEngine(), FakeEngine()
     sampler = RemoteSampler(completions, [lost, well])
@@ -174,7 +186,7 @@ def test_the_local_sampler_answers_from_a_thread_in_batches(completions, spec, m
 
 def test_a_failing_local_engine_is_reported_not_waited_for(completions):
     class Broken:
-        max_batch, policy_version = 2, 0
+        max_batch, mix_calls, policy_version = 2, True, 0
         entered = threading.Event()
 
         def check(self, requests):
@@ -189,4 +201,35 @@ def test_a_failing_local_engine_is_reported_not_waited_for(completions):
     for _ in range(5):
         _, error = completions.get(timeout=SECONDS)
         assert isinstance(error, EngineError) and str(error) == "RuntimeError: out of memory"
+    sampler.close()
+
+
+@pytest.mark.parametrize(("mix_calls", "batches"), [(False, [2, 1, 3]), (True, [2, 4])])
+def test_the_local_sampler_mixes_calls_only_where_it_may(completions, mix_calls, batches):
+    class Slow:
+        max_batch, policy_version = 4, 0
+        submitted = threading.Event()
+
+        def __init__(self):
+            self.mix_calls, self.sizes = mix_calls, []
+
+        def check(self, requests):
+            pass
+
+        def sample(self, requests):
+            assert self.submitted.wait(SECONDS)
+            self.sizes.append(len(requests))
+            return [SampleReply(np.zeros(7), np.zeros(7), 1)] * len(requests)
+
+    engine = Slow()
+    sampler = LocalSampler(engine, completions)
+    sampler.submit_many([(key, REQUEST) for key in range(2)])
+    while sampler._waiting:  # until the first call is in the model
+        threading.Event().wait(0.01)
+    sampler.submit(2, REQUEST)
+    sampler.submit_many([(key, REQUEST) for key in range(3, 6)])
+    assert sampler.num_outstanding == 6
+    engine.submitted.set()
+    assert [completions.get(timeout=SECONDS)[0] for _ in range(6)] == list(range(6))
+    assert engine.sizes == batches
     sampler.close()

@@ -129,17 +129,18 @@ class Contributor:
 class Rig:
     """A loop of `slots` slots with everything around it."""
 
-    def __init__(self, slots: int = 2, *, quota: int = 5, length: int = 3, lockstep: bool = False) -> None:
+    def __init__(self, slots: int = 2, *, quota: int = 5, length: int = 3, groups: Sequence[Sequence[int]] | None = None) -> None:
         self.completions = Completions()
         self.environments, self.engines = Environments(length), Engines(self.completions)
         self.players = {slot: Contributor(quota) for slot in range(slots)}
+        self.groups = [[slot] for slot in range(slots)] if groups is None else groups
         self.loop = SlotLoop(
             self.environments, slots, decode=lambda tokens: np.zeros(7), completions=self.completions,
-            request_timeout_seconds=60.0, env_timeout_seconds=60.0, lockstep=lockstep,
+            request_timeout_seconds=60.0, env_timeout_seconds=60.0,
         )  # fmt: skip
 
     def run(self) -> None:
-        self.loop.run(self.players, self.engines, VERSION)
+        self.loop.run(self.players, self.engines, VERSION, self.groups)
 
     def more(self, quota: int) -> None:
         for player in self.players.values():
@@ -166,14 +167,23 @@ def test_every_slot_plays_its_quota_and_keeps_its_episode_for_the_next_run() -> 
     assert rig.environments.commands.count(("reset", 0)) == 3, "the third episode begins when the second ends"
 
 
-@pytest.mark.parametrize("lockstep", [True, False])
-def test_lockstep_asks_for_all_slots_in_one_call_and_otherwise_each_goes_its_own_way(lockstep: bool) -> None:
-    rig = Rig(slots=3, quota=4, lockstep=lockstep)
+@pytest.mark.parametrize(("groups", "batches"), [([[0, 1, 2]], [3] * 4), ([[0, 2], [1]], [1] * 4 + [2] * 4), ([[0], [1], [2]], [1] * 12)])
+def test_each_group_asks_for_all_its_slots_in_one_call(groups: list[list[int]], batches: list[int]) -> None:
+    rig = Rig(slots=3, quota=4, groups=groups)
     rig.run()
-    assert rig.engines.batches == ([3] * 4 if lockstep else [1] * 12)
+    assert sorted(rig.engines.batches) == batches
 
 
-def test_without_lockstep_a_slow_environment_holds_up_nobody() -> None:
+def test_a_group_goes_on_while_the_environment_of_another_one_is_slow() -> None:
+    rig = Rig(slots=4, quota=4, groups=[[0, 1], [2, 3]])
+    rig.environments.held.add(3)
+    rig.engines.answer = lambda number: (rig.environments.kill(3) if number == 7 else None) or reply()
+    rig.run()
+    assert rig.engines.batches[:4] == [2] * 4 and rig.environments.commands[:10].count(("step", 3)) == 0
+    assert rig.steps == [4] * 4
+
+
+def test_by_itself_no_slot_waits_for_a_slow_environment() -> None:
     rig = Rig(slots=2, quota=4)
     rig.environments.held.add(1)
     rig.engines.answer = lambda number: (rig.environments.kill(1) if number == 3 else None) or reply()
@@ -184,7 +194,7 @@ def test_without_lockstep_a_slow_environment_holds_up_nobody() -> None:
 
 def test_in_lockstep_a_slot_that_resets_at_its_quota_does_not_hold_up_the_others() -> None:
     """It may be left resetting at the end of an iteration, and others may still owe steps after a death."""
-    rig = Rig(slots=2, quota=3, length=3, lockstep=True)
+    rig = Rig(slots=2, quota=3, length=3, groups=[[0, 1]])
     rig.players[1].quota = 6
     rig.environments.send_reset = holding_back(rig.environments, slot=0, allowed=1)
     rig.run()

@@ -78,7 +78,7 @@ class _RemoteCall:
 
 
 class RemoteSampler:
-    """Sends each request to the least loaded of several engine actors (`VLLMEngine`).
+    """Divides the requests of a call evenly among several engine actors (`VLLMEngine`), the least loaded one first.
 
     An engine that fails gets no more requests until `attach`. One that hangs is for `EnginePool.ensure_current` to find
     and kill, which completes what it owes.
@@ -143,7 +143,8 @@ class RemoteSampler:
         """Spread the items over the engines so that loads even out; one call each. Empty where there is no engine."""
         shares: dict[_EngineLoad, list[tuple[Hashable, SampleRequest]]] = {}
         for item in items if self._engines else ():
-            engine = min(self._engines, key=lambda engine: engine.num_in_flight)
+            # Evenly within the call, whatever is in flight: so who shares a batch with whom does not depend on timing.
+            engine = min(self._engines, key=lambda engine: (len(shares.get(engine, ())), engine.num_in_flight))
             engine.num_in_flight += 1
             shares.setdefault(engine, []).append(item)
         calls = {
@@ -195,7 +196,8 @@ class LocalSampler:
         self._completions = completions
         self._engine = engine
         self._engine_lock = threading.Lock()
-        self._waiting: deque[tuple[Hashable, SampleRequest]] = deque()
+        self._waiting: deque[list[tuple[Hashable, SampleRequest]]] = deque()
+        """Call by call."""
         self._wake = threading.Condition()
         self._num_in_model = 0
         self._closed = False
@@ -210,7 +212,7 @@ class LocalSampler:
     def num_outstanding(self) -> int:
         """See `SamplerClient.num_outstanding`."""
         with self._wake:
-            return len(self._waiting) + self._num_in_model
+            return sum(map(len, self._waiting)) + self._num_in_model
 
     def load_weights(self, manifest: WeightManifest) -> int:
         """See `Engine.load_weights`; waits for the batch in the model, and requests behind it get the new weights."""
@@ -233,8 +235,9 @@ class LocalSampler:
                 accepted.append((key, request))
         with self._wake:
             if not self._closed:
-                self._waiting.extend(accepted)
-                self._wake.notify()
+                if accepted:
+                    self._waiting.append(accepted)
+                    self._wake.notify()
                 return
         self._complete(accepted, EngineError("the sampler was closed"))
 
@@ -242,7 +245,7 @@ class LocalSampler:
         """See `SamplerClient.close`."""
         with self._wake:
             self._closed = True
-            abandoned = list(self._waiting)
+            abandoned = [item for call in self._waiting for item in call]
             self._waiting.clear()
             self._wake.notify()
         self._complete(abandoned, EngineError("the sampler was closed"))
@@ -262,11 +265,13 @@ class LocalSampler:
                 self._num_in_model = 0
 
     def _take(self) -> list[tuple[Hashable, SampleRequest]]:
-        """Up to a full batch of what waits; empty once closed."""
+        """The call that has waited longest, where calls mix with all that fit into its batch; empty once closed."""
         with self._wake:
             while not self._waiting and not self._closed:
                 self._wake.wait()
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._engine.max_batch))]
+            batch = self._waiting.popleft() if self._waiting else []
+            while self._engine.mix_calls and self._waiting and len(batch) + len(self._waiting[0]) <= self._engine.max_batch:
+                batch += self._waiting.popleft()
             self._num_in_model = len(batch)
             return batch
 

@@ -25,11 +25,12 @@ class HFEngine:
     Attributes:
         policy_version: of the weights in use.
         max_batch: sequences of one forward pass.
+        mix_calls: see `EngineSpec.mix_calls`; for `LocalSampler`.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
         self.policy_version = INITIAL_VERSION
-        self.max_batch = spec.max_batch
+        self.max_batch, self.mix_calls = spec.max_batch, spec.mix_calls
         self._device = torch.device("cuda" if spec.gpus else "cpu")
         self._model = OpenVLAForActionPrediction.from_pretrained(spec.model_path, dtype=getattr(torch, spec.dtype))
         self._model.to(self._device).eval()

@@ -142,7 +142,6 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             completions=Completions(),
             request_timeout_seconds=settings.engines.request_timeout_seconds,
             env_timeout_seconds=env.timeout_seconds,
-            lockstep=settings.lockstep,
         )
 
     def _make_players(self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int, tokenizer: ActionTokenizer) -> None:
@@ -235,7 +234,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 player.begin_iteration(iteration, quota)
         began = time.perf_counter()
         played = sum(player.num_played for player in self._players.values())
-        self._loop.run(self._players, self._require_sampler(), self._version)
+        self._loop.run(self._players, self._require_sampler(), self._version, self._groups(2))
         contribution = self._collect()
         # Below 0 where a death cost more than was played.
         contribution.played_steps = max(0, sum(player.num_played for player in self._players.values()) - played)
@@ -270,10 +269,19 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             self._evaluation = Evaluation(queue, self.num_envs, frames_per_second)
         evaluation, deaths = self._evaluation, self._loop.env_deaths
         evaluation.begin_round(starts, seconds, record)
-        self._loop.run(evaluation.players, self._require_sampler(), self._version)
+        self._loop.run(evaluation.players, self._require_sampler(), self._version, self._groups(1))  # the queue's order is one of all slots
         evaluation.round.env_deaths = self._loop.env_deaths - deaths
         evaluation.round.engine_error = str(self._loop.engine_error) if self._loop.engine_error else None
         return evaluation.round
+
+    def _groups(self, count: int) -> list[tuple[int, ...]]:
+        """The slots in so many groups that keep in lockstep, of whole processes as far as possible; each slot by itself without lockstep.
+
+        Of two groups one steps its environments while the engine samples for the other (double-buffered sampling, arXiv 2006.11751).
+        """
+        slots = [slot for of_process in self.env.processes.slots_of_process() for slot in of_process]
+        size = -(-len(slots) // count) if self.settings.lockstep else 1
+        return [tuple(slots[start : start + size]) for start in range(0, len(slots), size)]
 
     def _require_sampler(self) -> SamplerClient:
         if self._sampler is None:

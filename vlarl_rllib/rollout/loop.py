@@ -1,4 +1,4 @@
-"""The event loop of a runner: each slot cycles frame, request, step with no barrier among slots.
+"""The event loop of a runner: each slot cycles frame, request, step, and waits at most for the slots of its group.
 
 One thread waits on one set of file descriptors: the environment processes' pipes and a pipe that completed requests are announced
 on. So nothing here can deadlock on a lock, and an exception of a sampler arrives as an event like any other.
@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -74,7 +74,6 @@ class SlotLoop:
         decode: action token ids [A] -> un-normalised policy action [7]; raises ValueError for anything else.
         request_timeout_seconds: an action that takes longer counts as an engine failure.
         env_timeout_seconds: a reset or step that takes longer ends its environment process, which is then started anew.
-        lockstep: send requests only when every slot has a frame.
     """
 
     def __init__(
@@ -86,11 +85,10 @@ class SlotLoop:
         completions: Completions,
         request_timeout_seconds: float,
         env_timeout_seconds: float,
-        lockstep: bool,
     ) -> None:
         self.completions = completions
         self._processes, self._num_slots = processes, num_slots
-        self._decode, self._lockstep = decode, lockstep
+        self._decode = decode
         self._request_timeout, self._env_timeout = request_timeout_seconds, env_timeout_seconds
         self._env_calls: dict[int, float] = {}
         """Since when each slot has been waiting for its environment."""
@@ -116,18 +114,20 @@ class SlotLoop:
             if self._state[slot] is not SlotState.SAMPLING:
                 self._state[slot], self._discard[slot] = SlotState.EMPTY, False
 
-    def run(self, players: Mapping[int, Player], sampler: SamplerClient, version: int) -> None:
+    def run(self, players: Mapping[int, Player], sampler: SamplerClient, version: int, groups: Iterable[Sequence[int]]) -> None:
         """Play until every player rests, or until the engine failed (`engine_error`) and nothing is in flight any more.
 
         Args:
             players: by slot; other slots stay as they are.
             version: policy version that every reply must carry.
+            groups: of slots, which together hold each player's once. A group's requests are sent in one call, when none of its slots is under way.
         """
         self.engine_error = None
         self._players, self._sampler, self._version = players, sampler, version
+        self._groups = [[slot for slot in group if slot in players] for group in groups]
         self._begin_idle()
         self._send_requests()
-        while self._waiting():
+        while self._waiting(players):
             wait([*self._processes.connections(), self.completions.fileno()], timeout=POLL_SECONDS)
             for event in self._processes.poll(0):
                 self._on_event(event)
@@ -138,12 +138,12 @@ class SlotLoop:
 
     # Who is waited for
 
-    def _waiting(self) -> bool:
-        """Whether any player's slot is under way. A slot that rests at its quota may be left resetting: that overlaps with the update."""
+    def _waiting(self, slots: Iterable[int]) -> bool:
+        """Whether any of these slots is under way. A slot that rests at its quota may be left resetting: that overlaps with the update."""
         return any(
             self._state[slot] in (SlotState.SAMPLING, SlotState.STEPPING)
-            or (self._state[slot] is SlotState.RESETTING and self.engine_error is None and player.wants_action())
-            for slot, player in self._players.items()
+            or (self._state[slot] is SlotState.RESETTING and self.engine_error is None and self._players[slot].wants_action())
+            for slot in slots
         )
 
     # What happens to a slot
@@ -165,14 +165,9 @@ class SlotLoop:
     def _send_requests(self) -> None:
         if self.engine_error is not None:
             return
-        if self._lockstep and self._waiting():
-            return
-        waiting = [slot for slot, player in self._players.items() if self._state[slot] is SlotState.READY and player.wants_action()]
-        if self._lockstep:  # one call, so that the engine's batches do not depend on timing
-            self._submit(waiting)
-        else:
-            for slot in waiting:
-                self._submit([slot])
+        for group in self._groups:
+            if not self._waiting(group):
+                self._submit([slot for slot in group if self._state[slot] is SlotState.READY and self._players[slot].wants_action()])
 
     def _submit(self, slots: list[int]) -> None:
         items = []
