@@ -198,7 +198,10 @@ def main() -> None:
     parser.add_argument("--only-observation-path", action="store_true", help="no simulator")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/env.json"), help="JSON file to write")
     arguments = parser.parse_args()
-    horizon(arguments.suite, name=arguments.env)  # a wrong name ends here
+    try:
+        horizon(arguments.suite, name=arguments.env)
+    except ValueError as error:
+        parser.error(str(error))
     full = EnvSpec(name=arguments.env, suite=arguments.suite, image_size=arguments.image_size, max_steps=LONG)
     fast = replace(full, fast_render=True)
     figures = measure_observation_path()
