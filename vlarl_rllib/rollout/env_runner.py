@@ -6,6 +6,7 @@ Episodes stay in this node's object store; what returns is one reference per slo
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import tempfile
@@ -275,11 +276,12 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         return evaluation.round
 
     def _groups(self, count: int) -> list[tuple[int, ...]]:
-        """The slots in so many groups that keep in lockstep, of whole processes as far as possible; each slot by itself without lockstep.
+        """The slots in so many groups that keep in lockstep, each in all processes as far as possible; each slot by itself without lockstep.
 
         Of two groups one steps its environments while the engine samples for the other (double-buffered sampling, arXiv 2006.11751).
         """
-        slots = [slot for of_process in self.env.processes.slots_of_process() for slot in of_process]
+        columns = itertools.zip_longest(*self.env.processes.slots_of_process())
+        slots = [slot for column in columns for slot in column if slot is not None]
         size = -(-len(slots) // count) if self.settings.lockstep else 1
         return [tuple(slots[start : start + size]) for start in range(0, len(slots), size)]
 
