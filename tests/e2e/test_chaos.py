@@ -21,32 +21,36 @@ from typing import Any
 import psutil
 import pytest
 
+from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
+
 KILLS = int(os.environ.get("VLARL_CHAOS_KILLS", "50"))
 SEED = int(os.environ.get("VLARL_CHAOS_SEED", str(random.SystemRandom().randrange(10**6))))
 CHECKPOINT_EVERY = 3
 STEPS = 2 * 2 * 24
 """Of an iteration of all runners."""
 PATIENCE_SECONDS = 300.0
-CONFIG = f"""
+CONFIG = """
 env: {{name: synthetic, tasks: [0, 1], num_envs: 2, num_processes: 2, max_steps: 10}}
 rollout: {{num_runners: 2, steps_per_iteration: 24}}
 learners: {{num: 2, micro_batch_size: 32, timeout_seconds: 60}}
 training: {{minibatch_size: 48, lr: 1.0e-5}}
+rewards: {{process: 0.1, judge: "{judge}"}}
 evaluation: {{episodes: 0}}
-run: {{iterations: 100000, max_restarts: 50, checkpoint_every: {CHECKPOINT_EVERY}, seed: 3, dashboard: false}}
+run: {{iterations: 100000, max_restarts: 50, checkpoint_every: {checkpoint_every}, seed: 3, dashboard: false}}
 """
 COUNTED_AS: dict[str, tuple[str, ...]] = {
     "environment": ("env_deaths",),
     "runner": ("runner_restarts",),
     "engine": ("engine_restarts",),
+    "reward worker": ("reward_worker_restarts",),
     "learner": ("learner_restarts", "trial_restarts"),  # the second where they are lost twice in one iteration
     "frozen learner": ("learner_restarts", "trial_restarts"),
     "trial": ("trial_restarts",),
     "driver": (),
 }
 """What may die, and the faults that it is counted as; a killed driver counts nothing any more."""
-WEIGHTS = {"environment": 3, "runner": 3, "engine": 3, "learner": 3, "frozen learner": 1, "trial": 2, "driver": 2}
-COSTS_EPISODES_ONLY = ("environment", "runner", "engine")
+WEIGHTS = {"environment": 3, "runner": 3, "engine": 3, "reward worker": 2, "learner": 3, "frozen learner": 1, "trial": 2, "driver": 2}
+COSTS_EPISODES_ONLY = ("environment", "runner", "engine", "reward worker")
 
 
 class Run:
@@ -54,7 +58,8 @@ class Run:
 
     def __init__(self, root: Path) -> None:
         self.root, self.path = root, root / "run"
-        (root / "config.yaml").write_text(CONFIG)
+        SuccessClassifier(ClassifierConfig(28, ("reach", "push"))).save(root / "judge")
+        (root / "config.yaml").write_text(CONFIG.format(judge=root / "judge", checkpoint_every=CHECKPOINT_EVERY))
         self.output = (root / "output.txt").open("w")
         self.seen: list[dict[str, Any]] = []
         """Every row in the order it was written, those that were played again too."""
@@ -99,6 +104,7 @@ class Run:
             "environment": [pid for runner in roles["runners"].values() for pid in runner["environments"]],
             "runner": [runner["runner"] for runner in roles["runners"].values()],
             "engine": roles["engines"],
+            "reward worker": [roles["reward_worker"]],
             "learner": roles["learners"],
             "frozen learner": roles["learners"],
             "trial": [roles["algorithm"]],
