@@ -13,7 +13,7 @@ import pytest
 from vlarl_rllib.curriculum import Start
 from vlarl_rllib.engines.protocol import EngineError
 from vlarl_rllib.envs.vector import SlotEvent
-from vlarl_rllib.rollout.loop import Completions, SlotLoop
+from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
 from vlarl_rllib.types import SampleReply, SampleRequest
 
 VERSION = 7
@@ -172,6 +172,24 @@ def test_each_group_asks_for_all_its_slots_in_one_call(groups: list[list[int]], 
     rig = Rig(slots=3, quota=4, groups=groups)
     rig.run()
     assert sorted(rig.engines.batches) == batches
+
+
+@pytest.mark.parametrize(
+    ("slots_of_process", "count", "groups"),
+    [
+        ([(0, 2, 4), (1, 3, 5)], 2, [(0, 1, 2), (3, 4, 5)]),
+        ([(0, 1, 2, 3)], 2, [(0, 1), (2, 3)]),
+        ([(0,), (1,)], 2, [(0,), (1,)]),
+        ([(0, 2), (1,)], 2, [(0, 1), (2,)]),
+        ([(0, 2), (1,)], 1, [(0, 1, 2)]),
+        ([(0, 2), (1,)], 3, [(0,), (1,), (2,)]),
+        ([(0,)], 2, [(0,)]),
+    ],
+)
+def test_groups_are_alike_in_size_and_lie_across_the_processes(
+    slots_of_process: list[tuple[int, ...]], count: int, groups: list[tuple[int, ...]]
+) -> None:
+    assert make_groups(slots_of_process, count) == groups
 
 
 def test_a_group_goes_on_while_the_environment_of_another_one_is_slow() -> None:

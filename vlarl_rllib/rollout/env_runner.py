@@ -6,7 +6,6 @@ Episodes stay in this node's object store; what returns is one reference per slo
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import tempfile
@@ -33,7 +32,7 @@ from vlarl_rllib.models.action_tokenizer import ActionTokenizer
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
 from vlarl_rllib.rewards import make_rewards
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
-from vlarl_rllib.rollout.loop import Completions, SlotLoop
+from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
 from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer, success_by_task
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS, WeightManifest
@@ -276,14 +275,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         return evaluation.round
 
     def _groups(self, count: int) -> list[tuple[int, ...]]:
-        """The slots in so many groups that keep in lockstep, each in all processes as far as possible; each slot by itself without lockstep.
-
-        Of two groups one steps its environments while the engine samples for the other (double-buffered sampling, arXiv 2006.11751).
-        """
-        columns = itertools.zip_longest(*self.env.processes.slots_of_process())
-        slots = [slot for column in columns for slot in column if slot is not None]
-        size = -(-len(slots) // count) if self.settings.lockstep else 1
-        return [tuple(slots[start : start + size]) for start in range(0, len(slots), size)]
+        """So many groups of slots that keep in lockstep; each slot by itself without it."""
+        return make_groups(self.env.processes.slots_of_process(), count if self.settings.lockstep else self.num_envs)
 
     def _require_sampler(self) -> SamplerClient:
         if self._sampler is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import logging
 import os
 import time
@@ -56,6 +57,17 @@ class Completions:
     def close(self) -> None:
         os.close(self._reader)
         os.close(self._writer)
+
+
+def make_groups(slots_of_process: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
+    """Divide all slots into up to `count` groups of nearly one size, each with slots of as many processes as possible.
+
+    Of two groups one steps its environments while the engine samples for the other (double-buffered sampling, arXiv 2006.11751).
+    """
+    columns = itertools.zip_longest(*slots_of_process)
+    slots = [slot for column in columns for slot in column if slot is not None]
+    size = -(-len(slots) // count)
+    return [tuple(slots[start : start + size]) for start in range(0, len(slots), size)]
 
 
 class SlotState(enum.Enum):
