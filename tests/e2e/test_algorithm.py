@@ -120,15 +120,21 @@ def _alive(pid: int) -> bool:
 def test_a_killed_reward_worker_costs_no_reward_and_serves_again(algorithm: VLAPPO) -> None:
     before = train(algorithm)
     assert before["reward_cpu_retries"] == before["reward_zeros"] == 0, "the worker judges"
-    for seconds in (0.3, 0.1, 0.6, 0.9):  # it is to be away at the end of sampling, when it is asked: dead, and not yet restarted
-        before = train(algorithm)
-        pid = processes(algorithm)["reward_worker"]
-        later(seconds, pid)
-        row = train(algorithm)
-        assert row["env_steps"] == before["env_steps"] + STEPS and row["reward_zeros"] == 0
-        if row["reward_cpu_retries"]:
-            break
-    assert row["faults"]["reward_cpu_retries"] > before["faults"]["reward_cpu_retries"], "no kill came at the right time"
+    pid = processes(algorithm)["reward_worker"]
+
+    def kill_it_when_chunks_are_to_be_judged(runner: Any) -> None:
+        collect = runner._collect
+
+        def kill_then_collect() -> Any:
+            del runner._collect
+            os.kill(pid, signal.SIGKILL)
+            return collect()
+
+        runner._collect = kill_then_collect
+
+    algorithm.env_runner_group.foreach_env_runner(kill_it_when_chunks_are_to_be_judged, local_env_runner=False)
+    row = train(algorithm)
+    assert row["env_steps"] == before["env_steps"] + STEPS and row["reward_zeros"] == 0 < row["reward_cpu_retries"]
     deadline = time.monotonic() + 60
     while row["faults"]["reward_worker_restarts"] == before["faults"]["reward_worker_restarts"] or row["reward_cpu_retries"]:
         assert time.monotonic() < deadline and row["reward_zeros"] == 0
