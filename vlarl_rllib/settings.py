@@ -146,6 +146,9 @@ class EngineSettings(Section):
 class FSDPSettings(Section):
     mesh: tuple[int, int] = Field((1, -1), description="[replicas, shards] of the device mesh; one of them may be -1 = what is left.")
     cpu_offload: bool = Field(False, description="Keep parameters and optimiser state in host memory between uses.")
+    min_unit_parameters: PositiveInt = Field(
+        1_000_000, description="A vision tower, projector or decoder layer with fewer parameters is gathered and reduced with the rest of the model."
+    )
     checkpoint_activations: bool = Field(False, description="Recompute activations in the backward pass: less memory, about a third more time.")
 
 

@@ -57,12 +57,13 @@ def contributions() -> list[list[SingleAgentEpisode]]:
 
 def build(num_learners: int, model: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, **training: Any) -> VLALearnerGroup:
     dtype = (model or {}).get("dtype", "float32")
+    units = {"min_unit_parameters": 1} if num_learners > 1 else {}  # else a model this small is one FSDP unit
     settings = Settings.from_dict(
         {
             "model": model or {},
             "engines": {"dtype": dtype},
             "rollout": rollout or {},
-            "learners": {"num": num_learners, "micro_batch_size": 4, "timeout_seconds": 120},
+            "learners": {"num": num_learners, "micro_batch_size": 4, "timeout_seconds": 120, "fsdp": units},
             "training": {"minibatch_size": 10, "num_epochs": 2, "lr": 2e-5, "value_lr": 1e-3, "old_log_probs": "recompute"} | training,
             "run": {"seed": 3},
         }

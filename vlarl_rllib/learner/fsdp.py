@@ -1,7 +1,8 @@
 """Sharding the policy with FSDP2, and the few collectives around it.
 
-One unit for each ViT, the projector, each decoder layer, and the root (embeddings, final norm, LM head, value head). Everything a
-parameter belongs to is inside the root unit: parameters left outside would never be reduced over ranks.
+One unit for each ViT, the projector, each decoder layer, and the root (embeddings, final norm, LM head, value head, and units too small
+to be worth their own collectives). Everything a parameter belongs to is inside the root unit: parameters left outside would never be
+reduced over ranks.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def shard_model(
     if settings.checkpoint_activations:
         model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator, union-attr]
     unsharded = quantized_parameters(model)
-    for unit in (*_units(model), model):
+    worthwhile = [unit for unit in _units(model) if sum(p.numel() for p in unit.parameters()) >= settings.min_unit_parameters]
+    for unit in (*worthwhile, model):
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=unsharded)
 
 

@@ -50,15 +50,24 @@ class SupervisedLearner(VLALearner):
     def _policy_rates(self) -> tuple[float, float]:
         return self.settings.sft.lr, self.settings.sft.weight_decay
 
+    def build(self) -> None:
+        with ThreadPoolExecutor(1, "reader") as pool:  # TensorFlow takes as long to import, in its process, as the policy to build
+            self._reading = pool.submit(self._read)
+            super().build()
+
+    def _read(self) -> RLDSDataset:
+        sft = self.settings.sft
+        assert sft.data is not None, "the command checks it"
+        return RLDSDataset(sft.data, sft.split, self._rank, self._world_size, shuffle_seed=self.settings.run.seed)
+
     def open_data(self) -> int:
-        """Read this rank's share of the demonstrations; how many steps it has.
+        """Take this rank's share of the demonstrations; how many steps it has.
 
         Raises:
             FileNotFoundError, ValueError, ImportError: see `RLDSDataset`.
         """
         sft, seed = self.settings.sft, self.settings.run.seed
-        assert sft.data is not None, "the command checks it"
-        self._data = RLDSDataset(sft.data, sft.split, self._rank, self._world_size, shuffle_seed=seed)
+        self._data = self._reading.result()
         if not len(self._data):
             raise ValueError(f"sft.data: rank {self._rank} of {self._world_size} gets no episode of {sft.split}; use fewer learners or more data")
         config: Any = self.policy.config
