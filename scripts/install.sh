@@ -19,4 +19,6 @@ case $lock in *cpu*) ls ${UV_FIND_LINKS:-/nonexistent}/torch-*+cpu-*.whl >/dev/n
 "$python" -m uv pip install --quiet --python "$python" $backend --no-deps --requirements "$lock" --editable .
 
 # The first import compiles bytecode: better now than in every actor of the first run. It is also the check that all is there.
-"$python" -c "import ray.rllib, vllm, vlarl_rllib.training, vlarl_rllib.models.openvla, vlarl_rllib.envs.libero"
+# TensorFlow is imported alone, as the data process does.
+"$python" -c "import vlarl_rllib.training, vlarl_rllib.report, vlarl_rllib.learner.supervised, vlarl_rllib.rollout.env_runner, vlarl_rllib.engines.vllm_stepper, vlarl_rllib.envs.libero"
+TF_CPP_MIN_LOG_LEVEL=3 "$python" -c "import tensorflow, tensorflow_datasets"
