@@ -51,6 +51,7 @@ def shard_model(
     if settings.checkpoint_activations:
         model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator, union-attr]
     unsharded = quantized_parameters(model)
+    # `small` on one rank and 2 cores, 64 samples a step: 257 ms in units of its own, 232 ms in one, 214 ms without FSDP.
     worthwhile = [unit for unit in _units(model) if sum(p.numel() for p in unit.parameters()) >= settings.min_unit_parameters]
     for unit in (*worthwhile, model):
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=unsharded)

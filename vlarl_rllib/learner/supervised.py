@@ -72,7 +72,7 @@ class SupervisedLearner(VLALearner):
             raise ValueError(f"sft.data: rank {self._rank} of {self._world_size} gets no episode of {sft.split}; use fewer learners or more data")
         config: Any = self.policy.config
         self._tokenizer = ActionTokenizer(config.action_vocab_size, config.n_action_bins)
-        self._statistics = read_statistics(sft.data)[1]["action"]
+        self._statistics = read_statistics(self._data.path)[1]["action"]
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + self._rank)
         self._batches = self._prefetch()
         self._num_steps = 0
