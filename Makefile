@@ -40,7 +40,7 @@ test: $(STAMP)  ## every test that a 2-core machine without GPU can run
 test-slow: $(STAMP)  ## the long ones, by hand
 	$(BIN)/python -m pytest -m slow
 
-quickstart: $(STAMP)  ## demonstrations, fine-tuning and PPO on a MuJoCo table top: success rises on 2 cores within 10 minutes
+quickstart: $(STAMP)  ## demonstrations, fine-tuning and PPO on a MuJoCo table top: success rises on 2 cores, no GPU
 	rm -rf runs/quickstart
 	$(BIN)/vlarl quickstart configs/quickstart.yaml --run-dir runs/quickstart
 

@@ -57,7 +57,7 @@ def contributions() -> list[list[SingleAgentEpisode]]:
 
 def build(num_learners: int, model: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, **training: Any) -> VLALearnerGroup:
     dtype = (model or {}).get("dtype", "float32")
-    units = {"min_unit_parameters": 1} if num_learners > 1 else {}  # else a model this small is one FSDP unit
+    units = {} if num_learners == 1 else {"min_unit_parameters": 1}  # one learner: one FSDP unit, as a model this small has it; others: as large ones
     settings = Settings.from_dict(
         {
             "model": model or {},
