@@ -8,6 +8,7 @@ before every call.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,11 +62,16 @@ class OffscreenCamera:
         self._size = size
         self._open = True
 
-    def render(self, data: Any) -> np.ndarray:
-        """[size, size, 3] uint8 of the state in a `mujoco.MjData`, rows from bottom to top as OpenGL has them."""
+    def render(self, data: Any, add_geoms: Callable[[Any], None] | None = None) -> np.ndarray:
+        """[size, size, 3] uint8 of the state in a `mujoco.MjData`, rows from bottom to top as OpenGL has them.
+
+        `add_geoms` may append to the `mujoco.MjvScene` what the model does not have.
+        """
         mujoco = self._mujoco
         self._gl.make_current()
         mujoco.mjv_updateScene(self._model, data, self._options, self._perturbation, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
+        if add_geoms is not None:
+            add_geoms(self._scene)
         mujoco.mjr_render(self._viewport, self._scene, self._context)
         image = np.empty((self._size, self._size, 3), dtype=np.uint8)
         mujoco.mjr_readPixels(image, None, self._viewport, self._context)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.envs.single_suite import SingleSuiteEnv
@@ -22,6 +23,7 @@ from vlarl_rllib.envs.tabletop_model import (
     FINGER_TRAVEL,
     OBJECT_HALF_HEIGHT,
     OBJECTS,
+    SHADOW_CASTERS,
     WORKSPACE_HIGH,
     WORKSPACE_LOW,
     ZONE_HALF_SIDE,
@@ -41,6 +43,9 @@ TOUCHING = 0.006
 """Gap between gripper and object that counts as touching, in metres."""
 SUPERSAMPLING = 2
 """Frames are drawn this many times larger and averaged."""
+SHADOW_COLOR = np.array([0.0, 0.0, 0.0, 0.4], dtype=np.float32)
+SHADOW_HEIGHT = 0.0012
+"""Of the flat shapes above the table, in metres: above the zones too."""
 HORIZONS = {"touch": 7, "push": 24, "pick": 20, "put": 40}
 """By verb, in steps. At full pace the scripted expert needs 1 to 5, 8 to 17, 7 to 14 and 15 to 26 (20 starts of one task each)."""
 
@@ -108,7 +113,7 @@ class TabletopEnv(SingleSuiteEnv):
 
     An action is (dx, dy, dz, droll, dpitch, dyaw, gripper), each in [-1, 1]: up to `POSITION_STEP` towards the camera, to its right and
     upwards, up to `YAW_STEP`, and -1 = open, +1 = close. The gripper always points down: roll and pitch have no effect. The frame
-    depends on task and initial state alone: nothing is drawn from the reset's seed.
+    depends on task and initial state alone: nothing is drawn from the reset's seed. `spec.fast_render` has no meaning here.
 
     Raises:
         RuntimeError: nothing can render on this machine.
@@ -134,7 +139,11 @@ class TabletopEnv(SingleSuiteEnv):
         self._mujoco = mujoco
         self._model = mujoco.MjModel.from_xml_string(tabletop_xml())
         self._data = mujoco.MjData(self._model)
-        self._camera = OffscreenCamera(self._model, CAMERA, spec.image_size * SUPERSAMPLING, fast=spec.fast_render)
+        self._camera = OffscreenCamera(self._model, CAMERA, spec.image_size * SUPERSAMPLING, fast=True)
+        self._shadow_casters = [self._model.geom(name).id for name in SHADOW_CASTERS]
+        light = self._model.light_dir[0]
+        self._onto_table = np.array([[1.0, 0.0, -light[0] / light[2]], [0.0, 1.0, -light[1] / light[2]], [0.0, 0.0, 1e-3]])
+        """[3, 3] moves a point along the light to the table; a thousandth of its height remains, for OpenGL inverts this to light a face."""
         self._object_geom = {name: self._model.geom(name).id for name in OBJECTS}
         self._gripper_geoms = tuple(self._model.geom(name).id for name in (*FINGER_JOINTS, "palm"))
         self._object_qpos = {name: int(self._model.joint(name).qposadr[0]) for name in OBJECTS}
@@ -193,10 +202,19 @@ class TabletopEnv(SingleSuiteEnv):
         """[S, S, 3] uint8: the current frame, as the policy sees it."""
         self._mujoco.mj_kinematics(self._model, self._data)
         self._mujoco.mj_camlight(self._model, self._data)
-        side = self.env_spec.image_size
-        large = self._camera.render(self._data)[::-1].reshape(side, SUPERSAMPLING, side, SUPERSAMPLING, 3)
-        total = large.sum(axis=(1, 3), dtype=np.uint16)
-        return ((total + SUPERSAMPLING**2 // 2) // SUPERSAMPLING**2).astype(np.uint8)
+        drawn = Image.fromarray(self._camera.render(self._data, self._add_shadows))
+        return np.asarray(drawn.reduce(SUPERSAMPLING))[::-1]
+
+    def _add_shadows(self, scene: Any) -> None:
+        """Every caster once more, flat and dark."""
+        for geom in self._shadow_casters:
+            position = self._onto_table @ self._data.geom_xpos[geom]
+            position[2] += SHADOW_HEIGHT
+            shape = self._onto_table @ self._data.geom_xmat[geom].reshape(3, 3)
+            shadow = scene.geoms[scene.ngeom]
+            self._mujoco.mjv_initGeom(shadow, self._model.geom_type[geom], self._model.geom_size[geom], position, shape.ravel(), SHADOW_COLOR)
+            shadow.specular = 0.0
+            scene.ngeom += 1
 
     def snapshot(self) -> TabletopSnapshot:
         kind = self._mujoco.mjtState.mjSTATE_INTEGRATION
