@@ -60,7 +60,8 @@ _SCENE = f"""<mujoco model="tabletop">
         <joint name="arm_z" type="slide" axis="0 0 1" damping="5"/>
         <joint name="arm_yaw" type="hinge" axis="0 0 1" damping="0.05"/>
         <geom class="gripper" name="palm" size="0.018 0.060 0.012" pos="0 0 0.068" mass="0.3"/>
-        <geom class="gripper" name="pole" type="cylinder" size="0.014 0.30" pos="0 0 0.38" mass="0.05" rgba="0.75 0.76 0.80 1" contype="0" conaffinity="0"/>
+        <geom class="gripper" name="pole" type="cylinder" size="0.014 0.30" pos="0 0 0.38" mass="0.05" rgba="0.75 0.76 0.80 1"
+          contype="0" conaffinity="0"/>
         <body name="finger_left" gravcomp="1">
           <joint name="finger_left" type="slide" axis="0 -1 0" range="0 {FINGER_TRAVEL}" limited="true" damping="2"/>
           <geom class="gripper" name="finger_left" size="0.011 0.006 0.034" pos="0 -0.006 0.024" mass="0.08" rgba="0.03 0.03 0.04 1"/>
