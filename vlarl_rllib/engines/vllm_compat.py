@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import vllm
 import vllm.model_executor.models.openvla as in_tree
@@ -25,6 +26,14 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.inputs.engine import MultiModalInput, mm_input
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
 from vllm.platforms import current_platform
 
 from vlarl_rllib.engines.protocol import MAX_PROMPT_TOKENS, EngineSpec
@@ -119,6 +128,24 @@ def apply_weights(llm: LLM, update_info: dict[str, Any]) -> None:
     # Image features and prompt prefixes of the old weights; vLLM resets neither after a transfer.
     llm.llm_engine.reset_encoder_cache()
     llm.llm_engine.reset_prefix_cache()
+
+
+def engine_input(prompt_ids: list[int], image: np.ndarray, config: OpenVLAConfig, identifier: str) -> MultiModalInput:
+    """What vLLM's renderer makes of a prompt and its frame, made directly: the renderer took a quarter of an engine's time.
+
+    Args:
+        prompt_ids: beginning with BOS, behind which the patches go.
+        image: [S, S, 3] uint8.
+        identifier: of the frame, unique among those in flight.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    item = MultiModalKwargsItem({"pixel_values": MultiModalFieldElem(data=pixels, field=MultiModalBatchedField())})
+    return mm_input(
+        [prompt_ids[0], *[config.image_token_index] * config.num_patches, *prompt_ids[1:]],
+        MultiModalKwargsItems({"image": [item]}),
+        mm_hashes={"image": [identifier]},
+        mm_placeholders={"image": [PlaceholderRange(offset=1, length=config.num_patches)]},
+    )
 
 
 def build_llm(spec: EngineSpec, config: OpenVLAConfig, architecture: str, transfer_backend: str) -> LLM:
