@@ -28,6 +28,7 @@ from vlarl_rllib.models.openvla.configuration import (
     merge_dataset_statistics,
     require_checkpoint_file,
 )
+from vlarl_rllib.models.openvla.last_layer import LastDecoderLayer
 from vlarl_rllib.models.openvla.sampling import choose_tokens, draw_noise
 from vlarl_rllib.models.openvla.vision import PrismaticVisionBackbone
 
@@ -89,6 +90,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         self.vision_backbone = PrismaticVisionBackbone(config)
         self.projector = PrismaticProjector(self.vision_backbone.embed_dim, config.text_config.hidden_size)
         self.language_model = LlamaForCausalLM(config.text_config)
+        layers = self.language_model.model.layers
+        layers[-1] = LastDecoderLayer(config.text_config, len(layers) - 1)
         self.value_head: ValueHead | None = None
         self.post_init()
 
@@ -194,9 +197,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         if action_tokens is not None:
             text = _append_to_rows(text, lengths, action_tokens[:, :-1])
         embeddings = self._sequence_embeddings(text, pixel_values, vision_features)
-        hidden = self.language_model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         num_states = 1 if action_tokens is None else action_tokens.shape[1]
-        hidden = _gather_positions(hidden, self._last_prompt_position(lengths), num_states)
+        positions = self._last_prompt_position(lengths)[:, None] + torch.arange(num_states, device=lengths.device)
+        hidden = self.language_model.model(inputs_embeds=embeddings, use_cache=False, read_positions=positions).last_hidden_state
         return hidden, hidden[:, 0]
 
     @torch.no_grad()
@@ -281,8 +284,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         cache = DynamicCache(config=self.config.text_config)
         decoder = self.language_model.model
-        outputs = decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
-        hidden = _gather_positions(outputs.last_hidden_state, position, 1)
+        hidden = decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, read_positions=position[:, None]).last_hidden_state
         tokens, log_probs = [], []
         for step in range(NUM_ACTION_TOKENS):
             index, log_prob = choose_tokens(self._action_rows(hidden[:, 0]), temperatures, greedy, noise[:, step])
@@ -334,12 +336,6 @@ def _append_to_rows(text: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
     """Put `tokens` [B, n] directly behind each row's prompt: [B, L + n]; what was there are pads."""
     columns = lengths[:, None] + torch.arange(tokens.shape[1], device=text.device)
     return torch.cat([text, text.new_zeros(tokens.shape)], dim=1).scatter(1, columns, tokens)
-
-
-def _gather_positions(hidden: Tensor, first: Tensor, count: int) -> Tensor:
-    """`count` consecutive states of each row, from its own position `first` [B]: [B, count, D]."""
-    positions = first[:, None] + torch.arange(count, device=hidden.device)
-    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 @contextmanager
