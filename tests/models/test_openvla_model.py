@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
+from vlarl_rllib.models.openvla.last_layer import gather_positions
 
 SAMPLES = slice(0, 6)
 """Two images with three prompts each, of 25, 20 and 21 tokens."""
@@ -61,6 +62,17 @@ def test_padding_side_does_not_matter(golden_s, inputs, tokens):
     assert left["attention_mask"][1, 0] == 0
     expected = golden_s.model.action_logits(**inputs, action_tokens=tokens)
     assert torch.equal(golden_s.model.action_logits(**left, action_tokens=tokens), expected)
+
+
+def test_the_last_layer_read_at_some_positions_is_the_whole_layer_there(golden_s):
+    decoder = golden_s.model.language_model.model
+    embeddings = torch.randn(3, 20, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    positions = torch.tensor([[0, 1, 2], [10, 11, 12], [17, 18, 19]])
+    whole = gather_positions(decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state, positions)
+    read = decoder(inputs_embeds=embeddings, use_cache=False, read_positions=positions).last_hidden_state
+    torch.testing.assert_close(read, whole, atol=1e-5, rtol=0)
+    expected, got = (torch.autograd.grad(states.square().sum(), embeddings)[0] for states in (whole, read))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

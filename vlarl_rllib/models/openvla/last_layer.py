@@ -31,7 +31,7 @@ class LastDecoderLayer(LlamaDecoderLayer):
     ) -> Tensor:
         """Self-attention [B, A, D] of the positions to all tokens [B, L, D] up to each."""
         attention: Any = self.self_attn
-        batch, length, _ = hidden.shape
+        batch, length = hidden.shape[:2]
         query = attention.q_proj(gather_positions(hidden, positions))
         query, key, value = (
             states.view(batch, states.shape[1], -1, attention.head_dim).transpose(1, 2)
