@@ -130,21 +130,22 @@ def apply_weights(llm: LLM, update_info: dict[str, Any]) -> None:
     llm.llm_engine.reset_prefix_cache()
 
 
-def engine_input(prompt_ids: list[int], image: np.ndarray, config: OpenVLAConfig, identifier: str) -> MultiModalInput:
+def engine_input(prompt_ids: list[int], image: np.ndarray, image_ids: list[int], identifier: str) -> MultiModalInput:
     """What vLLM's renderer makes of a prompt and its frame, made directly: the renderer took a quarter of an engine's time.
 
     Args:
         prompt_ids: beginning with BOS, behind which the patches go.
         image: [S, S, 3] uint8.
+        image_ids: placeholders, one for each patch.
         identifier: of the frame, unique among those in flight.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     item = MultiModalKwargsItem({"pixel_values": MultiModalFieldElem(data=pixels, field=MultiModalBatchedField())})
     return mm_input(
-        [prompt_ids[0], *[config.image_token_index] * config.num_patches, *prompt_ids[1:]],
+        [prompt_ids[0], *image_ids, *prompt_ids[1:]],
         MultiModalKwargsItems({"image": [item]}),
         mm_hashes={"image": [identifier]},
-        mm_placeholders={"image": [PlaceholderRange(offset=1, length=config.num_patches)]},
+        mm_placeholders={"image": [PlaceholderRange(offset=1, length=len(image_ids))]},
     )
 
 

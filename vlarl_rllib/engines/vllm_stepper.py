@@ -24,14 +24,15 @@ class VLLMStepper:
 
     def __init__(self, spec: EngineSpec, config: OpenVLAConfig, processor: OpenVLAProcessor) -> None:
         register(in_process=True)
-        self._config, self._processor = config, processor
+        assert config.image_token_index is not None, "every checkpoint's configuration has one"
+        self._processor, self._image_ids = processor, [config.image_token_index] * config.num_patches
         self._llm = vllm_compat.build_llm(spec, config, ARCHITECTURE, TRANSFER_BACKEND)
         self.device = vllm_compat.device_name()
         self.library = vllm_compat.library_version()
 
     def add(self, request_id: str, request: SampleRequest) -> None:
         """Queue one checked request."""
-        prompt = vllm_compat.engine_input(self._processor.prompt_ids(request.instruction), request.image, self._config, request_id)
+        prompt = vllm_compat.engine_input(self._processor.prompt_ids(request.instruction), request.image, self._image_ids, request_id)
         # Temperature 0 takes the best token and reports its log-probability at temperature 1, in both of vLLM's
         # samplers and also beside sampled requests (tested); top_k=1 would report 0.
         params = SamplingParams(
