@@ -97,7 +97,7 @@ class EnvSettings(Section):
         1000, description="Resets after which a subprocess is replaced, at the next checkpoint or evaluation; null = never."
     )
     fast_render: bool = Field(
-        False, description="No multisampling, shadows or reflections: 2-3 times faster on a CPU, but not the pictures checkpoints were trained on."
+        False, description="LIBERO without multisampling, shadows, reflections: 2-3 times faster on a CPU, but not what checkpoints were trained on."
     )
 
 
