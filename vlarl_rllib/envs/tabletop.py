@@ -180,7 +180,7 @@ class TabletopEnv(SingleSuiteEnv):
         task_id, index = info["task_id"], info["initial_state"]
         self._task_id, self._initial_state, self._num_steps, self._was_picked = task_id, index, 0, False
         self._mujoco.mj_resetData(self._model, self._data)
-        self._place(TASKS[task_id], np.random.default_rng(index))
+        self._place(TASKS[task_id], np.random.default_rng([task_id, index]))
         return self._observation(), info
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -237,15 +237,10 @@ class TabletopEnv(SingleSuiteEnv):
         return {"image": image}
 
     def _place(self, task: Task, random: np.random.Generator) -> None:
-        """Objects in the middle, zones near the camera, the open gripper above the far side; the third object lies out of sight.
-
-        Tasks share the scene of an initial state, so that the instruction alone tells what to do: where every scene belonged to one task,
-        small models learned the scenes by heart and read no instruction.
-        """
-        pair, replaced = [str(name) for name in random.permutation(list(OBJECTS))[:2]], random.integers(2)
-        if task.target not in pair:
-            pair[replaced] = task.target
-        for name, sign in zip(pair, (-1.0, 1.0), strict=True):
+        """Objects in the middle, zones near the camera, the open gripper above the far side; the third object lies out of sight."""
+        distractor = str(random.choice([name for name in OBJECTS if name != task.target]))
+        side = random.choice([-1.0, 1.0])
+        for name, sign in ((task.target, side), (distractor, -side)):
             address = self._object_qpos[name]
             x, y = random.uniform(-0.07, 0.02), sign * random.uniform(0.06, 0.11)
             half_yaw = random.uniform(-0.3, 0.3) / 2.0
