@@ -26,8 +26,8 @@ evaluation: {episodes: 4, videos: 1}
 run: {iterations: 2, dashboard: false}
 """
 POINTS = 0.30
-SEEDS = [4, 5, 6]
-"""Not those that the settings were chosen with, 0 to 3."""
+SEEDS = [5, 6, 7]
+"""Not those that the settings were chosen with, 0 to 4."""
 
 
 def vlarl(*arguments: str) -> "subprocess.CompletedProcess[str]":
