@@ -131,7 +131,9 @@ def apply_weights(llm: LLM, update_info: dict[str, Any]) -> None:
 
 
 def engine_input(prompt_ids: list[int], image: np.ndarray, image_ids: list[int], identifier: str) -> MultiModalInput:
-    """What vLLM's renderer makes of a prompt and its frame, made directly: the renderer took a quarter of an engine's time.
+    """What vLLM's renderer makes of a prompt and its frame, made directly.
+
+    The renderer took a quarter of the engine's thread (py-spy, the quickstart on 2 cores).
 
     Args:
         prompt_ids: beginning with BOS, behind which the patches go.

@@ -27,7 +27,8 @@ from vlarl_rllib.weights import make_reader
 class RawImageProcessor(OpenVLAImageProcessor):
     """Hands frames on as they are; the model normalises them on its own device.
 
-    A frame crosses to the model as [3, S, S] uint8: an eighth of the bytes and 1 % of the time of normalising here.
+    A frame crosses to the model as [3, S, S] uint8: an eighth of the bytes and 1 % of the time of normalising here. Only what vLLM itself
+    asks for while it starts passes here; of a request, `vllm_compat.engine_input` makes the same.
     It stays a subclass because vLLM 0.26 inspects the class of a processor's parts.
     """
 

@@ -203,7 +203,7 @@ class TabletopEnv(SingleSuiteEnv):
         self._mujoco.mj_kinematics(self._model, self._data)
         self._mujoco.mj_camlight(self._model, self._data)
         drawn = Image.fromarray(self._camera.render(self._data, self._add_shadows))
-        return np.asarray(drawn.reduce(SUPERSAMPLING))[::-1]
+        return np.asarray(drawn.reduce(SUPERSAMPLING))[::-1].copy()  # writable, and in an order that torch takes
 
     def _add_shadows(self, scene: Any) -> None:
         """Every caster once more, flat and dark."""
