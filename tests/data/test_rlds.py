@@ -38,7 +38,8 @@ DEMONSTRATIONS = [demonstration(length, seed) for seed, length in enumerate(LENG
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rlds")
-    with RLDSWriter(root, "tabletop", (SIDE, SIDE)) as writer:
+    with pytest.MonkeyPatch.context() as patch, RLDSWriter(root, "tabletop") as writer:
+        patch.setattr(rlds, "EPISODES_AT_ONCE", 3)  # two lots
         for episode in DEMONSTRATIONS:
             writer.add(episode)
     return root
@@ -185,7 +186,7 @@ def test_a_truncated_a_tampered_and_a_missing_file_are_told(damaged: tuple[Path,
 
 def test_the_published_layout_with_its_second_camera(tmp_path: Path) -> None:
     episode = replace(DEMONSTRATIONS[0], wrist_images=DEMONSTRATIONS[0].images[::-1])
-    with RLDSWriter(tmp_path, "libero_spatial_no_noops", (SIDE, SIDE), wrist_camera=True) as writer:
+    with RLDSWriter(tmp_path, "libero_spatial_no_noops") as writer:
         writer.add(episode.without_no_ops())
     ((_, steps),) = read_plainly(tmp_path / "libero_spatial_no_noops" / "1.0.0", tmp_path)
     assert steps[0]["observation"].keys() == {"image", "wrist_image", "state", "joint_state"}
@@ -204,6 +205,7 @@ def test_mistakes_are_told(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shard=2 must be in 0..1"):
         RLDSDataset(directory, shard=2, num_shards=2)
     with pytest.raises(FileExistsError, match="give another directory"):
-        RLDSWriter(directory, "tabletop", (SIDE, SIDE))
-    with RLDSWriter(tmp_path, "other", (SIDE, SIDE)) as writer, pytest.raises(ValueError, match="3 frames and 2 actions"):
+        RLDSWriter(directory, "tabletop")
+    with RLDSWriter(tmp_path, "other") as writer, pytest.raises(ValueError, match="3 frames and 2 actions"):
         writer.add(Demonstration(DEMONSTRATIONS[0].images, DEMONSTRATIONS[0].actions[:2], "push"))
+    assert list(tmp_path.iterdir()) == [], "a data set without episodes is none"

@@ -34,7 +34,7 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The colour of the picture says where to go: a thing that a tiny policy learns in seconds."""
     root = tmp_path_factory.mktemp("demonstrations")
     generator = np.random.default_rng(0)
-    with RLDSWriter(root, "pointing", (SIDE, SIDE)) as writer:
+    with RLDSWriter(root, "pointing") as writer:
         for index in range(24):
             color = list(COLORS)[index % 2]
             direction = 0.5 if color == "red" else -0.5

@@ -92,6 +92,9 @@ def test_two_cameras_do_not_disturb_each_other(env: TabletopEnv) -> None:
     other = TabletopEnv(env.env_spec)
     other.reset()
     del other
+    assert env.render() is before, "a frame is drawn once"
+    env.restore(env.snapshot())
+    assert env.render() is not before
     np.testing.assert_array_equal(env.render(), before)
 
 

@@ -65,14 +65,12 @@ def collect(request: CollectRequest, progress: Callable[[int, int], None] = lamb
     """
     kept = played = 0
     context = multiprocessing.get_context("spawn")  # a fork would take threads and GL contexts along
-    writer: RLDSWriter | None = None
-    with ProcessPoolExecutor(request.num_processes, mp_context=context, initializer=_prepare_worker) as pool:
+    workers = ProcessPoolExecutor(request.num_processes, mp_context=context, initializer=_prepare_worker)
+    with RLDSWriter(request.out, request.spec.name) as writer, workers as pool:
         try:
             for demonstration in _in_order(pool, request):
                 played += 1
                 if demonstration is not None:
-                    if writer is None:
-                        writer = RLDSWriter(request.out, request.spec.name, demonstration.images[0].shape[:2])
                     writer.add(demonstration)
                     kept += 1
                 progress(kept, played)
@@ -80,9 +78,7 @@ def collect(request: CollectRequest, progress: Callable[[int, int], None] = lamb
                     break
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            if writer is not None:
-                writer.close()
-    if writer is None or kept < request.episodes:
+    if kept < request.episodes:
         raise RuntimeError(f"the expert succeeded in {kept} of {played} episodes of {request.spec.name}; lower the noise, or choose other tasks")
     return writer.path
 

@@ -14,6 +14,8 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ STATISTICS_FILE = "dataset_statistics.json"
 INFO_FILE = "dataset_info.json"
 JPEG_QUALITY = 95
 """As TensorFlow encodes by default, and so the published data."""
+EPISODES_AT_ONCE = 32
+"""Written together: TensorFlow Datasets writes its metadata anew each time, half of the work for single ones."""
 NO_OP_NORM = 1e-4
 """Below it the arm's six numbers count as standing still (moojink/rlds_dataset_builder, regeneration of LIBERO's data)."""
 
@@ -63,50 +67,81 @@ class Demonstration:
 
 
 class RLDSWriter:
-    """Writes one data set, episode by episode.
+    """Writes one data set, episode by episode, beside what the caller does.
 
-    with RLDSWriter(directory, "tabletop", (56, 56)) as writer:
+    with RLDSWriter(directory, "tabletop") as writer:
         writer.add(demonstration)
+
+    Frames of all episodes must be of one size, and all or none have `wrist_images`.
 
     Args:
         directory: the data set goes into `directory/<name>/1.0.0`.
         name: lower case with underscores.
-        image_shape: (H, W) of every frame.
-        wrist_camera: whether demonstrations have `wrist_images`.
 
     Raises:
         FileExistsError: there is a data set of that name.
     """
 
-    def __init__(self, directory: str | Path, name: str, image_shape: tuple[int, int], *, wrist_camera: bool = False) -> None:
+    def __init__(self, directory: str | Path, name: str) -> None:
         self.path = Path(directory) / name / VERSION
         if self.path.exists():
             raise FileExistsError(f"{self.path} exists; give another directory, or remove it")
         self.path.mkdir(parents=True)
-        self._process = TFDSProcess("write", self.path, name, image_shape, wrist_camera)
+        self._process = TFDSProcess("write", self.path, name)
+        self._thread = ThreadPoolExecutor(1, "rlds")
+        self._writing: Future[None] | None = None
+        self._waiting: list[Demonstration] = []
         self._actions: list[np.ndarray] = []
-        self._num_episodes = 0
 
     def add(self, demonstration: Demonstration) -> None:
-        """Append an episode. Raises ValueError where it has no steps, or numbers of frames and actions differ."""
+        """Append an episode.
+
+        Raises:
+            ValueError: it has no steps, or numbers of frames and actions differ.
+            ValueError, ImportError, OSError, RuntimeError: an earlier one could not be written.
+        """
         length = len(demonstration.actions)
         if length == 0 or len(demonstration.images) != length:
             raise ValueError(f"a demonstration has {len(demonstration.images)} frames and {length} actions; both must be the same and above 0")
-        self._process.send(_example(demonstration))
-        self._process.receive()
+        self._waiting.append(demonstration)
         self._actions.append(standardized(demonstration.actions))
-        self._num_episodes += 1
+        if len(self._waiting) >= EPISODES_AT_ONCE:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Begin to write what waits, once what came before is written."""
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._thread.submit(self._write, self._waiting)
+        self._waiting = []
+
+    def _write(self, demonstrations: list[Demonstration]) -> None:
+        self._process.send([_example(demonstration) for demonstration in demonstrations])
+        self._process.receive()
 
     def close(self) -> None:
-        """Finish the files and write `dataset_statistics.json`."""
-        self._process.send(None)
+        """Finish the files and write `dataset_statistics.json`; without any episode nothing is left. Raises as `add`."""
         try:
+            if not self._actions:
+                self._discard()
+                return
+            if self._waiting:
+                self._hand_over()
+            if self._writing is not None:
+                self._writing.result()
+            self._process.send(None)
             self._process.receive()
         finally:
+            self._thread.shutdown()
             self._process.close()
-        if self._actions:
-            statistics = action_statistics(np.concatenate(self._actions), self._num_episodes)
-            (self.path / STATISTICS_FILE).write_text(json.dumps({self.path.parent.name: statistics}, indent=2) + "\n")
+        statistics = action_statistics(np.concatenate(self._actions), len(self._actions))
+        (self.path / STATISTICS_FILE).write_text(json.dumps({self.path.parent.name: statistics}, indent=2) + "\n")
+
+    def _discard(self) -> None:
+        self._process.close(patience_seconds=0.0)
+        self.path.rmdir()
+        with suppress(OSError):  # other versions
+            self.path.parent.rmdir()
 
     def __enter__(self) -> RLDSWriter:
         return self

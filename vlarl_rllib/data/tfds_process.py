@@ -9,6 +9,7 @@ FD is an inherited socket. The first message is a command and its arguments; eve
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -37,12 +38,17 @@ class TFDSProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             program = "import sys; from vlarl_rllib.data.tfds_process import main; main(sys.argv[1:])"  # -m would warn: the package imports this
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", program, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | QUIET,
-            )
+            # Ctrl-C is the caller's to handle, who closes the socket; a blocked signal is inherited, so that not even importing sees it.
+            unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", program, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=os.environ | QUIET,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         self._connection = Connection(ours.detach())
         self.send(command)
 
@@ -68,11 +74,11 @@ class TFDSProcess:
             raise RAISED[content[0]](content[1])
         return kind == "value", content
 
-    def close(self) -> None:
-        """End it, whatever it is doing."""
+    def close(self, patience_seconds: float = 10.0) -> None:
+        """End it, after that time whatever it is doing."""
         self._connection.close()
         try:
-            self._process.wait(10)
+            self._process.wait(patience_seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -80,7 +86,6 @@ class TFDSProcess:
 
 def main(arguments: list[str]) -> None:
     """Serve one command."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller's to handle; it closes the socket
     os.dup2(2, 1)
     connection = Connection(int(arguments[0]))
     try:
@@ -130,19 +135,29 @@ def read(connection: Connection, path: Path, split: str) -> Iterator[dict[str, A
         raise ValueError(f"{path}: damaged or incomplete after {number} episodes ({reason}); copy or collect it again") from None
 
 
-def write(connection: Connection, path: Path, name: str, image_shape: tuple[int, int], wrist_camera: bool) -> Iterator[None]:
-    """Append the examples that arrive, answering each, until None does."""
+def write(connection: Connection, path: Path, name: str) -> Iterator[None]:
+    """Append the lots of examples that arrive, answering each, until None does. The first example shows what all have."""
     tfds = _tfds()
+    writer: Any = None
+    while (examples := connection.recv()) is not None:
+        if writer is None:
+            writer = _writer(tfds, path, name, examples[0]["steps"][0]["observation"])
+        writer.add_examples({"train": examples})  # which also writes all metadata anew, the longer part for a single example
+        yield None
+    if writer is not None:
+        writer.close_all()
+
+
+def _writer(tfds: Any, path: Path, name: str, observation: dict[str, Any]) -> Any:
+    from PIL import Image
+
+    width, height = Image.open(io.BytesIO(observation["image"])).size
     identity = tfds.core.dataset_info.DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir=str(path), module_name=name)
-    info = tfds.core.DatasetInfo(
-        builder=identity, features=_features(tfds, image_shape, wrist_camera), description="Demonstrations written by vlarl_rllib."
-    )
+    features = _features(tfds, (height, width), wrist_camera="wrist_image" in observation)
+    info = tfds.core.DatasetInfo(builder=identity, features=features, description="Demonstrations written by vlarl_rllib.")
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=EPISODES_PER_FILE)
     writer.initialize_splits(["train"])
-    while (example := connection.recv()) is not None:
-        writer.add_examples({"train": [example]})
-        yield None
-    writer.close_all()
+    return writer
 
 
 def _features(tfds: Any, image_shape: tuple[int, int], wrist_camera: bool) -> Any:

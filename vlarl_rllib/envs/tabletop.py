@@ -150,6 +150,7 @@ class TabletopEnv(SingleSuiteEnv):
         self._zone_mocap = {name: int(self._model.body(name).mocapid[0]) for name in ZONES}
         self._gripper_qpos = np.array([int(self._model.joint(name).qposadr[0]) for name in (*ARM_JOINTS, *FINGER_JOINTS)])
         self._task_id, self._initial_state, self._num_steps, self._was_picked = 0, 0, 0, False
+        self._frame: np.ndarray | None = None
 
     @property
     def max_steps(self) -> int:
@@ -199,7 +200,12 @@ class TabletopEnv(SingleSuiteEnv):
         return self._observation(), float(success), success, truncated, {"success": success}
 
     def render(self) -> np.ndarray:  # type: ignore[override]
-        """[S, S, 3] uint8: the current frame, as the policy sees it."""
+        """[S, S, 3] uint8: the last frame, as the policy sees it."""
+        if self._frame is None:
+            self._frame = self._draw()
+        return self._frame
+
+    def _draw(self) -> np.ndarray:
         self._mujoco.mj_kinematics(self._model, self._data)
         self._mujoco.mj_camlight(self._model, self._data)
         drawn = Image.fromarray(self._camera.render(self._data, self._add_shadows))
@@ -226,15 +232,16 @@ class TabletopEnv(SingleSuiteEnv):
         self._task_id, self._initial_state = snapshot.task_id, snapshot.initial_state
         self._num_steps, self._was_picked = snapshot.num_steps, snapshot.was_picked
         self._mujoco.mj_setState(self._model, self._data, snapshot.physics, self._mujoco.mjtState.mjSTATE_INTEGRATION)
+        self._frame = None
 
     def close(self) -> None:
         self._camera.close()
 
     def _observation(self) -> dict[str, np.ndarray]:
         began = time.perf_counter()
-        image = self.render()
+        self._frame = self._draw()
         self.render_seconds = time.perf_counter() - began
-        return {"image": image}
+        return {"image": self._frame}
 
     def _place(self, task: Task, random: np.random.Generator) -> None:
         """Objects in the middle, zones near the camera, the open gripper above the far side; the third object lies out of sight."""
