@@ -90,7 +90,7 @@ class RLDSWriter:
         self._process = TFDSProcess("write", self.path, name)
         self._thread = ThreadPoolExecutor(1, "rlds")
         self._writing: Future[None] | None = None
-        self._waiting: list[Demonstration] = []
+        self._waiting: list[dict[str, Any]] = []
         self._actions: list[np.ndarray] = []
 
     def add(self, demonstration: Demonstration) -> None:
@@ -103,7 +103,7 @@ class RLDSWriter:
         length = len(demonstration.actions)
         if length == 0 or len(demonstration.images) != length:
             raise ValueError(f"a demonstration has {len(demonstration.images)} frames and {length} actions; both must be the same and above 0")
-        self._waiting.append(demonstration)
+        self._waiting.append(_example(demonstration))  # as JPEG: raw frames of a lot would be gigabytes
         self._actions.append(standardized(demonstration.actions))
         if len(self._waiting) >= EPISODES_AT_ONCE:
             self._hand_over()
@@ -115,8 +115,8 @@ class RLDSWriter:
         self._writing = self._thread.submit(self._write, self._waiting)
         self._waiting = []
 
-    def _write(self, demonstrations: list[Demonstration]) -> None:
-        self._process.send([_example(demonstration) for demonstration in demonstrations])
+    def _write(self, examples: list[dict[str, Any]]) -> None:
+        self._process.send(examples)
         self._process.receive()
 
     def close(self) -> None:
