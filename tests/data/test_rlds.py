@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,39 +46,58 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As in `modified_libero_rlds`: with a second camera."""
+    root = tmp_path_factory.mktemp("published")
+    episode = replace(DEMONSTRATIONS[0], wrist_images=DEMONSTRATIONS[0].images[::-1])
+    with RLDSWriter(root, "libero_spatial_no_noops") as writer:
+        writer.add(episode.without_no_ops())
+    return root
+
+
+# TensorFlow takes seconds to start, and every reading has a process of its own: what can share one does.
+
+
+@pytest.fixture(scope="module")
+def stored(directory: Path) -> list[dict[str, Any]]:
+    return list(rlds.read_episodes(rlds.find_dataset(directory), "train"))
+
+
 @pytest.fixture
-def read_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of what is made of the episodes: TensorFlow takes seconds to start for each reading."""
-    if not READ:
-        READ.extend(rlds.read_episodes(rlds.find_dataset(directory), "train"))
-    monkeypatch.setattr(rlds, "read_episodes", lambda path, split: iter(READ))
+def read_once(stored: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is made of the episodes."""
+    monkeypatch.setattr(rlds, "read_episodes", lambda path, split: iter(stored))
 
-
-READ: list[dict[str, Any]] = []
 
 PLAIN_READER = """
 import os, pickle, sys
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import tensorflow_datasets as tfds
-dataset = tfds.builder_from_directory(sys.argv[1]).as_dataset(split="train")
-episodes = [(e["episode_metadata"]["file_path"].numpy().decode(), list(e["steps"].as_numpy_iterator())) for e in dataset]
-pickle.dump(episodes, open(sys.argv[2], "wb"))
+data_sets = []
+for directory in sys.argv[2:]:
+    dataset = tfds.builder_from_directory(directory).as_dataset(split="train")
+    data_sets.append([(e["episode_metadata"]["file_path"].numpy().decode(), list(e["steps"].as_numpy_iterator())) for e in dataset])
+pickle.dump(data_sets, open(sys.argv[1], "wb"))
 """
 """In a process of its own: rendering crashes in one that has imported TensorFlow."""
 
 
-def read_plainly(dataset: Path, scratch: Path) -> list[Any]:
-    done = subprocess.run([sys.executable, "-c", PLAIN_READER, str(dataset), str(scratch / "plain.pickle")], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def read_plainly(directory: Path, published: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[str, list[Any]]]]:
+    """Of both data sets, the episodes as (origin, steps)."""
+    scratch = tmp_path_factory.mktemp("plain") / "episodes.pickle"
+    data_sets = [str(rlds.find_dataset(root)) for root in (directory, published)]
+    done = subprocess.run([sys.executable, "-c", PLAIN_READER, str(scratch), *data_sets], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return pickle.loads((scratch / "plain.pickle").read_bytes())
+    return pickle.loads(scratch.read_bytes())
 
 
-def test_plain_tensorflow_datasets_and_ours_read_the_same(directory: Path, tmp_path: Path) -> None:
-    assert RLDSDataset(directory, split="train[:50%]").num_episodes == 2
+def test_plain_tensorflow_datasets_and_ours_read_the_same(directory: Path, read_plainly: list[Any], read_once: None) -> None:
     ours = RLDSDataset(directory)
     assert (len(ours), ours.num_episodes) == (sum(LENGTHS), len(LENGTHS))
     index = 0
-    for number, (origin, steps) in enumerate(read_plainly(directory / "tabletop" / "1.0.0", tmp_path)):
+    for number, (origin, steps) in enumerate(read_plainly[0]):
         wrote = DEMONSTRATIONS[number]
         assert origin == wrote.origin and len(steps) == len(wrote.actions)
         for position, step in enumerate(steps):
@@ -121,7 +141,7 @@ def test_shuffling_is_another_order_each_time_and_goes_on_where_it_stood(directo
     assert list(RLDSDataset(directory, shuffle_seed=2, transform=key)) != epochs[0]
 
 
-def test_statistics_are_the_quantiles_of_the_standardised_actions(directory: Path, tmp_path: Path) -> None:
+def test_statistics_are_the_quantiles_of_the_standardised_actions(directory: Path, read_once: None) -> None:
     name, written = read_statistics(directory)
     actions = np.concatenate([standardized(episode.actions) for episode in DEMONSTRATIONS])
     assert name == "tabletop" and written["num_transitions"] == 18 and written["num_trajectories"] == 4
@@ -155,53 +175,62 @@ def test_no_ops_are_dropped_unless_the_gripper_moves() -> None:
     np.testing.assert_array_equal(kept.actions, actions[[1, 3, 5]])
 
 
-@pytest.fixture
-def damaged(directory: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A copy to damage: (data set, its one data file)."""
-    import shutil
+READER_OF_MISTAKES = """
+import sys
+from vlarl_rllib.data.tfds_process import read
+for path, split in zip(sys.argv[1::2], sys.argv[2::2]):
+    number = 0
+    try:
+        for number, _ in enumerate(read(None, path, split), start=1):
+            pass
+    except ValueError as error:
+        print(error)
+    else:
+        print(f"{path}: read {number} episodes as if nothing were wrong")
+"""
 
-    copy = shutil.copytree(directory / "tabletop", tmp_path / "tabletop")
-    (file,) = (copy / "1.0.0").glob("*.tfrecord*")
-    return copy, file
 
-
-def test_a_truncated_a_tampered_and_a_missing_file_are_told(damaged: tuple[Path, Path]) -> None:
-    copy, file = damaged
-    whole = file.read_bytes()
-    middle = len(whole) // 2
-    first_record = 8 + 4 + int.from_bytes(whole[:8], "little") + 4  # TFRecord: length, its checksum, content, its checksum
-    for content, after in (
-        (whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :], r"\d"),
-        (whole[:first_record], "1"),
-        (None, "0"),
-    ):
+def test_a_truncated_a_tampered_and_a_missing_file_and_a_wrong_split_are_told(directory: Path, tmp_path: Path) -> None:
+    def damaged(name: str, content: bytes | None) -> Path:
+        copy = shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / name)
+        (file,) = copy.glob("*.tfrecord*")
         file.unlink()
         if content is not None:
             file.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"tabletop.* damaged or incomplete after {after} episodes \(.*\); copy or collect it again") as caught:
-            RLDSDataset(copy)
-        assert "\n" not in str(caught.value)
-        file.touch()
+        return copy
+
+    (file,) = (directory / "tabletop" / "1.0.0").glob("*.tfrecord*")
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    first_record = 8 + 4 + int.from_bytes(whole[:8], "little") + 4  # TFRecord: length, its checksum, content, its checksum
+    with pytest.raises(ValueError, match=r"tampered: damaged or incomplete after \d episodes \(.*\); copy or collect it again") as caught:
+        RLDSDataset(damaged("tampered", whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]))
+    assert "\n" not in str(caught.value)
+
+    paths = [damaged("cut", whole[: first_record + 7]), damaged("cut_between_records", whole[:first_record]), damaged("missing", None)]
+    arguments = [part for path in paths for part in (str(path), "train")] + [str(directory / "tabletop" / "1.0.0"), "test"]
+    done = subprocess.run([sys.executable, "-c", READER_OF_MISTAKES, *arguments], capture_output=True, text=True)
+    *lines, no_such_split = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    for line, path, episodes in zip(lines, paths, (1, 1, 0), strict=True):
+        assert line.startswith(f"{path}: damaged or incomplete after {episodes} episodes ("), line
+    assert no_such_split.endswith("has no split 'test'; it has train")
 
 
-def test_the_published_layout_with_its_second_camera(tmp_path: Path) -> None:
-    episode = replace(DEMONSTRATIONS[0], wrist_images=DEMONSTRATIONS[0].images[::-1])
-    with RLDSWriter(tmp_path, "libero_spatial_no_noops") as writer:
-        writer.add(episode.without_no_ops())
-    ((_, steps),) = read_plainly(tmp_path / "libero_spatial_no_noops" / "1.0.0", tmp_path)
+def test_the_published_layout_with_its_second_camera(published: Path, read_plainly: list[Any]) -> None:
+    ((_, steps),) = read_plainly[1]
     assert steps[0]["observation"].keys() == {"image", "wrist_image", "state", "joint_state"}
     assert not np.array_equal(steps[0]["observation"]["image"], steps[0]["observation"]["wrist_image"])
-    examples = list(RLDSDataset(tmp_path))
+    examples = list(RLDSDataset(published))
     assert len(examples) == LENGTHS[0] and "wrist_image" not in examples[0]
-    name, statistics = read_statistics(tmp_path)
+    name, statistics = read_statistics(published)
     assert name == "libero_spatial_no_noops" and statistics["num_transitions"] == LENGTHS[0]
 
 
-def test_mistakes_are_told(directory: Path, tmp_path: Path) -> None:
+def test_a_part_of_a_split_and_mistakes(directory: Path, tmp_path: Path) -> None:
+    assert RLDSDataset(directory, split="train[:50%]").num_episodes == 2
     with pytest.raises(FileNotFoundError, match=r"no data set below it; give the directory that holds dataset_info.json"):
         RLDSDataset(tmp_path)
-    with pytest.raises(ValueError, match=r"has no split 'test'; it has train"):
-        RLDSDataset(directory, split="test")
     with pytest.raises(ValueError, match=r"shard=2 must be in 0..1"):
         RLDSDataset(directory, shard=2, num_shards=2)
     with pytest.raises(FileExistsError, match="give another directory"):

@@ -74,7 +74,7 @@ class SupervisedLearner(VLALearner):
         self._tokenizer = ActionTokenizer(config.action_vocab_size, config.n_action_bins)
         self._statistics = read_statistics(self._data.path)[1]["action"]
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + self._rank)
-        self._batches = self._prefetch()
+        self._batches = self._make_batches()
         self._num_steps = 0
         return len(self._data)
 
@@ -131,13 +131,16 @@ class SupervisedLearner(VLALearner):
 
     # Data
 
-    def _prefetch(self) -> Iterator[DemonstrationBatch]:
-        """Batches without end, the next one made while the last one is learned."""
+    def _make_batches(self) -> Iterator[DemonstrationBatch]:
+        """Batches without end; beside a GPU, the next one is made while the last one is learned."""
         examples = self._endless()
         share = self.settings.sft.batch_size // self._world_size
-        # Two OpenMP teams in a process are more threads than cores to libgomp, whose idle workers then sleep instead of waiting for the next
-        # operation: `small` learned 200 instead of 255 steps a second on 2 cores. So this thread gets no team.
-        with ThreadPoolExecutor(1, "demonstrations", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        if self._device.type == "cpu":
+            # A thread would take turns with the learning one at the cores and at the interpreter: `small` learned 252 instead of 299 steps a
+            # second on 2 cores, though making a batch is 4 % of the work.
+            while True:
+                yield self._make_batch(examples, share)
+        with ThreadPoolExecutor(1, "demonstrations") as pool:
             coming: Future[DemonstrationBatch] = pool.submit(self._make_batch, examples, share)
             while True:
                 batch = coming.result()
