@@ -389,6 +389,7 @@ def test_null_means_what_fits_the_model(path: str, key: str, crop: bool, tempera
     result = settings(model={"path": path}, env={"suite": "libero_goal"})
     assert (result.unnorm_key, result.center_crop, result.temperature) == (key, crop, temperature)
     assert Settings.from_dict(result.to_dict()) == result
+    assert settings(env={"name": "tabletop"}).unnorm_key == "tabletop"
 
 
 @pytest.mark.parametrize("path", ["tiny", "openvla-7b", "openvla-7b-finetuned-libero-spatial"])

@@ -177,7 +177,7 @@ def evaluate(
         Path | None, typer.Option(help="Where results go, or are continued; default runs/eval-<suite>-<time>.", show_default=False)
     ] = None,
     engine: Annotated[str, typer.Option(help="vllm, or hf = Hugging Face inside each runner.")] = "vllm",
-    unnorm_key: Annotated[str | None, typer.Option(help="Action statistics; default the suite's.", show_default=False)] = None,
+    unnorm_key: Annotated[str | None, typer.Option(help="Action statistics; default the run's, else the suite's.", show_default=False)] = None,
     center_crop: Annotated[bool, typer.Option(help="Crop 90 % of the frame's area, as the LIBERO checkpoints were trained.")] = True,
     max_steps: Annotated[int | None, typer.Option(help="Cut episodes off here; default the suite's horizon.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Of the poses of fixtures.")] = 7,

@@ -98,7 +98,7 @@ def write_model(tensors: dict[str, Tensor], base: str, out: Path, dtype: str, no
     """Write weights under their published names as a Hugging Face checkpoint; everything else is the base checkpoint's.
 
     Args:
-        norm_stats: further action statistics, by data set.
+        norm_stats: action statistics by data set, instead of the base's, in whose units the weights no longer act; None = the base's.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -107,13 +107,12 @@ def write_model(tensors: dict[str, Tensor], base: str, out: Path, dtype: str, no
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(tensors, out, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
     config = OpenVLAConfig.from_pretrained(base)
-    config.norm_stats = (config.norm_stats or {}) | (norm_stats or {})
+    if norm_stats:
+        config.norm_stats = norm_stats
     _write_config(config, out, dtype)
     _copy_files(base, out)
     if norm_stats:  # this file lies over the config's statistics wherever a checkpoint is read
-        file = out / "dataset_statistics.json"
-        known = json.loads(file.read_text()) if file.is_file() else {}
-        file.write_text(json.dumps(known | norm_stats, indent=2) + "\n")
+        (out / "dataset_statistics.json").write_text(json.dumps(norm_stats, indent=2) + "\n")
 
 
 def export_adapter(checkpoint: TrainingCheckpoint, out: Path) -> None:

@@ -41,6 +41,9 @@ def check_collect(settings: Settings, out: Path) -> None:
     env = settings.env.name
     if env not in EXPERTS:
         raise SettingsError(f"env.name: {env!r} has no scripted expert; choose one of {', '.join(EXPERTS)}")
+    check_tensorflow_datasets("vlarl collect")
+    if settings.model.path not in PRESETS:
+        _read_facts(settings.model.path, "model.path")
     if (out / env).exists():
         raise SettingsError(f"--out: {out / env} exists; give another directory, or remove it")
     check_environment(env)
@@ -71,10 +74,15 @@ def check_sft(settings: Settings, *, data_to_come: bool = False) -> None:
         )
     if not data_to_come:
         _check_data(settings.sft.data)
-    if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise SettingsError("sft.data: RLDS data need TensorFlow Datasets, which is not installed; run: pip install 'vlarl-rllib[data]'")
+    check_tensorflow_datasets("sft.data")
     if settings.learners.gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
         raise SettingsError(f"learners.gpus: {settings.learners.gpus:g} needs a GPU but this machine shows none; set it to 0 to run on the CPU")
+
+
+def check_tensorflow_datasets(what: str) -> None:
+    """Raise `SettingsError`, beginning with `what`, where RLDS data cannot be read or written."""
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise SettingsError(f"{what}: RLDS data need TensorFlow Datasets, which is not installed; run: pip install 'vlarl-rllib[data]'")
 
 
 def _check_data(data: str | None) -> None:

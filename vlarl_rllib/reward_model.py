@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vlarl_rllib.data.rlds import RLDSDataset, find_dataset, fingerprint
+from vlarl_rllib.preflight import check_tensorflow_datasets
 from vlarl_rllib.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -110,5 +110,4 @@ def _check(data: Path, out: Path, image_size: int, steps: int, batch_size: int, 
         find_dataset(data)
     except FileNotFoundError as error:
         raise SettingsError(f"--data: {error}") from None
-    if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise SettingsError("--data: RLDS data need TensorFlow Datasets, which is not installed; run: pip install 'vlarl-rllib[data]'")
+    check_tensorflow_datasets("--data")

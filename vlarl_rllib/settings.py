@@ -165,7 +165,7 @@ class TrainingSettings(Section):
     lr: NonNegativeFloat = Field(1e-5, description="AdamW learning rate of the policy.")
     value_lr: NonNegativeFloat = Field(1e-4, description="AdamW learning rate of the value head.")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay of the policy.")
-    gamma: Fraction = Field(0.99, description="Discount factor.")
+    gamma: Fraction = Field(0.99, description="Discount factor; grpo and rloo sum up without one.")
     gae_lambda: Fraction = Field(0.95, description="Lambda of generalised advantage estimation (arXiv 1506.02438).")
     clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: PositiveFloat = Field(0.28, description="The ratio is clipped above at 1 + clip_high (clip-higher: DAPO, arXiv 2503.14476).")
@@ -229,7 +229,7 @@ class CurriculumSettings(Section):
     rule: Literal["logistic", "power"] = Field(
         "logistic", description="Weight of a start with success rate s: exp((0.5 - s) / temperature), or (1 - s)^(1 / temperature)."
     )
-    temperature: PositiveFloat = Field(0.5, description="Of the rule; smaller = more of the hard starts.")
+    temperature: PositiveFloat = Field(0.5, ge=0.01, description="Of the rule; smaller = more of the hard starts.")
     starts_per_task: PositiveInt | None = Field(None, description="Train on so many of each task's training starts, the first; null = all.")
 
 
@@ -344,7 +344,7 @@ class Settings(Section):
     def unnorm_key(self) -> str:
         """`model.unnorm_key`, or what it is by default."""
         published = published_model(self.model.path)
-        return self.model.unnorm_key or (published.unnorm_key if published else self.env.suite)
+        return self.model.unnorm_key or (published.unnorm_key if published else default_statistics(self.env.name, self.env.suite))
 
     @property
     def center_crop(self) -> bool:
@@ -359,6 +359,11 @@ class Settings(Section):
         """`rollout.temperature`, or what it is by default."""
         published = published_model(self.model.path)
         return self.rollout.temperature or (published.temperature if published else 1.0)
+
+
+def default_statistics(env: str, suite: str) -> str:
+    """Name of the action statistics that fit an environment: the suite's or `tabletop`'s; `synthetic` makes do with any suite's."""
+    return env if env == "tabletop" else suite
 
 
 def _set_dotted(values: dict[str, Any], override: str) -> None:

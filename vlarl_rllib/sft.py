@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,8 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlarl_rllib.checkpoints import write_atomically
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.data.rlds import fingerprint, read_statistics
+from vlarl_rllib.errors import one_line
 from vlarl_rllib.export import write_model
-from vlarl_rllib.learner.learner_group import VLALearnerGroup
+from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError, VLALearnerGroup
 from vlarl_rllib.run_directory import RunDirectory, installed_versions
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.training import ray_session
@@ -35,6 +37,8 @@ from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS
 from vlarl_rllib.weights import make_reader
 
 MODEL_DIRECTORY = "model"
+SECONDS_PER_CALL = 5.0
+"""About so long learners learn between two looks at what the driver wants."""
 
 
 class Interrupted:
@@ -50,8 +54,17 @@ class Interrupted:
 
 
 def run_sft(settings: Settings, run: RunDirectory) -> int:
-    """Fine-tune and write `model/`; the process's exit code: 0 = done, 130 = ended early by Ctrl-C, with the model as it was then."""
+    """Fine-tune and write `model/`; the process's exit code: 0 = done, 130 = ended early by Ctrl-C, with the model as it was then, 1 = failed."""
     console = Console(highlight=False, soft_wrap=True)
+    try:
+        return _run(settings, run, console)
+    except (LearnerError, LearnerGroupError) as error:
+        (run.path / "error.txt").write_text(traceback.format_exc())
+        console.print(f"fine-tuning failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/error.txt)", style="red")
+        return 1
+
+
+def _run(settings: Settings, run: RunDirectory, console: Console) -> int:
     began = time.time()
     name, statistics = read_statistics(settings.sft.data or "")
     what = f"{statistics['num_transitions']:,} demonstrated steps of {name}"
@@ -75,7 +88,7 @@ def run_sft(settings: Settings, run: RunDirectory) -> int:
     }
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     where = os.path.relpath(model)
-    console.print(f"wrote {where}; use it with --set model.path={where} --set model.unnorm_key={name}, or vlarl eval {where}")
+    console.print(f"wrote {where}; use it with --set model.path={where} --set model.unnorm_key={name}, or vlarl eval {where} --unnorm-key {name}")
     return 0 if interrupted.signal is None else 128 + interrupted.signal
 
 
@@ -87,7 +100,7 @@ def _fit(group: VLALearnerGroup, settings: Settings, log: Path, console: Console
         bar = progress.add_task("", total=total, shown="")
         while (done := rows[-1]["step"] if rows else 0) < total and interrupted.signal is None:
             began, chunk = time.perf_counter(), min(every, total - done)
-            metrics = group.call("supervise", chunk)[0]
+            metrics, chunk = _supervise(group, chunk, interrupted)
             rate = chunk * settings.sft.batch_size / (time.perf_counter() - began)
             rows.append({"step": done + chunk, **metrics, "samples_per_second": rate})
             file.write(json.dumps(rows[-1]) + "\n")
@@ -97,6 +110,20 @@ def _fit(group: VLALearnerGroup, settings: Settings, log: Path, console: Console
             progress.update(bar, completed=done + chunk, shown=shown)
             console.print(f"step {done + chunk:>6}/{total}  {shown}")
     return rows
+
+
+def _supervise(group: VLALearnerGroup, num_steps: int, interrupted: Interrupted) -> tuple[dict[str, float], int]:
+    """Means over that many steps, or fewer after a signal, and how many; in calls of seconds, each far within `learners.timeout_seconds`."""
+    sums: dict[str, float] = {}
+    done, piece = 0, 1
+    while done < num_steps and (done == 0 or interrupted.signal is None):
+        began = time.perf_counter()
+        metrics = group.call("supervise", piece)[0]
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value * (1 if name == "skipped" else piece)
+        done += piece
+        piece = min(num_steps - done, max(1, int(piece * SECONDS_PER_CALL / (time.perf_counter() - began))))
+    return {name: total if name == "skipped" else total / done for name, total in sums.items()}, done
 
 
 @contextmanager

@@ -217,6 +217,29 @@ def test_a_truncated_a_tampered_and_a_missing_file_and_a_wrong_split_are_told(di
     assert no_such_split.endswith("has no split 'test'; it has train")
 
 
+def test_a_data_set_is_called_as_its_folder_wherever_one_stands(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory / "tabletop")
+    assert read_statistics("1.0.0") == read_statistics(directory)
+    shutil.copytree(directory / "tabletop", tmp_path / "renamed")
+    shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "alone")
+    _, statistics = read_statistics(directory)
+    assert read_statistics(tmp_path / "renamed") == ("renamed", statistics) and read_statistics(tmp_path / "alone") == ("alone", statistics)
+    monkeypatch.chdir(tmp_path / "alone")
+    assert read_statistics(".") == ("alone", statistics)
+
+
+def test_no_code_beside_a_data_set_is_run(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "download")
+    monkeypatch.chdir(tmp_path / "download")
+    features = Path("features.json").read_text()
+    Path("features.json").write_text(features.replace("tensorflow_datasets.core.features.features_dict.FeaturesDict", "trap.Features"))
+    assert Path("features.json").read_text() != features
+    Path("trap.py").write_text("import pathlib; pathlib.Path('sprung').touch()")
+    with pytest.raises((ValueError, ImportError, OSError, RuntimeError)):
+        list(RLDSDataset("."))
+    assert not Path("sprung").exists()
+
+
 def test_the_published_layout_with_its_second_camera(published: Path, read_plainly: list[Any]) -> None:
     ((_, steps),) = read_plainly[1]
     assert steps[0]["observation"].keys() == {"image", "wrist_image", "state", "joint_state"}

@@ -110,6 +110,7 @@ def test_the_command_leaves_a_checkpoint_that_acts(demonstrations: Path, tmp_pat
 
     model_directory = tmp_path / "run" / "model"
     model = OpenVLAForActionPrediction.from_pretrained(model_directory, dtype=torch.float32)
+    assert set(model.config.norm_stats) == {"pointing"}, "in other units than the data's the model does not act"
     frames = [np.full((SIDE, SIDE, 3), color, np.uint8) for color in COLORS.values()]
     inputs = OpenVLAProcessor.from_pretrained(model_directory)(images=frames, instructions=[f"point at the {color} square" for color in COLORS])
     actions = model.predict_action(**inputs, unnorm_key="pointing").actions

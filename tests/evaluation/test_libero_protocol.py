@@ -1,5 +1,6 @@
 """The protocol: which episodes there are, what they depend on, and mistakes before anything starts."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ def test_the_defaults_are_the_published_protocol() -> None:
         question = request.question()
         assert (question["max_steps"], question["unnorm_key"], question["center_crop"], question["fast_render"]) == (steps, suite, True, False)
         assert request.deviations() == []
+
+
+def test_the_action_statistics_are_those_the_policy_was_trained_with(tmp_path: Path) -> None:
+    assert EvaluationRequest("small", env="tabletop").statistics == "tabletop"
+    assert EvaluationRequest("tiny", suite="libero_goal", unnorm_key="libero_10").statistics == "libero_10"
+    checkpoint = tmp_path / "run" / "checkpoints" / "iteration_000001"
+    checkpoint.mkdir(parents=True)
+    facts = {"iteration": 1, "settings": {"model": {"path": "tiny", "unnorm_key": "libero_object"}}}
+    (checkpoint / "facts.json").write_text(json.dumps(facts))
+    assert EvaluationRequest(str(tmp_path / "run"), suite="libero_goal").statistics == "libero_object"
 
 
 def test_an_episodes_seed_is_a_function_of_seed_and_trial() -> None:

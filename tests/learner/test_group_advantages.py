@@ -21,5 +21,8 @@ def test_grpo_divides_by_the_standard_deviation_of_the_group() -> None:
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_a_group_of_equals_teaches_nothing(kind: str) -> None:
-    assert group_advantages(torch.ones(4), torch.zeros(4, dtype=torch.long), kind).tolist() == [0.0] * 4  # type: ignore[arg-type]
+@pytest.mark.parametrize("value", [1.0, -22.1, 1 / 0.1013])
+@pytest.mark.parametrize("size", [3, 7, 8])
+def test_a_group_of_equals_teaches_nothing(kind: str, value: float, size: int) -> None:
+    found = group_advantages(torch.full((size,), value), torch.zeros(size, dtype=torch.long), kind)  # type: ignore[arg-type]
+    assert found.dtype == torch.float32 and found.tolist() == [0.0] * size

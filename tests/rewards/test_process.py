@@ -33,12 +33,18 @@ def scripted_worker_class() -> type:
     """A class of this function, so that Ray ships it by value: it does what the instruction says."""
     from vlarl_rllib.rewards.worker import RewardWorker
 
+    class BrokenJudge:
+        def score(self, images: Any, instruction: str) -> Any:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
     class ScriptedWorker(RewardWorker):
         def score(self, images: Any, instruction: str) -> Any:
             if instruction == "raise":
-                raise RuntimeError("CUDA error: an illegal memory access")
+                raise RuntimeError("CUDA out of memory")
             if instruction == "hang":
                 time.sleep(3600)
+            if instruction == "break":
+                self._judge = BrokenJudge()
             scores = super().score(images, instruction)
             if instruction == "nan":
                 scores[2] = float("nan")
@@ -112,7 +118,7 @@ def test_differences_add_up_to_the_last_score_minus_the_first_in_whatever_chunks
 @pytest.mark.parametrize(
     ("instruction", "told"),
     [
-        ("raise", "CUDA error: an illegal memory access"),
+        ("raise", "CUDA out of memory"),
         ("nan", "a judge's scores lie in [0, 1], got nan"),
         ("short", "a judge's scores of 5 steps have shape (6,), got (5,)"),
     ],
@@ -137,6 +143,16 @@ def test_a_killed_worker_costs_no_reward_and_the_restarted_one_serves(
     wait_for(serves(service, rewards))
     service.ensure_alive()
     assert service.pid != pid and service.num_restarts == restarts + 1
+
+
+def test_a_worker_whose_gpu_is_broken_ends_and_the_restarted_one_serves(service: RewardService, rewards: WeightedRewards, judge: Path) -> None:
+    service.ensure_alive()
+    pid, episode = service.pid, replace(EPISODE, instruction="break")
+    np.testing.assert_array_equal(rewards(episode), expected(judge, episode).astype(np.float32))
+    assert rewards.failures == {"reward_zeros": 0, "reward_cpu_retries": 1}
+    wait_for(serves(service, rewards))
+    service.ensure_alive()
+    assert service.pid != pid
 
 
 def test_a_worker_that_hangs_costs_one_time_out_a_round_and_is_replaced(
@@ -168,10 +184,26 @@ def test_without_worker_and_without_judge_the_reward_is_zero(judge: Path, tmp_pa
     assert len(texts) == 2 and "no reward worker is attached" in texts[0] and "has no model.safetensors" in texts[1]
 
 
-def test_the_copy_on_the_cpu_is_loaded_once(judge: Path) -> None:
-    reward = ProcessReward(str(judge), 5.0)
-    copy = reward.on_cpu()
-    assert isinstance(copy, LocalProcessReward) and reward.on_cpu() is copy
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_copy_on_the_cpu_is_loaded_once_also_where_that_fails(judge: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    loaded = []
+
+    def load(directory: str) -> Any:
+        loaded.append(directory)
+        if fails:
+            raise OSError("the disk is gone")
+        return load_judge(directory)
+
+    monkeypatch.setattr("vlarl_rllib.rewards.process.load_judge", load)
+    copy = ProcessReward(str(judge), 5.0).on_cpu()
+    assert isinstance(copy, LocalProcessReward) and not loaded
+    for _ in range(2):
+        if fails:
+            with pytest.raises(RuntimeError, match="cannot be loaded here: OSError: the disk is gone"):
+                copy(EPISODE)
+        else:
+            copy(EPISODE)
+    assert loaded == [str(judge)]
 
 
 def test_a_worker_whose_judge_cannot_be_loaded_is_told_and_no_actor_is_left(ray_session: None, judge: Path, tmp_path: Path) -> None:

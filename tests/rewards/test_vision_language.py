@@ -100,6 +100,10 @@ def test_damaged_and_missing_weights_are_told(directory: Path, tmp_path: Path) -
     (tmp_path / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be loaded as a vision-language model") as caught:
         load_judge(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter beside the model; merge it first"):
+        check_judge(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     config = json.loads((tmp_path / "config.json").read_text())
     del config["vision_config"]

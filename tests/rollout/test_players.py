@@ -5,7 +5,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-from vlarl_rllib.curriculum import FixedCurriculum
+from vlarl_rllib.curriculum import AdaptiveCurriculum, FixedCurriculum
 from vlarl_rllib.envs.vector import SlotEvent
 from vlarl_rllib.rewards import Success, WeightedRewards
 from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer
@@ -26,8 +26,8 @@ def reply(version: int = 7) -> SampleReply:
     return SampleReply(np.arange(7), np.full(7, -1.0, np.float32), version)
 
 
-def player(*, whole_episodes: bool = False, group_size: int = 1) -> TrainingPlayer:
-    curriculum = FixedCurriculum([0], {0: range(40)}, first_slot=0, seed=1)
+def player(*, whole_episodes: bool = False, group_size: int = 1, curriculum: FixedCurriculum | None = None) -> TrainingPlayer:
+    curriculum = curriculum or FixedCurriculum([0], {0: range(40)}, first_slot=0, seed=1)
     rewards = WeightedRewards([(5.0, Success())], timeout_seconds=10.0, traceback_dir=Path("unused"))
     return TrainingPlayer(
         0, 0, curriculum=curriculum, spaces=SPACES, temperature=1.0, rewards=rewards, decode=lambda tokens: tokens / 256, seed=1,
@@ -114,3 +114,16 @@ def test_groups_are_whole_episodes_from_one_start_also_after_a_death_and_from_on
     ahead = slot.next_start()  # the environment is reset while the learners update
     slot.begin_iteration(1, 2)
     assert slot.next_start() == ahead not in begun
+
+
+def test_a_group_keeps_its_start_though_the_curriculum_weighs_anew() -> None:
+    curriculum = AdaptiveCurriculum([[0]], {0: range(40)}, first_slot=0, seed=1)
+    slot = player(whole_episodes=True, group_size=2, curriculum=curriculum)
+    ahead = slot.next_start()  # the environment is reset while the learners update
+    curriculum.weights = {(0, ahead.initial_state): 1e-9}
+    slot.begin_iteration(1, 2)
+    slot.started(event("reset", 0))
+    slot.stepped(reply(), event("step", 1, terminated=True))
+    assert slot.next_start() == ahead
+    slot.abandon()  # as a resumed run, which knows nothing of the draw
+    assert slot.next_start() != ahead

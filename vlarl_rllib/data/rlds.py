@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -243,7 +244,7 @@ class RLDSDataset:
 
 def find_dataset(directory: str | Path) -> Path:
     """The directory of the data set in or below `directory`. Raises FileNotFoundError where there is none, or more than one."""
-    root = Path(directory)
+    root = Path(directory).expanduser().resolve()
     if (root / INFO_FILE).is_file():
         return root
     found = sorted(path.parent for path in root.rglob(INFO_FILE)) if root.is_dir() else []
@@ -293,14 +294,15 @@ def action_statistics(actions: np.ndarray, num_episodes: int) -> dict[str, Any]:
 
 
 def read_statistics(directory: str | Path) -> tuple[str, dict[str, Any]]:
-    """(name, `norm_stats` entry) of a data set: its `dataset_statistics.json`, else computed from all of its actions.
+    """(name, `norm_stats` entry) of a data set: that of its folder, as OpenVLA has it; `dataset_statistics.json`, else computed from all actions.
 
     Raises as `RLDSDataset`.
     """
     path = find_dataset(directory)
-    name = path.parent.name
+    name = path.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", path.name) else path.name
     if (path / STATISTICS_FILE).is_file():
-        return name, json.loads((path / STATISTICS_FILE).read_text())[name]
+        (entry,) = json.loads((path / STATISTICS_FILE).read_text()).values()  # under the name that the folder had when it was written
+        return name, entry
     episodes = [standardized(episode["action"]) for episode in read_episodes(path, "train")]
     return name, action_statistics(np.concatenate(episodes), len(episodes))
 

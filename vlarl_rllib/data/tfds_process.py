@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
-"""TensorFlow's greetings."""
+ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "CUDA_VISIBLE_DEVICES": "-1"}
+"""No greetings, and no memory of the GPU that a policy is on."""
 VERSION = "1.0.0"
 EPISODES_PER_FILE = 64
 MAX_EPISODE_STEPS = 2**20
@@ -38,14 +38,16 @@ class TFDSProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             program = "import sys; from vlarl_rllib.data.tfds_process import main; main(sys.argv[1:])"  # -m would warn: the package imports this
+            # features.json names modules that are imported: -P, so that a file in the working directory, which may hold a download, is none.
+            search_path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
             # Ctrl-C is the caller's to handle, who closes the socket; a blocked signal is inherited, so that not even importing sees it.
             unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", program, str(theirs.fileno())],
+                    [sys.executable, "-P", "-c", program, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    env=os.environ | QUIET,
+                    env=os.environ | ENVIRONMENT | {"PYTHONPATH": search_path},
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)

@@ -22,12 +22,12 @@ from vlarl_rllib.envs import registry
 from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.export import TrainingCheckpoint, find_training_checkpoint, resolve_policy
 from vlarl_rllib.preflight import check_environment, check_model, count_gpus
-from vlarl_rllib.settings import LIBERO_TASKS, Settings, SettingsError
+from vlarl_rllib.settings import LIBERO_TASKS, Settings, SettingsError, default_statistics
 
 ENGINES = ("vllm", "hf")
 DTYPES = ("float32", "bfloat16")
 DEFAULT_SUITE = "libero_spatial"
-"""Names the action statistics where the environment has no suites."""
+"""Stands in where the environment has no suites."""
 RUNNER_TIMEOUT_SECONDS = 900.0
 """For one call of a runner: longer than an environment (600 s) and a request (120 s) may take after one another."""
 
@@ -50,7 +50,7 @@ class EvaluationRequest:
     max_steps: int | None = None
     """Policy steps after which an episode is cut off; None = the suite's horizon."""
     unnorm_key: str | None = None
-    """Action statistics of the checkpoint; None = the suite's."""
+    """Action statistics of the checkpoint; None = those that the run trained with, else the suite's or environment's."""
     center_crop: bool = True
     fast_render: bool = False
     engine: str = "vllm"
@@ -79,8 +79,11 @@ class EvaluationRequest:
 
     @property
     def statistics(self) -> str:
-        """`unnorm_key`, or what it is by default."""
-        return self.unnorm_key or self.env_spec.suite
+        """`unnorm_key`, or what it is by default: that of the run which trained the policy, else the environment's."""
+        if self.unnorm_key:
+            return self.unnorm_key
+        trained = _find_training_checkpoint(self.checkpoint)
+        return trained.settings.unnorm_key if trained else default_statistics(self.env, self.env_spec.suite)
 
     @property
     def compute_type(self) -> str:

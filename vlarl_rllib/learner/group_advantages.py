@@ -22,15 +22,16 @@ def group_advantages(returns: Tensor, groups: Tensor, kind: Literal["grpo", "rlo
         groups: [E] int64, number of each episode's group, from 0.
 
     Returns:
-        [E] float.
+        [E] of `returns`' type; exactly 0 where a group's returns are equal.
     """
+    dtype, returns = returns.dtype, returns.double()  # sums in float32 leave equals a rounding error apart, which `grpo` would scale to 1
     sizes = torch.bincount(groups).to(returns.dtype)
     count = sizes[groups]
     centred = returns - _sum_by(groups, returns, len(sizes)) / count
     if kind == "rloo":
-        return torch.where(count > 1, centred * count / (count - 1).clamp(min=1), 0.0)
+        return torch.where(count > 1, centred * count / (count - 1).clamp(min=1), 0.0).to(dtype)
     deviation = (_sum_by(groups, centred.square(), len(sizes)) / count).sqrt()
-    return centred / (deviation + EPSILON)
+    return (centred / (deviation + EPSILON)).to(dtype)
 
 
 def _sum_by(groups: Tensor, x: Tensor, num_groups: int) -> Tensor:

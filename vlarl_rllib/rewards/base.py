@@ -108,7 +108,7 @@ def _call(reward: Reward, episode: RewardEpisode, timeout_seconds: float) -> np.
         except BaseException as error:  # handed over to the caller's thread
             outcome.append(error)
 
-    thread = threading.Thread(target=run, name=f"reward-{reward.name}", daemon=True)
+    thread = threading.Thread(target=run, name="reward", daemon=True)
     thread.start()
     thread.join(timeout_seconds)
     if not outcome:
@@ -143,14 +143,15 @@ def _one_line(error: BaseException) -> str:
 
 
 def _write_traceback(reward: Reward, episode: RewardEpisode, error: Exception, directory: Path) -> None:
-    logger.warning("reward %s failed: %s", reward.name, _one_line(error))
+    name = getattr(reward, "name", type(reward).__name__)  # whatever it is, it never raises for the reward's sake
+    logger.warning("reward %s failed: %s", name, _one_line(error))
     number = next(_numbers)
     if number >= MAX_TRACEBACKS:
         return
     text = "".join(traceback.format_exception(error))
-    facts = f"reward {reward.name}, {len(episode.actions)} steps, instruction {episode.instruction!r}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    facts = f"reward {name}, {len(episode.actions)} steps, instruction {episode.instruction!r}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"reward_{reward.name}_{os.getpid()}_{number:04d}.txt").write_text(f"{facts}\n\n{text}")
+        (directory / f"reward_{name}_{os.getpid()}_{number:04d}.txt").write_text(f"{facts}\n\n{text}")
     except OSError as failure:
         logger.warning("no traceback file in %s: %s", directory, failure)

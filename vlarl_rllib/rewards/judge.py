@@ -57,6 +57,8 @@ def check_judge(directory: str | Path) -> JudgeKind:
     if kind == "vision_language":
         if not list(root.glob("*.safetensors")):
             raise ValueError(f"{directory} has no *.safetensors; download the model again, weights in another format are not read")
+        if (root / "adapter_config.json").is_file():  # transformers would load it too, from a pickle at need
+            raise ValueError(f"{directory} holds an adapter beside the model; merge it first")
         return kind
     if not (root / WEIGHTS_FILE).is_file():
         raise ValueError(f"{directory} has no {WEIGHTS_FILE}; run vlarl reward-model again")

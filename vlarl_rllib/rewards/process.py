@@ -5,10 +5,12 @@ T = steps of a chunk of an episode, S = image side in pixels.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 
+from vlarl_rllib.errors import one_line
 from vlarl_rllib.rewards.base import Reward, RewardEpisode
 from vlarl_rllib.rewards.judge import Judge, load_judge
 
@@ -33,7 +35,7 @@ class ProcessReward(Reward):
         self._directory, self._wait_seconds = judge_directory, WAIT_SHARE * timeout_seconds
         self._worker: Any = None
         self._was_late = False
-        self._local: LocalProcessReward | None = None
+        self._local = LocalProcessReward(judge_directory)
 
     def attach(self, worker: Any) -> None:
         """Ask this `RewardWorker` actor from now on, also where it was late before."""
@@ -62,23 +64,35 @@ class ProcessReward(Reward):
         return differences(scores, len(episode.actions))
 
     def on_cpu(self) -> Reward:
-        """The same judge in this process, loaded once."""
-        if self._local is None:
-            self._local = LocalProcessReward(load_judge(self._directory))
+        """The same judge in this process, loaded at its first call."""
         return self._local
 
 
 class LocalProcessReward(Reward):
-    """`ProcessReward` by a judge in this process."""
+    """`ProcessReward` by a judge in this process, loaded at the first call, within its time-out. A failure to load is remembered."""
 
     name = "process"
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge_directory: str) -> None:
         super().__init__()
-        self._judge = judge
+        self._directory = judge_directory
+        self._loading = threading.Lock()
+        self._judge: Judge | Exception | None = None
 
     def __call__(self, episode: RewardEpisode) -> np.ndarray:
-        return differences(self._judge.score(episode.images, episode.instruction), len(episode.actions))
+        """[T] float32. Raises RuntimeError where the judge cannot be loaded here, else what it raises."""
+        return differences(self._load().score(episode.images, episode.instruction), len(episode.actions))
+
+    def _load(self) -> Judge:
+        with self._loading:  # a call that was given up may still be loading: the next one waits for it instead of loading too
+            if self._judge is None:
+                try:
+                    self._judge = load_judge(self._directory)
+                except Exception as error:
+                    self._judge = error
+            if isinstance(self._judge, Exception):
+                raise RuntimeError(f"the judge cannot be loaded here: {one_line(self._judge)}") from self._judge
+            return self._judge
 
 
 def differences(scores: np.ndarray, num_steps: int) -> np.ndarray:

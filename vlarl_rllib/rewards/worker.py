@@ -41,8 +41,14 @@ class RewardWorker:
         return os.getpid()
 
     def score(self, images: np.ndarray, instruction: str) -> np.ndarray:
-        """See `Judge.score`."""
-        return self._judge.score(images, instruction)
+        """See `Judge.score`. A broken CUDA context, which no later call would survive, ends the process: Ray starts another."""
+        try:
+            return self._judge.score(images, instruction)
+        except RuntimeError as error:
+            if "CUDA error" in str(error):  # memory that is short reads otherwise
+                logger.exception("the reward worker's GPU failed; it ends")
+                os._exit(1)
+            raise
 
 
 class RewardService:

@@ -95,6 +95,8 @@ class TrainingPlayer:
         self._whole_episodes, self._group_size = whole_episodes, group_size
         self._iteration, self.missing, self.num_played = 0, 0, 0
         self._episodes_begun = self._episodes_ended = 0
+        self._group_start: tuple[tuple[int, int], Start] | None = None
+        """Group, as (iteration, number), that was last begun, and its start."""
         self._chunk: SingleAgentEpisode | None = None
         self._done_chunks: list[SingleAgentEpisode] = []
         self._instruction = ""
@@ -111,7 +113,10 @@ class TrainingPlayer:
     def next_start(self) -> Start:
         if self._whole_episodes:  # begun anew after a death; and the one that is reset while the learners update is the next iteration's first
             iteration, index = (self._iteration, self._episodes_ended) if self.missing else (self._iteration + 1, 0)
-            return self._curriculum.next_start(self._slot, iteration, index // self._group_size)
+            group = (iteration, index // self._group_size)
+            if self._group_start is None or self._group_start[0] != group:  # an adaptive curriculum's weights change between its episodes
+                self._group_start = group, self._curriculum.next_start(self._slot, *group)
+            return self._group_start[1]
         self._episodes_begun += 1
         return self._curriculum.next_start(self._slot, self._iteration, self._episodes_begun - 1)
 
@@ -185,7 +190,7 @@ class TrainingPlayer:
 
     def abandon(self) -> None:
         """Forget the running episode and what was not taken, so that the next iteration begins anew."""
-        self._chunk, self._done_chunks = None, []
+        self._chunk, self._done_chunks, self._group_start = None, [], None
 
     @property
     def playing(self) -> bool:
