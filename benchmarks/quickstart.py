@@ -13,8 +13,10 @@ For each seed, all from the model that the quickstart's fine-tuning left:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import vlarl_rllib
 from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.learner.collate import RolloutBatch
 from vlarl_rllib.learner.learner import VLALearner
@@ -139,17 +142,31 @@ MEASUREMENTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
 }
 
 
+def code_digest() -> str:
+    """Changes with the package's sources and the quickstart's settings."""
+    sources = [CONFIG, *sorted(Path(vlarl_rllib.__file__).parent.rglob("*.py"))]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
 def measure(scratch: Path, seeds: list[int], parts: list[str]) -> dict[str, dict[int, dict[str, Any]]]:
-    """What came of each part and seed; also in SCRATCH/results.json after each, where a later call finds it again."""
+    """What came of each part and seed; also in SCRATCH/results.json after each, where a later call finds it again.
+
+    Raises:
+        RuntimeError: what is there was measured with other code or settings.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
-    file = scratch / "results.json"
-    stored = json.loads(file.read_text()) if file.is_file() else {}
-    results = {part: {int(seed): result for seed, result in by_seed.items()} for part, by_seed in stored.items()}
+    file, digest = scratch / "results.json", code_digest()
+    stored = json.loads(file.read_text()) if file.is_file() else {"code": digest, "results": {}}
+    if stored["code"] != digest:
+        raise RuntimeError(f"{file} was measured with other code or settings; remove {scratch}, or give another directory")
+    results = {part: {int(seed): result for seed, result in by_seed.items()} for part, by_seed in stored["results"].items()}
     for seed in seeds:
         for part in (part for part in PARTS if part in parts):  # the quickstart first, which the others go on from
             if seed not in results.setdefault(part, {}):
+                for unfinished in scratch.glob(f"{part}*_{seed}"):
+                    shutil.rmtree(unfinished)
                 results[part][seed] = MEASUREMENTS[part](scratch, seed)
-                file.write_text(json.dumps(results, indent=2))
+                file.write_text(json.dumps({"code": digest, "results": results}, indent=2))
     return results
 
 
