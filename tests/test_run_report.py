@@ -14,7 +14,7 @@ from vlarl_rllib.cli import main
 from vlarl_rllib.observability.curves import evaluation_points
 from vlarl_rllib.observability.metrics import FAULTS, LEARNER_METRICS, SECONDS
 from vlarl_rllib.report import compare, write_report
-from vlarl_rllib.settings import Settings
+from vlarl_rllib.settings import Settings, SettingsError
 
 PNG = b"\x89PNG\r\n"
 
@@ -94,6 +94,12 @@ def test_tasks_are_called_by_their_instructions(run: Path) -> None:
 def test_what_a_user_writes_does_not_become_markup(run: Path) -> None:
     (run / "config.yaml").write_text("run: {wandb: '<script>alert(1)</script>'}\n")
     assert "<script>" not in write_report(run).read_text()
+
+
+def test_a_run_of_fine_tuning_is_told(run: Path) -> None:
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 50, "loss": 1.0}) + "\n")
+    with pytest.raises(SettingsError, match="is a run of vlarl sft, which has metrics.jsonl alone; give a run of vlarl train"):
+        write_report(run)
 
 
 def test_a_run_that_goes_on_and_has_no_evaluation(run: Path) -> None:

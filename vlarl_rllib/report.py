@@ -36,6 +36,8 @@ def write_report(path: Path) -> Path:
     rows = run.read_rows()
     if not rows:
         raise SettingsError(f"RUN_DIR: {path} has no finished iteration (metrics.jsonl); give a run's directory such as runs/latest")
+    if "iteration" not in rows[0]:
+        raise SettingsError(f"RUN_DIR: {path} is a run of vlarl sft, which has metrics.jsonl alone; give a run of vlarl train or quickstart")
     names = _task_names(run, rows)
     curves = draw_curves(rows, wilson_interval, names)
     (run.path / CURVES_FILE).write_bytes(curves)
