@@ -98,7 +98,7 @@ def test_what_a_user_writes_does_not_become_markup(run: Path) -> None:
 
 def test_a_run_of_fine_tuning_is_told(run: Path) -> None:
     (run / "metrics.jsonl").write_text(json.dumps({"step": 50, "loss": 1.0}) + "\n")
-    with pytest.raises(SettingsError, match="is a run of vlarl sft, which has metrics.jsonl alone; give a run of vlarl train"):
+    with pytest.raises(SettingsError, match=r"is a run of vlarl sft, which has metrics\.jsonl alone; give a run of vlarl train"):
         write_report(run)
 
 
