@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vlarl_rllib.preflight import check_model, check_quickstart, check_sft, doubts
+from vlarl_rllib.preflight import check_model, check_quickstart, check_sft, doubts, sft_doubts
 from vlarl_rllib.settings import LIBERO_TASKS, Settings, SettingsError
 
 
@@ -32,6 +32,39 @@ def test_another_suites_statistics_are_worth_a_line(sections: dict[str, Any], re
     found = doubts(Settings.from_dict(sections))
     assert len(found) == (remark is not None)
     assert all(remark in line and "\n" not in line for line in found)
+
+
+def test_an_adaptive_curriculum_that_misses_failures_is_worth_a_line() -> None:
+    (found,) = doubts(Settings.from_dict({"curriculum": {"kind": "adaptive"}}))
+    assert found.startswith("curriculum.kind: adaptive counts whole episodes") and "set rollout.episodes_per_iteration" in found
+    assert doubts(Settings.from_dict({"curriculum": {"kind": "adaptive"}, "rollout": {"episodes_per_iteration": 2}})) == []
+
+
+@pytest.mark.parametrize(
+    ("env", "center_crop", "augment", "remark"),
+    [
+        ("libero", True, True, None),
+        ("libero", False, False, None),
+        ("libero", True, False, "learns from whole frames and will see central crops when it acts in libero; set it and model.center_crop alike"),
+        ("libero", False, True, "learns from crops and will see whole frames when it acts in libero; set it and model.center_crop alike"),
+        ("tabletop", True, True, "learns from crops and will see whole frames when it acts in tabletop; set sft.augment to false"),
+        ("tabletop", True, False, None),
+    ],
+)
+def test_other_pictures_in_learning_than_in_acting_are_worth_a_line(env: str, center_crop: bool, augment: bool, remark: str | None) -> None:
+    sections = {"env": {"name": env}, "model": {"center_crop": center_crop}, "sft": {"augment": augment}}
+    found = sft_doubts(Settings.from_dict(sections))
+    assert len(found) == (remark is not None)
+    assert all(line.startswith("sft.augment: ") and line.endswith(remark) for line in found)
+
+
+def test_too_few_episodes_and_a_split_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text('{"splits": [{"name": "train", "shardLengths": ["1", "2"]}]}')
+    check_sft(Settings.from_dict({"sft": {"data": str(tmp_path), "split": "train[:50%]"}, "learners": {"num": 2}}))
+    with pytest.raises(SettingsError, match=r"^sft.split: 'trian' is no split of .*, which has train; choose one"):
+        check_sft(Settings.from_dict({"sft": {"data": str(tmp_path), "split": "trian"}}))
+    with pytest.raises(SettingsError, match=r"^learners.num: 4 learners cannot share the 3 episode\(s\) of train in "):
+        check_sft(Settings.from_dict({"sft": {"data": str(tmp_path)}, "learners": {"num": 4}}))
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,10 @@ def test_resuming_needs_a_run_with_a_checkpoint(run: RunDirectory) -> None:
     (run.path / "checkpoints" / ".iteration_000005.partial").mkdir(parents=True)
     with pytest.raises(SettingsError, match="no complete checkpoint"):
         open_run_directory(Path("runs/first"))
+    (run.path / "checkpoints" / "step_000005").mkdir()
+    with pytest.raises(SettingsError, match="no complete checkpoint of vlarl train to continue from"):
+        open_run_directory(Path("runs/first"))
+    assert open_run_directory(Path("runs/first"), "step") == run
     add_checkpoint(run, 5)
     assert open_run_directory(Path("runs/first")) == run
 

@@ -1,6 +1,7 @@
 """Checkpoint directories of a run: complete or absent, the newest few kept, each one self-contained.
 
-    checkpoints/iteration_000005/{learners/, algorithm.json, facts.json}
+    checkpoints/iteration_000005/{learners/, algorithm.json, facts.json}      of vlarl train
+                step_001000/learners/                                         of vlarl sft
 
 Tune copies what a trial saves; for a 7B policy that would be tens of GB a copy. So a run's checkpoints lie in its own directory and
 Tune's checkpoint is a pointer to one.
@@ -15,12 +16,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 FACTS_FILE = "facts.json"
 ALGORITHM_FILE = "algorithm.json"
 POINTER_FILE = "pointer.json"
-_NAME = re.compile(r"iteration_(\d{6,})$")
+
+Unit = Literal["iteration", "step"]
+"""What a run counts: `vlarl train` iterations, `vlarl sft` optimiser steps."""
 
 
 class CheckpointStore:
@@ -29,16 +32,18 @@ class CheckpointStore:
     Args:
         root: the directory; made when the first checkpoint is written.
         keep: how many of the newest to keep.
+        unit: what their names count.
     """
 
-    def __init__(self, root: Path, keep: int) -> None:
-        self.root, self._keep = root, keep
+    def __init__(self, root: Path, keep: int, unit: Unit = "iteration") -> None:
+        self.root, self._keep, self._unit = root, keep, unit
+        self._name = re.compile(rf"{unit}_(\d{{6,}})$")
 
     @contextmanager
-    def writing(self, iteration: int) -> Iterator[Path]:
+    def writing(self, number: int) -> Iterator[Path]:
         """A directory to write into; on the disk and renamed to its final name at the end, removed where writing fails."""
         self._sweep()
-        final = self.root / f"iteration_{iteration:06d}"
+        final = self.root / f"{self._unit}_{number:06d}"
         partial = self.root / f".{final.name}.partial"
         partial.mkdir(parents=True)
         try:
@@ -57,14 +62,14 @@ class CheckpointStore:
 
     def _sweep(self) -> None:
         """Remove what a killed process left half written or half removed."""
-        for left in (*self.root.glob(".iteration_*.partial"), *self.root.glob(".iteration_*.replaced")):
+        for left in (*self.root.glob(f".{self._unit}_*.partial"), *self.root.glob(f".{self._unit}_*.replaced")):
             shutil.rmtree(left)
 
     def list(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         if not self.root.is_dir():
             return []
-        return sorted((path for path in self.root.iterdir() if _NAME.match(path.name)), key=lambda path: int(path.name.split("_")[1]))
+        return sorted((path for path in self.root.iterdir() if self._name.match(path.name)), key=number_of)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, None before the first."""
@@ -115,6 +120,11 @@ class CheckpointStore:
     @staticmethod
     def read_facts(directory: Path) -> dict[str, Any]:
         return json.loads((directory / FACTS_FILE).read_text())
+
+
+def number_of(checkpoint: Path) -> int:
+    """The iteration or step of a checkpoint in a store, by its name."""
+    return int(checkpoint.name.split("_")[1])
 
 
 def write_atomically(path: Path, text: str) -> None:

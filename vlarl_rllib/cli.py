@@ -33,14 +33,14 @@ def train(
     resume_from: Annotated[Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.")] = None,
 ) -> None:
     """Train a policy: one run through ray.tune.Tuner."""
-    from vlarl_rllib.run_directory import RunDirectory, check_unfinished, new_run_directory, open_run_directory
+    from vlarl_rllib.run_directory import check_unfinished, new_run_directory, open_run_directory
 
     if resume:
         if run_dir is None or config is not None or resume_from is not None or overrides:
             raise SettingsError(
                 "--resume: needs --run-dir, and takes no CONFIG, --set or --resume-from (a changed config is a new run: use --resume-from)"
             )
-        run: RunDirectory = open_run_directory(run_dir)
+        run = open_run_directory(run_dir)
         settings = run.settings()
     else:
         settings, name = _load(config, overrides, "configs/libero_smoke_cpu.yaml")
@@ -62,18 +62,27 @@ def sft(
     config: ConfigPath = None,
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config.")] = False,
 ) -> None:
     """Fine-tune a policy on demonstrations (RLDS); leaves a checkpoint that train and eval take."""
-    from vlarl_rllib.preflight import check_sft
-    from vlarl_rllib.run_directory import new_run_directory
+    from vlarl_rllib.preflight import check_sft, sft_doubts
+    from vlarl_rllib.run_directory import check_sft_unfinished, new_run_directory, open_run_directory
 
-    settings, name = _load(config, overrides, "configs/quickstart.yaml")
+    if resume:
+        if run_dir is None or config is not None or overrides:
+            raise SettingsError("--resume: needs --run-dir, and takes no CONFIG or --set (a changed config is a new run)")
+        run = open_run_directory(run_dir, "step")
+        settings = run.settings()
+        check_sft_unfinished(run, settings)
+    else:
+        settings, name = _load(config, overrides, "configs/quickstart.yaml")
+        run = new_run_directory(run_dir, name, None)
     check_sft(settings)
-    run = new_run_directory(run_dir, name, None)
+    _remark(sft_doubts(settings))
     with run.claimed(settings):
         from vlarl_rllib.sft import run_sft
 
-        code = run_sft(settings, run)
+        code = run_sft(settings, run, resume=resume)
     raise typer.Exit(code)
 
 
@@ -269,9 +278,15 @@ def _load(config: Path | None, overrides: list[str] | None, example: str) -> tup
 
 
 def _preflight(settings: Settings) -> None:
-    from vlarl_rllib.preflight import check
+    from vlarl_rllib.preflight import check, doubts
 
     check(settings)
+    _remark(doubts(settings))
+
+
+def _remark(doubts: list[str]) -> None:
+    for doubt in doubts:
+        typer.echo(f"note: {doubt}", err=True)
 
 
 def main() -> None:

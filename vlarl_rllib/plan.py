@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from vlarl_rllib.settings import EnvSettings, RewardSettings, Settings
 
 LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
@@ -147,6 +149,14 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
         yield f"model.critic_path: {s.model.critic_path!r} has no effect with critic {s.model.critic}; set model.critic to separate, or remove it"
     if s.learners.fsdp.cpu_offload and not s.learners.gpus:
         yield "learners.fsdp.cpu_offload: true needs learners on a GPU; set learners.gpus or leave it false"
+    if s.training.old_log_probs == "behaviour" and s.training.importance_cap != _default(s.training, "importance_cap"):
+        yield (
+            f"training.importance_cap: {s.training.importance_cap:g} has no effect with old_log_probs behaviour; "
+            "set old_log_probs to recompute, or leave it out"
+        )
+    for key in ("rule", "temperature") if s.curriculum.kind == "fixed" else ():
+        if (value := getattr(s.curriculum, key)) != _default(s.curriculum, key):
+            yield f"curriculum.{key}: {value} has no effect with curriculum.kind fixed; set kind to adaptive, or leave it out"
     yield from _impossible_rewards(s.rewards)
     if s.evaluation.every and not s.evaluation.episodes:
         yield f"evaluation.every: {s.evaluation.every} evaluates nothing with evaluation.episodes 0; raise episodes or set every to 0"
@@ -155,6 +165,10 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
             f"training.critic_warmup_iterations: {s.training.critic_warmup_iterations} leaves no iteration for the policy; "
             f"use less than run.iterations = {s.run.iterations}"
         )
+
+
+def _default(section: BaseModel, key: str) -> Any:
+    return type(section).model_fields[key].default
 
 
 def _impossible_groups(s: Settings) -> Iterator[str]:

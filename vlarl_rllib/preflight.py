@@ -7,10 +7,11 @@ import json
 import os
 from pathlib import Path
 
+from vlarl_rllib.envs.registry import ENVIRONMENTS
 from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
 from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
 from vlarl_rllib.rewards.judge import check_judge
-from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, calculate_runtime_args
+from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
 
 DEMONSTRATIONS = "demonstrations"
 """Folder of a quickstart's run directory that its data go into."""
@@ -73,7 +74,7 @@ def check_sft(settings: Settings, *, data_to_come: bool = False) -> None:
             f"sft.batch_size: {settings.sft.batch_size} does not divide over {settings.learners.num} learners; use a multiple of that"
         )
     if not data_to_come:
-        _check_data(settings.sft.data)
+        _check_data(settings.sft, max(1, settings.learners.num))
     check_tensorflow_datasets("sft.data")
     if settings.learners.gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
         raise SettingsError(f"learners.gpus: {settings.learners.gpus:g} needs a GPU but this machine shows none; set it to 0 to run on the CPU")
@@ -85,23 +86,51 @@ def check_tensorflow_datasets(what: str) -> None:
         raise SettingsError(f"{what}: RLDS data need TensorFlow Datasets, which is not installed; run: pip install 'vlarl-rllib[data]'")
 
 
-def _check_data(data: str | None) -> None:
-    from vlarl_rllib.data.rlds import find_dataset
+def _check_data(sft: SFTSettings, num_learners: int) -> None:
+    """Whether the data set is there, has the split, and an episode of it for each learner."""
+    from vlarl_rllib.data.rlds import find_dataset, num_episodes
 
-    if data is None:
+    if sft.data is None:
         raise SettingsError("sft.data: missing; give the directory of an RLDS data set, for example one that vlarl collect wrote")
     try:
-        find_dataset(data)
-    except FileNotFoundError as error:
+        splits = num_episodes(find_dataset(sft.data))
+    except (OSError, ValueError) as error:
         raise SettingsError(f"sft.data: {error}") from None
+    name = sft.split.partition("[")[0]
+    if name not in splits:
+        raise SettingsError(
+            f"sft.split: {sft.split!r} is no split of {sft.data}, which has {', '.join(splits)}; choose one, or a part such as train[:95%]"
+        )
+    if splits[name] < num_learners:
+        raise SettingsError(
+            f"learners.num: {num_learners} learners cannot share the {splits[name]} episode(s) of {name} in {sft.data}; use fewer, or more data"
+        )
 
 
 def doubts(settings: Settings) -> list[str]:
-    """What may be meant, but is more often a mistake."""
-    key, suite = settings.unnorm_key, settings.env.suite
-    if settings.env.name != "libero" or key in (suite, f"{suite}_no_noops"):
+    """What may be meant of a run of `vlarl train`, but is more often a mistake."""
+    found = []
+    key, suite, rollout = settings.unnorm_key, settings.env.suite, settings.rollout
+    if settings.env.name == "libero" and key not in (suite, f"{suite}_no_noops"):
+        found.append(
+            f"env.suite: {suite} is played with the action statistics of {key}; set env.suite, model.path or model.unnorm_key unless that is meant"
+        )
+    if settings.curriculum.kind == "adaptive" and not rollout.episodes_per_iteration:
+        found.append(
+            f"curriculum.kind: adaptive counts whole episodes, and those that rollout.steps_per_iteration {rollout.steps_per_iteration} leaves "
+            "running are cut off at each checkpoint and evaluation, slow failures most; set rollout.episodes_per_iteration"
+        )
+    return found
+
+
+def sft_doubts(settings: Settings) -> list[str]:
+    """The same of a run of `vlarl sft`."""
+    env, augment = settings.env.name, settings.sft.augment
+    if env not in ENVIRONMENTS or augment == (cropped := env == "libero" and settings.center_crop):
         return []
-    return [f"env.suite: {suite} is played with the action statistics of {key}; set env.suite, model.path or model.unnorm_key unless that is meant"]
+    remedy = "set it and model.center_crop alike" if env == "libero" else "set sft.augment to false"
+    seen = f"{'central crops' if cropped else 'whole frames'} when it acts in {env}"
+    return [f"sft.augment: {str(augment).lower()}, so the policy learns from {'crops' if augment else 'whole frames'} and will see {seen}; {remedy}"]
 
 
 def check_model(path: str, unnorm_key: str, *, path_name: str = "model.path", key_name: str = "model.unnorm_key") -> None:

@@ -50,7 +50,7 @@ def compare(paths: Sequence[Path]) -> Table:
     table = Table("run", "iterations", "env steps", "success before", "after", "wall time", "faults")
     for path in paths:
         run = RunDirectory(path.resolve())
-        rows, summary = run.read_rows(), _summary(run)
+        rows, summary = run.read_rows(), run.read_summary()
         points = [evaluation for _, evaluation in evaluation_points(rows)]
         before, after = (_rate(points[0]), _rate(points[-1])) if len(points) > 1 else ("-", "-")
         wall = f"{summary['wall_seconds']:.0f} s" if summary else "running or killed"
@@ -75,7 +75,7 @@ def _to_html(run: RunDirectory, rows: list[dict[str, Any]], curves: bytes, task_
     import jinja2
 
     template = importlib.resources.files("vlarl_rllib").joinpath("templates/report.html.j2").read_text()
-    summary, points = _summary(run), evaluation_points(rows)
+    summary, points = run.read_summary(), evaluation_points(rows)
     faults = [(name, count) for name, count in rows[-1]["faults"].items() if count]
     return (
         jinja2.Environment(autoescape=True)
@@ -162,11 +162,6 @@ def _caption(stem: str, task_names: dict[str, str]) -> str:
         return stem
     iteration, task, start = map(int, parts.groups()[:3])
     return f"iteration {iteration}: {task_names.get(str(task), f'task {task}')}, start {start}, {parts[4]}"
-
-
-def _summary(run: RunDirectory) -> dict[str, Any] | None:
-    file = run.path / "summary.json"
-    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _rate(evaluation: dict[str, Any]) -> str:

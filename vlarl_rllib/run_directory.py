@@ -6,6 +6,8 @@ runs/NAME/config.yaml       the resolved settings
           processes.json    who is who while it runs
           checkpoints/      complete checkpoints, the newest few
           trial_.../        Tune's result.json, progress.csv and TensorBoard files
+
+A run of `vlarl sft` has the first three and checkpoints, a line and a checkpoint every so many steps, and `model/`.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ from typing import Any
 
 import yaml
 
-from vlarl_rllib.checkpoints import CheckpointStore, write_atomically
+from vlarl_rllib.checkpoints import CheckpointStore, Unit, write_atomically
 from vlarl_rllib.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
+COMMANDS: dict[Unit, str] = {"iteration": "vlarl train", "step": "vlarl sft"}
+"""Whose checkpoints count what."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,19 @@ class RunDirectory:
             latest.unlink(missing_ok=True)
             latest.symlink_to(self.path.name)
 
-    def newest_checkpoint(self) -> Path | None:
-        return CheckpointStore(self.path / "checkpoints", keep=1).newest()
+    def checkpoints(self, keep: int = 1, unit: Unit = "iteration") -> CheckpointStore:
+        return CheckpointStore(self.path / "checkpoints", keep, unit)
+
+    def newest_checkpoint(self, unit: Unit = "iteration") -> Path | None:
+        return self.checkpoints(unit=unit).newest()
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """`summary.json`, None before the end."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text()) if file.is_file() else None
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """The iterations so far; a line cut short by a kill ends the list."""
+        """The lines of `metrics.jsonl` so far; a line cut short by a kill ends the list."""
         rows: list[dict[str, Any]] = []
         if self._metrics.is_file():
             for line in self._metrics.read_text().splitlines():
@@ -81,16 +93,17 @@ class RowLog:
 
     Args:
         run: whose rows.
+        unit: what counts them, and is a key of each.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
-        self._file = run._metrics
+    def __init__(self, run: RunDirectory, unit: Unit = "iteration") -> None:
+        self._file, self._unit = run._metrics, unit
         self.rows = run.read_rows()
         self._whole = True  # also mends a line that a kill cut short
 
     def add(self, row: dict[str, Any]) -> int:
         """Append a row; returns how many were played again."""
-        kept = [earlier for earlier in self.rows if earlier["iteration"] < row["iteration"]]
+        kept = [earlier for earlier in self.rows if earlier[self._unit] < row[self._unit]]
         repeated = len(self.rows) - len(kept)
         self.rows = [*kept, row]
         try:
@@ -155,13 +168,18 @@ def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) ->
     return run
 
 
-def open_run_directory(path: Path) -> RunDirectory:
-    """The directory of a run to be continued. Raises `SettingsError` where there is none, or nothing to continue from."""
+def open_run_directory(path: Path, unit: Unit = "iteration") -> RunDirectory:
+    """The directory of a run to be continued, by the command whose checkpoints count in `unit`s.
+
+    Raises `SettingsError` where there is none, or nothing to continue from.
+    """
     run = RunDirectory(path.resolve())  # runs/latest is a link, which `claimed` sets anew
     if not (run.path / "config.yaml").is_file():
         raise SettingsError(f"--run-dir: {path} holds no run (config.yaml is missing); give the directory of one, for example runs/latest")
-    if run.newest_checkpoint() is None:
-        raise SettingsError(f"--resume: {path} has no complete checkpoint to continue from; start the run again in another directory")
+    if run.newest_checkpoint(unit) is None:
+        raise SettingsError(
+            f"--resume: {path} has no complete checkpoint of {COMMANDS[unit]} to continue from; start the run again in another directory"
+        )
     return run
 
 
@@ -172,4 +190,12 @@ def check_unfinished(checkpoint: Path, settings: Settings) -> None:
         raise SettingsError(
             f"run.iterations: the checkpoint is at iteration {done} of {settings.run.iterations}, so nothing is left to do; "
             "start a new run with --resume-from and --set run.iterations=MORE"
+        )
+
+
+def check_sft_unfinished(run: RunDirectory, settings: Settings) -> None:
+    """Raise `SettingsError` where a run of `vlarl sft` has made all its steps."""
+    if (run.read_summary() or {}).get("steps", 0) >= settings.sft.steps:
+        raise SettingsError(
+            f"sft.steps: all {settings.sft.steps} steps are made, and {run.path.name}/model is there; for more start a new run from it"
         )

@@ -261,6 +261,9 @@ class SFTSettings(Section):
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay.")
     augment: bool = Field(True, description="OpenVLA's image augmentation: crops, brightness, contrast, saturation, hue.")
     report_every: PositiveInt = Field(50, description="Optimiser steps between two lines of progress.")
+    checkpoint_every: PositiveInt = Field(
+        1000, description="Optimiser steps between checkpoints, to resume from; the newest run.keep_checkpoints are kept."
+    )
 
 
 class RunSettings(Section):

@@ -2,6 +2,7 @@
 
 RUN/config.yaml      the resolved settings
     metrics.jsonl    a line every `sft.report_every` steps
+    checkpoints/     every `sft.checkpoint_every` steps, to resume from
     model/           the fine-tuned checkpoint, with the data's action statistics
     summary.json     written at the end
 """
@@ -13,6 +14,7 @@ import os
 import signal
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,14 +26,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlarl_rllib.checkpoints import write_atomically
+from vlarl_rllib.checkpoints import CheckpointStore, number_of, write_atomically
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.data.rlds import fingerprint, read_statistics
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.export import write_model
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError, VLALearnerGroup
-from vlarl_rllib.run_directory import RunDirectory, installed_versions
-from vlarl_rllib.settings import Settings, calculate_runtime_args
+from vlarl_rllib.learner.supervised import SupervisedLearner, means
+from vlarl_rllib.run_directory import RowLog, RunDirectory, installed_versions
+from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 from vlarl_rllib.training import ray_session
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS
 from vlarl_rllib.weights import make_reader
@@ -53,84 +56,118 @@ class Interrupted:
         self.signal = number
 
 
-def run_sft(settings: Settings, run: RunDirectory) -> int:
-    """Fine-tune and write `model/`; the process's exit code: 0 = done, 130 = ended early by Ctrl-C, with the model as it was then, 1 = failed."""
+def run_sft(settings: Settings, run: RunDirectory, *, resume: bool = False) -> int:
+    """Fine-tune and write `model/`; the process's exit code: 0 = done, 130 = ended early by Ctrl-C, with the model as it was then, 1 = failed.
+
+    Args:
+        resume: go on from the run's newest checkpoint.
+    """
     console = Console(highlight=False, soft_wrap=True)
     try:
-        return _run(settings, run, console)
-    except (LearnerError, LearnerGroupError) as error:
+        return _run(settings, run, console, run.newest_checkpoint("step") if resume else None)
+    except SettingsError:
+        raise
+    except (LearnerError, LearnerGroupError, OSError, ValueError, ImportError) as error:  # the last three from a learner in this process
         (run.path / "error.txt").write_text(traceback.format_exc())
-        console.print(f"fine-tuning failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/error.txt)", style="red")
+        remedy = f"; go on with: {_resume_command(run)}" if run.newest_checkpoint("step") else ""
+        console.print(f"fine-tuning failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/error.txt){remedy}", style="red")
         return 1
 
 
-def _run(settings: Settings, run: RunDirectory, console: Console) -> int:
-    began = time.time()
+def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Path | None) -> int:
+    began, first = time.time(), number_of(checkpoint) if checkpoint else 0
     name, statistics = read_statistics(settings.sft.data or "")
     what = f"{statistics['num_transitions']:,} demonstrated steps of {name}"
-    console.print(f"run directory {os.path.relpath(run.path)}: {what}, {settings.learners.num} learner(s)")
+    whence = f", from step {first:,}" if checkpoint else ""
+    console.print(f"run directory {os.path.relpath(run.path)}: {what}, {settings.learners.num} learner(s){whence}")
+    earlier_seconds = sum(row["seconds"] for row in run.read_rows() if row["step"] <= first)
     interrupted = Interrupted()
     with _learners(settings) as group, _on_signals(interrupted):
-        num_steps = sum(group.call("open_data"))
-        rows = _fit(group, settings, run.path / "metrics.jsonl", console, interrupted)
+        num_steps = sum(group.call("open_data", statistics["action"], first))
+        if checkpoint:
+            group.call("load_sharded", str(checkpoint / "learners"))
+        row = _fit(group, settings, run, console, interrupted, first)
         manifest = group.publish_weights(1)
         tensors = {name: tensor for bucket in make_reader(manifest.transport).buckets(manifest) for name, tensor in bucket.items()}
         model = run.path / MODEL_DIRECTORY
         write_model(tensors, group.config.settings().model.path, model, settings.engines.dtype, {name: statistics})
     summary = {
-        "steps": rows[-1]["step"] if rows else 0,
+        "steps": row["step"],
         "demonstrated_steps": num_steps,
         "data": fingerprint(settings.sft.data or ""),
         "unnorm_key": name,
-        "last": rows[-1] if rows else None,
-        "wall_seconds": time.time() - began,
+        "last": row,
+        "wall_seconds": earlier_seconds + time.time() - began,
         "versions": installed_versions(),
     }
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     where = os.path.relpath(model)
-    console.print(f"wrote {where}; use it with --set model.path={where} --set model.unnorm_key={name}, or vlarl eval {where} --unnorm-key {name}")
-    return 0 if interrupted.signal is None else 128 + interrupted.signal
+    in_train, in_eval = f"--set model.path={where} --set model.unnorm_key={name}", f"vlarl eval {where} --unnorm-key {name}"
+    if settings.env.name != "libero":
+        in_eval += f" --env {settings.env.name}"
+    elif not settings.center_crop:
+        in_train, in_eval = f"{in_train} --set model.center_crop=false", f"{in_eval} --no-center-crop"
+    console.print(f"wrote {where}; use it with {in_train}, or {in_eval}")
+    if interrupted.signal is None:
+        return 0
+    if run.newest_checkpoint("step"):
+        console.print(f"stopped at step {row['step']:,} of {settings.sft.steps:,}; go on with: {_resume_command(run)}")
+    return 128 + interrupted.signal
 
 
-def _fit(group: VLALearnerGroup, settings: Settings, log: Path, console: Console, interrupted: Interrupted) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    total, every = settings.sft.steps, settings.sft.report_every
+def _resume_command(run: RunDirectory) -> str:
+    return f"vlarl sft --resume --run-dir {os.path.relpath(run.path)}"
+
+
+def _fit(group: VLALearnerGroup, settings: Settings, run: RunDirectory, console: Console, interrupted: Interrupted, first: int) -> dict[str, Any]:
+    """Make the steps from `first` on, until the last one or a signal; the last line of progress."""
+    sft, log = settings.sft, RowLog(run, "step")
+    row: dict[str, Any] = {"step": first}
+    store, saved = run.checkpoints(settings.run.keep_checkpoints, "step"), first
     columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress, log.open("w") as file:
-        bar = progress.add_task("", total=total, shown="")
-        while (done := rows[-1]["step"] if rows else 0) < total and interrupted.signal is None:
-            began, chunk = time.perf_counter(), min(every, total - done)
-            metrics, chunk = _supervise(group, chunk, interrupted)
-            rate = chunk * settings.sft.batch_size / (time.perf_counter() - began)
-            rows.append({"step": done + chunk, **metrics, "samples_per_second": rate})
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
-            accuracy = f"token accuracy {100 * metrics['token_accuracy']:.1f} %"
-            shown = f"loss {metrics['loss']:.3f}  {accuracy}  L1 {metrics['l1']:.3f}  {rate:.0f} samples/s"
-            progress.update(bar, completed=done + chunk, shown=shown)
-            console.print(f"step {done + chunk:>6}/{total}  {shown}")
-    return rows
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=sft.steps, completed=first, shown="")
+        while (done := row["step"]) < sft.steps and interrupted.signal is None:
+            began = time.perf_counter()
+            sums = _supervise(group, min(sft.report_every, saved + sft.checkpoint_every - done, sft.steps - done), interrupted)
+            done += int(sums["steps"])
+            seconds = time.perf_counter() - began
+            row = {"step": done, **means(sums), "samples_per_second": sums["samples"] / seconds, "seconds": seconds}
+            log.add(row)
+            accuracy, rate = f"token accuracy {100 * row['token_accuracy']:.1f} %", f"{row['samples_per_second']:.0f} samples/s"
+            shown = f"loss {row['loss']:.3f}  {accuracy}  L1 {row['l1']:.3f}  {rate}"
+            progress.update(bar, completed=done, shown=shown)
+            console.print(f"step {done:>6}/{sft.steps}  {shown}")
+            if done < sft.steps and (done - saved == sft.checkpoint_every or interrupted.signal is not None):
+                _save(group, store, done, console)
+                saved = done
+    return row
 
 
-def _supervise(group: VLALearnerGroup, num_steps: int, interrupted: Interrupted) -> tuple[dict[str, float], int]:
-    """Means over that many steps, or fewer after a signal, and how many; in calls of seconds, each far within `learners.timeout_seconds`."""
-    sums: dict[str, float] = {}
-    done, piece = 0, 1
-    while done < num_steps and (done == 0 or interrupted.signal is None):
+def _save(group: VLALearnerGroup, store: CheckpointStore, step: int, console: Console) -> None:
+    """Write a checkpoint; a disk that is full is no reason to end."""
+    try:
+        with store.writing(step) as directory:
+            (directory / "learners").mkdir()
+            group.call("save_sharded", str((directory / "learners").resolve()))
+    except (OSError, LearnerError) as error:
+        console.print(f"no checkpoint of step {step}: {one_line(error)}", style="yellow")
+
+
+def _supervise(group: VLALearnerGroup, num_steps: int, interrupted: Interrupted) -> dict[str, float]:
+    """Sums over that many steps, or fewer after a signal; in calls of seconds, each far within `learners.timeout_seconds`."""
+    sums: Counter[str] = Counter()
+    piece = 1
+    while sums["steps"] < num_steps and (not sums or interrupted.signal is None):
         began = time.perf_counter()
-        metrics = group.call("supervise", piece)[0]
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value * (1 if name == "skipped" else piece)
-        done += piece
-        piece = min(num_steps - done, max(1, int(piece * SECONDS_PER_CALL / (time.perf_counter() - began))))
-    return {name: total if name == "skipped" else total / done for name, total in sums.items()}, done
+        sums.update(group.call("supervise", piece)[0])
+        piece = min(num_steps - int(sums["steps"]), max(1, int(piece * SECONDS_PER_CALL / (time.perf_counter() - began))))
+    return dict(sums)
 
 
 @contextmanager
 def _learners(settings: Settings) -> Iterator[VLALearnerGroup]:
     """The learners alone, in a Ray of their own or the cluster's; or in this process for `learners.num: 0`."""
-    from vlarl_rllib.learner.supervised import SupervisedLearner
-
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"critic": "shared_head", "critic_path": None})})
     config = VLAPPOConfig.from_settings(settings)
     config.learners(learner_class=SupervisedLearner)

@@ -261,3 +261,22 @@ def test_a_part_of_a_split_and_mistakes(directory: Path, tmp_path: Path) -> None
     with RLDSWriter(tmp_path, "other") as writer, pytest.raises(ValueError, match="3 frames and 2 actions"):
         writer.add(Demonstration(DEMONSTRATIONS[0].images, DEMONSTRATIONS[0].actions[:2], "push"))
     assert list(tmp_path.iterdir()) == [], "a data set without episodes is none"
+
+
+def test_what_was_not_written_to_its_end_is_no_data_set(directory: Path, tmp_path: Path) -> None:
+    partial = shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "tabletop" / "1.0.0.incomplete")
+    for name in (tmp_path, partial):
+        with pytest.raises(FileNotFoundError, match=r"1\.0\.0\.incomplete was not written to its end; collect it again"):
+            rlds.find_dataset(name)
+    with pytest.raises(FileExistsError, match="incomplete exists; give another directory, or remove it"):
+        RLDSWriter(tmp_path, "tabletop")
+    whole = shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "tabletop" / "1.0.0")
+    assert rlds.find_dataset(tmp_path) == whole
+
+
+def test_episodes_are_counted_without_tensorflow(directory: Path, tmp_path: Path) -> None:
+    assert rlds.num_episodes(rlds.find_dataset(directory)) == {"train": len(LENGTHS)}
+    for content in ("{", "[]", '{"splits": [{"name": "train"}]}'):
+        (tmp_path / "dataset_info.json").write_text(content)
+        with pytest.raises(ValueError, match=r"dataset_info.json cannot be read .*; copy or collect the data again"):
+            rlds.num_episodes(tmp_path)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ if importlib.util.find_spec("tensorflow_datasets") is None:
 
 from vlarl_rllib.cli import main
 from vlarl_rllib.config import VLAPPOConfig
-from vlarl_rllib.data import Demonstration, RLDSWriter
+from vlarl_rllib.data import Demonstration, RLDSWriter, read_statistics
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
-from vlarl_rllib.learner.supervised import SupervisedLearner, rate_factor
+from vlarl_rllib.learner.supervised import SupervisedLearner, means, rate_factor
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from vlarl_rllib.run_directory import RunDirectory
 from vlarl_rllib.settings import Settings
 
 SIDE = 28
@@ -70,9 +72,10 @@ def make_group(ray_session: None, demonstrations: Path) -> Iterator[Callable[...
         group.shutdown()
 
 
-def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(make_group: Callable[..., VLALearnerGroup]) -> None:
+def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(make_group: Callable[..., VLALearnerGroup], demonstrations: Path) -> None:
     group = make_group(0, lr=0.0)
-    assert group.call("open_data") == [24 * 6]
+    statistics = read_statistics(demonstrations)[1]["action"]
+    assert group.call("open_data", statistics) == [24 * 6]
     learner = group._learner
     batch = next(learner._batches)
     reference = OpenVLAForActionPrediction.from_pretrained(learner.settings.model.path, dtype=torch.float32)
@@ -80,41 +83,72 @@ def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(make_group: Calla
         hidden, _ = reference.action_hidden_states(**batch.inputs, action_tokens=batch.targets)
         losses = F.cross_entropy(reference.language_model.lm_head(hidden).transpose(1, 2), batch.targets, reduction="none")
     assert batch.targets.shape == (24, 8) and set(batch.targets[:, 7].tolist()) == {2}
-    learner._batches = iter([batch])
-    metrics = group.call("supervise", 1)[0]
+
+    def supervise() -> dict[str, float]:
+        learner._batches, learner._num_steps = iter([batch]), 5
+        return means(group.call("supervise", 1)[0])
+
+    metrics = supervise()
     assert metrics["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
     likely = reference.language_model.lm_head(hidden)[:, :7].argmax(-1)
     assert metrics["token_accuracy"] == pytest.approx((likely == batch.targets[:, :7]).float().mean().item(), abs=1e-6)
 
+    learner.settings = settings(demonstrations, 0, lr=0.0, augment=True)
+    augmented = supervise()
+    assert abs(augmented["loss"] - metrics["loss"]) > 1e-3, "other pictures"
+    assert supervise() == augmented, "the same for the same step"
 
-def test_two_learners_imitate_too_and_augmentation_makes_it_harder(make_group: Callable[..., VLALearnerGroup]) -> None:
-    group = make_group(2, augment=True)
-    assert group.call("open_data") == [12 * 6, 12 * 6]
-    first, *_, last = (group.call("supervise", 5)[0] for _ in range(6))
+
+def test_two_learners_imitate_too(make_group: Callable[..., VLALearnerGroup], demonstrations: Path) -> None:
+    group = make_group(2)
+    assert group.call("open_data", read_statistics(demonstrations)[1]["action"]) == [12 * 6, 12 * 6]
+    first, *_, last = (means(group.call("supervise", 5)[0]) for _ in range(6))
     assert first["loss"] > 3.0, "ln 576 = 6.4 at the start"
     assert last["loss"] < 0.75 * first["loss"] and last["l1"] < first["l1"] and last["skipped"] == 0
 
 
-def test_the_command_leaves_a_checkpoint_that_acts(demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sft.yaml").write_text(
-        f"learners: {{num: 0, micro_batch_size: 24}}\nsft: {{data: {demonstrations}, steps: 120, batch_size: 24, lr: 2.0e-3, augment: false}}\n"
-    )
-    monkeypatch.setattr("sys.argv", ["vlarl", "sft", str(tmp_path / "sft.yaml"), "--run-dir", str(tmp_path / "run")])
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["vlarl", "sft", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [50, 100, 120] and rows[-1]["loss"] < rows[0]["loss"]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    return int(exit_.value.code or 0)
+
+
+def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_same(
+    demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run, every = tmp_path / "sft.yaml", tmp_path / "run", "steps: 120, report_every: 40, checkpoint_every: 50"
+    config.write_text(
+        "learners: {num: 0, micro_batch_size: 24}\n"
+        f"sft: {{data: {demonstrations}, {every}, batch_size: 24, lr: 2.0e-3, schedule: cosine, augment: true}}\n"
+    )
+    assert run_command(monkeypatch, config, "--run-dir", run) == 0
+    rows = RunDirectory(run).read_rows()
+    assert [row["step"] for row in rows] == [40, 50, 90, 100, 120] and rows[-1]["loss"] < rows[0]["loss"]
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 120 and summary["unnorm_key"] == "pointing" and summary["demonstrated_steps"] == 144
 
-    model_directory = tmp_path / "run" / "model"
-    model = OpenVLAForActionPrediction.from_pretrained(model_directory, dtype=torch.float32)
+    model = OpenVLAForActionPrediction.from_pretrained(run / "model", dtype=torch.float32)
     assert set(model.config.norm_stats) == {"pointing"}, "in other units than the data's the model does not act"
     frames = [np.full((SIDE, SIDE, 3), color, np.uint8) for color in COLORS.values()]
-    inputs = OpenVLAProcessor.from_pretrained(model_directory)(images=frames, instructions=[f"point at the {color} square" for color in COLORS])
+    inputs = OpenVLAProcessor.from_pretrained(run / "model")(images=frames, instructions=[f"point at the {color} square" for color in COLORS])
     actions = model.predict_action(**inputs, unnorm_key="pointing").actions
     assert (actions[0, :6] > 0.2).all() and (actions[1, :6] < -0.2).all()
+
+    assert run_command(monkeypatch, config, "--run-dir", run) == 2
+    assert "holds a run already; continue it with --resume" in capsys.readouterr().err
+    assert run_command(monkeypatch, "--resume", "--run-dir", run) == 2
+    assert "sft.steps: all 120 steps are made" in capsys.readouterr().err
+
+    # As if it had been killed behind step 90.
+    shutil.rmtree(run / "checkpoints" / "step_000100")
+    (run / "summary.json").unlink()
+    shutil.move(run / "model", tmp_path / "model")
+    assert run_command(monkeypatch, "--resume", "--run-dir", run) == 0
+    again = RunDirectory(run).read_rows()
+    assert [row["step"] for row in again] == [40, 50, 90, 100, 120]
+    assert again[-1]["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-9) and again[-1]["seconds"] != rows[-1]["seconds"]
+    assert (run / "model" / "model.safetensors").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

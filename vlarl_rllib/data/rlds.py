@@ -28,6 +28,8 @@ from PIL import Image
 from vlarl_rllib.data.tfds_process import JOINT_STATE_SIZE, STATE_SIZE, VERSION, TFDSProcess
 
 STATISTICS_FILE = "dataset_statistics.json"
+INCOMPLETE = ".incomplete"
+"""Behind the name of a data set's directory while it is being written."""
 INFO_FILE = "dataset_info.json"
 JPEG_QUALITY = 95
 """As TensorFlow encodes by default, and so the published data."""
@@ -76,19 +78,21 @@ class RLDSWriter:
     Frames of all episodes must be of one size, and all or none have `wrist_images`.
 
     Args:
-        directory: the data set goes into `directory/<name>/1.0.0`.
+        directory: the data set goes into `directory/<name>/1.0.0`, which is there when all is written.
         name: lower case with underscores.
 
     Raises:
-        FileExistsError: there is a data set of that name.
+        FileExistsError: there is a data set of that name, or one that was not finished.
     """
 
     def __init__(self, directory: str | Path, name: str) -> None:
         self.path = Path(directory) / name / VERSION
-        if self.path.exists():
-            raise FileExistsError(f"{self.path} exists; give another directory, or remove it")
-        self.path.mkdir(parents=True)
-        self._process = TFDSProcess("write", self.path, name)
+        self._partial = self.path.with_name(VERSION + INCOMPLETE)
+        for path in (self.path, self._partial):
+            if path.exists():
+                raise FileExistsError(f"{path} exists; give another directory, or remove it")
+        self._partial.mkdir(parents=True)
+        self._process = TFDSProcess("write", self._partial, name)
         self._thread = ThreadPoolExecutor(1, "rlds")
         self._writing: Future[None] | None = None
         self._waiting: list[dict[str, Any]] = []
@@ -136,11 +140,12 @@ class RLDSWriter:
             self._thread.shutdown()
             self._process.close()
         statistics = action_statistics(np.concatenate(self._actions), len(self._actions))
-        (self.path / STATISTICS_FILE).write_text(json.dumps({self.path.parent.name: statistics}, indent=2) + "\n")
+        (self._partial / STATISTICS_FILE).write_text(json.dumps({self.path.parent.name: statistics}, indent=2) + "\n")
+        self._partial.rename(self.path)
 
     def _discard(self) -> None:
         self._process.close(patience_seconds=0.0)
-        self.path.rmdir()
+        self._partial.rmdir()
         with suppress(OSError):  # other versions
             self.path.parent.rmdir()
 
@@ -245,13 +250,23 @@ class RLDSDataset:
 def find_dataset(directory: str | Path) -> Path:
     """The directory of the data set in or below `directory`. Raises FileNotFoundError where there is none, or more than one."""
     root = Path(directory).expanduser().resolve()
-    if (root / INFO_FILE).is_file():
-        return root
-    found = sorted(path.parent for path in root.rglob(INFO_FILE)) if root.is_dir() else []
-    if len(found) != 1:
-        what = "no data set" if not found else f"{len(found)} data sets ({', '.join(str(path.relative_to(root)) for path in found)})"
-        raise FileNotFoundError(f"{directory}: {what} below it; give the directory that holds {INFO_FILE}, such as .../libero_spatial_no_noops/1.0.0")
-    return found[0]
+    below = [root] if (root / INFO_FILE).is_file() else sorted(path.parent for path in root.rglob(INFO_FILE)) if root.is_dir() else []
+    found = [path for path in below if not path.name.endswith(INCOMPLETE)]
+    if len(found) == 1:
+        return found[0]
+    if below and not found:
+        raise FileNotFoundError(f"{below[0]} was not written to its end; collect it again")
+    what = "no data set" if not found else f"{len(found)} data sets ({', '.join(str(path.relative_to(root)) for path in found)})"
+    raise FileNotFoundError(f"{directory}: {what} below it; give the directory that holds {INFO_FILE}, such as .../libero_spatial_no_noops/1.0.0")
+
+
+def num_episodes(path: Path) -> dict[str, int]:
+    """Episodes of each split, by what `dataset_info.json` says. Raises ValueError where that file is not as TensorFlow Datasets writes it."""
+    try:
+        splits = json.loads((path / INFO_FILE).read_text())["splits"]
+        return {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / INFO_FILE} cannot be read ({type(error).__name__}: {error}); copy or collect the data again") from None
 
 
 def read_episodes(path: Path, split: str) -> Iterator[dict[str, Any]]:

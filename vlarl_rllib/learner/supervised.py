@@ -1,7 +1,8 @@
 """Supervised fine-tuning on demonstrations, on the same sharded policy as PPO (the recipe of OpenVLA's fine-tuning).
 
 Each rank reads its share of the episodes and goes through them in an order of its own. The loss is the mean cross-entropy of the seven
-action tokens and the end of sequence, over the full vocabulary.
+action tokens and the end of sequence, over the full vocabulary. What a step learns from follows from its number and the run's seed: so a
+checkpoint needs the number alone.
 
 b = demonstrated steps of one rank, S = image side in pixels, A = 8 targets.
 """
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlarl_rllib.data.augment import augment, draw
-from vlarl_rllib.data.rlds import RLDSDataset, read_statistics
+from vlarl_rllib.data.rlds import RLDSDataset
 from vlarl_rllib.envs.image import RESIZED_SIDE, resize_lanczos
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.learner import POLICY, VLALearner
@@ -60,51 +61,57 @@ class SupervisedLearner(VLALearner):
         assert sft.data is not None, "the command checks it"
         return RLDSDataset(sft.data, sft.split, self._rank, self._world_size, shuffle_seed=self.settings.run.seed)
 
-    def open_data(self) -> int:
+    def open_data(self, statistics: dict[str, list[float]], step: int = 0) -> int:
         """Take this rank's share of the demonstrations; how many steps it has.
+
+        Args:
+            statistics: of the actions, as `norm_stats` has them.
+            step: optimiser steps that were made before; learning goes on behind them.
 
         Raises:
             FileNotFoundError, ValueError, ImportError: see `RLDSDataset`.
         """
-        sft, seed = self.settings.sft, self.settings.run.seed
+        sft = self.settings.sft
         self._data = self._reading.result()
         if not len(self._data):
             raise ValueError(f"sft.data: rank {self._rank} of {self._world_size} gets no episode of {sft.split}; use fewer learners or more data")
         config: Any = self.policy.config
         self._tokenizer = ActionTokenizer(config.action_vocab_size, config.n_action_bins)
-        self._statistics = read_statistics(self._data.path)[1]["action"]
-        self._generator = torch.Generator().manual_seed(seed * 1_000_003 + self._rank)
+        self._statistics = statistics
+        self._generator = torch.Generator()
+        self._num_steps = step
+        epoch, position = divmod(step * self._share, len(self._data))
+        self._data.load_state_dict({"epoch": epoch, "position": position})
         self._batches = self._make_batches()
-        self._num_steps = 0
         return len(self._data)
 
+    @property
+    def _share(self) -> int:
+        """Demonstrated steps of an optimiser step that are this rank's."""
+        return self.settings.sft.batch_size // self._world_size
+
     def supervise(self, num_steps: int) -> dict[str, float]:
-        """Make that many optimiser steps; means over their demonstrations, the same on every rank.
+        """Make that many optimiser steps; sums over their demonstrations, the same on every rank. See `means`.
 
         Returns:
-            loss (nats per target), token_accuracy (of the action tokens), l1 (between the most likely action and the demonstrated one,
-            normalised to [-1, 1]), grad_norm, skipped (steps with a non-finite gradient).
+            samples, steps, loss (nats), correct (action tokens), l1 (between the most likely action and the demonstrated one, normalised to
+            [-1, 1]), grad_norm, skipped (steps with a non-finite gradient).
         """
         sums = dict.fromkeys(("loss", "correct", "l1"), 0.0)
-        norms, skipped = [], 0
+        norms, skipped = 0.0, 0
         for _ in range(num_steps):
+            self._generator.manual_seed((self.settings.run.seed * 1_000_003 + self._num_steps) * 1024 + self._rank)
             for name, value in self._accumulate(next(self._batches)).items():
                 sums[name] += value
             for group in self.optimizers()[POLICY].param_groups:
                 group["lr"] = self.settings.sft.lr * rate_factor(self._num_steps, self.settings.sft)
             self._num_steps += 1
             step_norms, finite = self._step_optimizers((POLICY,))
-            norms.append(step_norms[POLICY])
+            norms += step_norms[POLICY]
             skipped += not finite
-        total = fsdp.all_reduce_sums(sums)
-        seen = num_steps * self.settings.sft.batch_size
-        return {
-            "loss": total["loss"] / (seen * NUM_TARGETS),
-            "token_accuracy": total["correct"] / (seen * NUM_ACTION_TOKENS),
-            "l1": total["l1"] / (seen * NUM_ACTION_TOKENS),
-            "grad_norm": float(np.mean(norms)),
-            "skipped": float(skipped),
-        }
+        samples = num_steps * self.settings.sft.batch_size
+        counts = {"samples": float(samples), "steps": float(num_steps), "grad_norm": norms, "skipped": float(skipped)}
+        return fsdp.all_reduce_sums(sums) | counts
 
     def _accumulate(self, batch: DemonstrationBatch) -> dict[str, float]:
         """Forward and backward passes of one optimiser step; sums over this rank's demonstrations."""
@@ -134,17 +141,14 @@ class SupervisedLearner(VLALearner):
     def _make_batches(self) -> Iterator[DemonstrationBatch]:
         """Batches without end; beside a GPU, the next one is made while the last one is learned."""
         examples = self._endless()
-        share = self.settings.sft.batch_size // self._world_size
-        if self._device.type == "cpu":
-            # A thread would take turns with the learning one at the cores and at the interpreter: `small` learned 252 instead of 299 steps a
-            # second on 2 cores, though making a batch is 4 % of the work.
+        if self._device.type == "cpu":  # a thread would take turns with the learning one at the cores and at the interpreter
             while True:
-                yield self._make_batch(examples, share)
+                yield self._make_batch(examples, self._share)
         with ThreadPoolExecutor(1, "demonstrations") as pool:
-            coming: Future[DemonstrationBatch] = pool.submit(self._make_batch, examples, share)
+            coming: Future[DemonstrationBatch] = pool.submit(self._make_batch, examples, self._share)
             while True:
                 batch = coming.result()
-                coming = pool.submit(self._make_batch, examples, share)
+                coming = pool.submit(self._make_batch, examples, self._share)
                 yield batch
 
     def _endless(self) -> Iterator[dict[str, Any]]:
@@ -160,6 +164,22 @@ class SupervisedLearner(VLALearner):
         targets = np.full((size, NUM_TARGETS), self._processor.tokenizer.eos_token_id, dtype=np.int64)
         targets[:, :NUM_ACTION_TOKENS] = self._tokenizer.encode(actions)
         return DemonstrationBatch(dict(inputs), torch.from_numpy(targets), torch.from_numpy(actions).float())
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """Of what `SupervisedLearner.supervise` returned, also of several calls added up.
+
+    Returns:
+        loss (nats per target), token_accuracy (of the action tokens), l1 (per number of the action), grad_norm, skipped (a count).
+    """
+    samples = sums["samples"]
+    return {
+        "loss": sums["loss"] / (samples * NUM_TARGETS),
+        "token_accuracy": sums["correct"] / (samples * NUM_ACTION_TOKENS),
+        "l1": sums["l1"] / (samples * NUM_ACTION_TOKENS),
+        "grad_norm": sums["grad_norm"] / sums["steps"],
+        "skipped": sums["skipped"],
+    }
 
 
 def rate_factor(step: int, sft: SFTSettings) -> float:
