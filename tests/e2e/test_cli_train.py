@@ -1,5 +1,6 @@
 """`vlarl train` as a user runs it: Ctrl-C, resume, what is left behind. Hugging Face sampler, so that it starts fast."""
 
+import io
 import itertools
 import json
 import os
@@ -12,8 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
+from vlarl_rllib.run_directory import RowLog, RunDirectory
+from vlarl_rllib.training import StopAfter, _finish, _signals
 
 CONFIG = """
 env: {name: synthetic, tasks: [0, 1], num_envs: 2, num_processes: 1, models_per_process: 2, max_steps: 8}
@@ -78,7 +82,7 @@ def algorithm_pid(run: Path) -> int:
 
 
 @pytest.mark.timeout(900)
-def test_a_run_survives_ctrl_c_sigterm_and_the_death_of_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_survives_ctrl_c_and_the_death_of_its_processes_and_ends_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(CONFIG)
     monkeypatch.setenv("VLARL_TEST_SESSION", str(os.getpid()))
@@ -115,29 +119,35 @@ def test_a_run_survives_ctrl_c_sigterm_and_the_death_of_its_processes(tmp_path: 
     time.sleep(1.0)
     before = rows(run)
     os.kill(algorithm_pid(run), signal.SIGKILL)
-    while rows(run)[-1]["faults"]["trial_restarts"] == 0 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    resumed.terminate()  # what a cluster's scheduler sends
-    output, _ = resumed.communicate(timeout=120)
+    output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
     assert "it starts anew from its newest checkpoint" in output
-    assert len(rows(run)) < ITERATIONS, "the signal came too late to test anything"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["faults"]["trial_restarts"] == 1 and summary["wall_seconds"] > 0
-    again = {row["iteration"]: row for row in rows(run)}
-    for row in before[len(done) :]:  # what was played again came out the same
-        if row["iteration"] in again:
-            assert again[row["iteration"]]["token_checksum"] == row["token_checksum"]
-
-    last = start("--resume", "--run-dir", str(run))
-    output, _ = last.communicate(timeout=300)
-    assert last.returncode == 0, output
     after = rows(run)
+    for row in before[len(done) :]:  # what was played again came out the same
+        assert after[row["iteration"] - 1]["token_checksum"] == row["token_checksum"]
     assert after[: len(done)] == done
     assert [row["iteration"] for row in after] == list(range(1, ITERATIONS + 1))
     assert [row["env_steps"] for row in after] == [32 * i for i in range(1, ITERATIONS + 1)]
     versions = [row["policy_version"] for row in after]
     assert all(a < b for a, b in itertools.pairwise(versions)), versions
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_run_that_was_asked_to_end_has_not_failed(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """SIGTERM is what a cluster's scheduler sends."""
+    stopper, log, console = StopAfter(9), RowLog(RunDirectory(tmp_path)), Console(file=io.StringIO(), width=200)
+    with _signals(stopper, log, console):
+        with pytest.raises(KeyboardInterrupt):  # before the first iteration there is nothing to keep
+            signal.raise_signal(number)
+        log.rows = [{"iteration": 1}]
+        signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert stopper("trial", {"training_iteration": 1}), "the iteration that runs is the last one"
+    assert _finish(RunDirectory(tmp_path), stopper, None, console) == code
+    assert "vlarl train --resume --run-dir" in console.file.getvalue()
 
 
 @pytest.mark.timeout(600)
