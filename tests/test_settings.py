@@ -415,6 +415,7 @@ THROUGH_PLAN: dict[str, tuple[dict[str, Any], str]] = {
     "env.tasks": ({"env": {"tasks": [3]}}, "slot_tasks"),
     "env.num_processes": ({"env": {"num_processes": 1}}, "num_processes"),
     "learners.fsdp.mesh": ({"learners": {"num": 2, "fsdp": {"mesh": [2, 1]}}}, "mesh"),
+    "collect.tasks": ({"collect": {"tasks": [1]}}, "demonstrated_tasks"),
     "evaluation.episodes": ({"evaluation": {"episodes": 3}}, "evaluation_episodes"),
 }
 """Keys that others read as a field of `RuntimeArgs`: key -> (settings with another value, the field)."""

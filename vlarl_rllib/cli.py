@@ -179,7 +179,7 @@ def evaluate(
         str, typer.Argument(metavar="CHECKPOINT", help="A run's directory, a training checkpoint, a model's directory, hub id or preset.")
     ],
     suite: Annotated[str | None, typer.Option(help="LIBERO suite; none for the other environments.", show_default=False)] = None,
-    env: Annotated[str, typer.Option(help="libero, tabletop or synthetic.")] = "libero",
+    env: Annotated[str, typer.Option(help="libero, tabletop, synthetic, or one that an installed package adds.")] = "libero",
     tasks: Annotated[str | None, typer.Option(metavar="0,3", help="Tasks of the suite; default all.", show_default=False)] = None,
     trials: Annotated[int, typer.Option(help="Initial states of each task, from the first.")] = 50,
     out: Annotated[

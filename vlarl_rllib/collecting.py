@@ -18,17 +18,17 @@ from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 def run_collect(settings: Settings, out: Path) -> int:
     """Collect and report; the process's exit code: 0 = done, 1 = the expert fails nearly always, 130 = ended by Ctrl-C."""
-    env = settings.env
+    env, plan = settings.env, calculate_runtime_args(settings)
     image_size = read_checkpoint_facts(resolve_model(settings.model.path)).image_size
     request = CollectRequest(
-        EnvSpec(name=env.name, suite="", image_size=image_size, max_steps=settings.collect.max_steps or env.max_steps),
-        tasks=tuple(settings.task_ids),
+        EnvSpec(name=env.name, suite=env.suite, image_size=image_size, max_steps=settings.collect.max_steps or env.max_steps),
+        tasks=plan.demonstrated_tasks,
         episodes=settings.collect.episodes,
         out=out,
         noise=settings.collect.noise,
         paces=tuple(settings.collect.paces),
         seed=settings.run.seed,
-        num_processes=calculate_runtime_args(settings).num_processes,
+        num_processes=plan.num_processes,
     )
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
@@ -44,7 +44,8 @@ def run_collect(settings: Settings, out: Path) -> int:
         console.print(f"[red]{error}[/red]")
         return 1
     except KeyboardInterrupt:
-        console.print(f"stopped; what was kept is in {os.path.relpath(out / env.name)}")
+        kept = out / env.name
+        console.print(f"stopped; what was kept is in {os.path.relpath(kept)}" if kept.exists() else "stopped; nothing was kept yet")
         return 130
     statistics = read_statistics(path)[1]
     console.print(f"{statistics['num_trajectories']} episodes, {statistics['num_transitions']:,} steps: {os.path.relpath(path)}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from vlarl_rllib.envs import registry
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
 """Tasks of each standard suite (LIBERO, arXiv 2306.03310, section 4)."""
 SUITELESS_TASKS = {"tabletop": 18, "synthetic": 4}
-"""Tasks of each environment that has no suites."""
+"""Tasks of the package's environments that have no suites: known here without loading a simulator."""
 HELD_OUT_STARTS = {"libero": 10, "tabletop": 200, "synthetic": 10}
 """Initial states of each task that only evaluation uses: a fifth (`envs.registry.HELD_OUT_FRACTION`)."""
 
@@ -47,6 +49,8 @@ class RuntimeArgs:
     total_gpus: float
     evaluation_episodes: int
     """Episodes of one evaluation: at most one for each held-out (task, start)."""
+    demonstrated_tasks: tuple[int, ...]
+    """The tasks that `vlarl collect` shows, in turn."""
 
 
 def calculate_runtime_args(settings: Settings, *, cores: int | None = None) -> RuntimeArgs:
@@ -72,7 +76,8 @@ def calculate_runtime_args(settings: Settings, *, cores: int | None = None) -> R
         bundles=tuple({kind: amount for kind, amount in bundle.items() if amount} for bundle in bundles),
         total_cpus=sum(bundle.get("CPU", 0.0) for bundle in bundles),
         total_gpus=sum(bundle.get("GPU", 0.0) for bundle in bundles),
-        evaluation_episodes=min(settings.evaluation.episodes, HELD_OUT_STARTS[env.name] * len(settings.task_ids)),
+        evaluation_episodes=min(settings.evaluation.episodes, _num_held_out_starts(env, settings.task_ids)),
+        demonstrated_tasks=tuple(_demonstrated_tasks(settings)),
     )
 
 
@@ -103,11 +108,12 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
     """Combinations that cannot work: key, value, rule, remedy."""
     tasks, available = s.task_ids, num_tasks(s.env)
     where = s.env.suite if s.env.name == "libero" else s.env.name
-    for task in tasks:
-        if task >= available:
-            yield f"env.tasks: {task} is not a task of {where}, whose tasks are 0 to {available - 1}"
-    if len(set(tasks)) != len(tasks):
-        yield f"env.tasks: {tasks} names a task twice; list each once (slots take them in turn)"
+    for key, listed in (("env.tasks", tasks), ("collect.tasks", _demonstrated_tasks(s))):
+        for task in listed:
+            if task >= available:
+                yield f"{key}: {task} is not a task of {where}, whose tasks are 0 to {available - 1}"
+        if len(set(listed)) != len(listed):
+            yield f"{key}: {listed} names a task twice; list each once (they are played in turn)"
     if s.env.num_processes and s.env.num_processes > s.env.num_envs:
         yield f"env.num_processes: {s.env.num_processes} is more than env.num_envs = {s.env.num_envs}; use at most one process per slot"
     processes = _num_processes(s.env, None)
@@ -204,5 +210,21 @@ def _impossible_rewards(rewards: RewardSettings) -> Iterator[str]:
         yield f"rewards.judge_gpus: {rewards.judge_gpus:g} has no judge to go to; set rewards.process and rewards.judge, or judge_gpus to 0"
 
 
+def _demonstrated_tasks(settings: Settings) -> list[int]:
+    tasks = settings.collect.tasks
+    if tasks is None:
+        return settings.task_ids
+    return list(range(num_tasks(settings.env))) if tasks == "all" else list(tasks)
+
+
 def num_tasks(env: EnvSettings) -> int:
-    return LIBERO_TASKS[env.suite] if env.name == "libero" else SUITELESS_TASKS[env.name]
+    if env.name == "libero":
+        return LIBERO_TASKS[env.suite]
+    return SUITELESS_TASKS[env.name] if env.name in SUITELESS_TASKS else registry.num_tasks(env.suite, name=env.name)
+
+
+def _num_held_out_starts(env: EnvSettings, tasks: Sequence[int]) -> int:
+    if env.name in HELD_OUT_STARTS:
+        return HELD_OUT_STARTS[env.name] * len(tasks)
+    spec = registry.EnvSpec(name=env.name, suite=env.suite)
+    return sum(len(registry.training_and_held_out_states(spec, task)[1]) for task in tasks)

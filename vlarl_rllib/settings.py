@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vlarl_rllib.envs.registry import ENVIRONMENTS, environments
 from vlarl_rllib.plan import LIBERO_TASKS, RuntimeArgs, calculate_runtime_args, impossible_combinations, num_tasks
 from vlarl_rllib.published import published_model
 
@@ -78,9 +79,10 @@ class ModelSettings(Section):
 
 
 class EnvSettings(Section):
-    name: Literal["libero", "tabletop", "synthetic"] = Field(
+    name: str = Field(
         "libero",
-        description="libero; tabletop: a light MuJoCo environment with 18 tasks; synthetic: a numpy environment for tests and timing.",
+        description="libero; tabletop: a light MuJoCo environment with 18 tasks; synthetic: a numpy environment for tests and timing; "
+        "or one that an installed package adds.",
     )
     suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = Field(
         "libero_spatial", description="LIBERO task suite."
@@ -99,6 +101,13 @@ class EnvSettings(Section):
     fast_render: bool = Field(
         False, description="LIBERO without multisampling, shadows, reflections: 2-3 times faster on a CPU, but not what checkpoints were trained on."
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        if name not in ENVIRONMENTS and name not in environments():
+            raise ValueError(f"choose one of {', '.join(environments())}")
+        return name
 
 
 class RolloutSettings(Section):
@@ -247,6 +256,7 @@ class CollectSettings(Section):
     paces: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
         [1.0], description="Shares of full speed; each episode is played at one of them, drawn at random (tabletop). Twice = twice as often."
     )
+    tasks: list[Natural] | Literal["all"] | None = Field(None, description="Tasks that are shown: a list, or all; null = env.tasks.")
     max_steps: PositiveInt | None = Field(None, description="Demonstrations that take longer are not kept; null = as in training.")
 
 
@@ -365,8 +375,8 @@ class Settings(Section):
 
 
 def default_statistics(env: str, suite: str) -> str:
-    """Name of the action statistics that fit an environment: the suite's or `tabletop`'s; `synthetic` makes do with any suite's."""
-    return env if env == "tabletop" else suite
+    """Name of the action statistics that fit an environment: the suite's, or its own; `synthetic` makes do with any suite's."""
+    return suite if env in ("libero", "synthetic") else env
 
 
 def _set_dotted(values: dict[str, Any], override: str) -> None:

@@ -75,6 +75,45 @@ def test_with_noise_the_experts_own_action_is_recorded_and_a_slow_pace_takes_mor
     assert np.mean([len(demo.actions) for demo in slow]) > len(fast.actions)
 
 
+FOREIGN_PACKAGE = """
+from vlarl_rllib.data.experts import SyntheticExpert
+from vlarl_rllib.envs.synthetic import SyntheticEnv
+
+class DrawerEnv(SyntheticEnv):
+    INSTRUCTIONS = ("open the drawer", "close the drawer", "leave the drawer alone")
+"""
+
+
+def test_an_installed_package_adds_an_environment_and_its_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site"
+    (site / "my_robots-1.0.dist-info").mkdir(parents=True)
+    (site / "my_robots-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: my-robots\nVersion: 1.0\n")
+    (site / "my_robots-1.0.dist-info" / "entry_points.txt").write_text(
+        "[vlarl_rllib.environments]\ndrawer = my_robots:DrawerEnv\nlost = their_robots:Env\n"
+        "[vlarl_rllib.experts]\ndrawer = my_robots:SyntheticExpert\n"
+    )
+    (site / "my_robots.py").write_text(FOREIGN_PACKAGE)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+
+    def vlarl(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "vlarl_rllib", *arguments], capture_output=True, text=True)
+
+    config = tmp_path / "config.yaml"
+    config.write_text("{env: {name: drawer, tasks: [1], num_processes: 1}, collect: {episodes: 6, tasks: all}}")
+    done = vlarl("collect", str(config), "--out", str(tmp_path / "data"))
+    assert done.returncode == 0, done.stderr
+    data = RLDSDataset(tmp_path / "data" / "drawer")
+    assert {data[i]["instruction"] for i in range(len(data))} == {"open the drawer", "close the drawer", "leave the drawer alone"}
+
+    for override, message in (
+        ("env.name=drawr", "env.name: 'drawr' is not allowed: choose one of drawer, lost, libero, tabletop, synthetic"),
+        ("env.name=lost", "env.name is 'lost', but their_robots cannot be imported"),
+        ("collect.tasks=[3]", "collect.tasks: 3 is not a task of drawer, whose tasks are 0 to 2"),
+    ):
+        refused = vlarl("collect", str(config), "--out", str(tmp_path / "more"), "--set", override)
+        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+
+
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_workers_that_still_import_end_quietly_with_their_parent(tmp_path: Path, ending: signal.Signals) -> None:
     config = tmp_path / "config.yaml"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
+from vlarl_rllib.envs.registry import expert_class
 from vlarl_rllib.envs.synthetic import SyntheticEnv
 from vlarl_rllib.envs.tabletop import OBJECT_HALF_HEIGHT, POSITION_STEP, TabletopEnv, TabletopFacts
 
@@ -105,19 +105,14 @@ class SyntheticExpert:
 
 
 class Expert(Protocol):
-    """A controller for one environment."""
+    """A controller for one environment; made with its pace, the share of full speed that it may use."""
 
     def act(self, env: Any) -> np.ndarray:
         """[7] float64: the environment's action in its present state."""
         ...
 
 
-EXPERTS: dict[str, Callable[[float], Expert]] = {"synthetic": SyntheticExpert, "tabletop": TabletopExpert}
-"""By the environment's name; called with the pace."""
-
-
 def make_expert(name: str, pace: float = 1.0) -> Expert:
     """The expert of an environment. Raises ValueError, naming those that have one, for another."""
-    if name not in EXPERTS:
-        raise ValueError(f"{name} has no scripted expert; {', '.join(EXPERTS)} have")
-    return EXPERTS[name](pace)
+    found: Expert = expert_class(name)(pace)
+    return found

@@ -1,14 +1,20 @@
-"""Environment classes by name, and the facts about a suite that need no simulator.
+"""Environment classes and their scripted experts by name, and the facts about a suite that need no simulator.
 
 Worker processes receive an `EnvSpec` and call `make_env`; settings, curricula and evaluation ask for tasks, initial
-states and horizons.
+states and horizons. An installed package adds environments and experts through entry points:
+
+    [project.entry-points."vlarl_rllib.environments"]
+    drawer = "my_robots.drawer:DrawerEnv"                  # a VLAEnv
+    [project.entry-points."vlarl_rllib.experts"]
+    drawer = "my_robots.drawer:DrawerExpert"               # called with the pace; see data/experts.py
 """
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlarl_rllib.envs.base import VLAEnv
@@ -18,7 +24,12 @@ ENVIRONMENTS = {
     "tabletop": "vlarl_rllib.envs.tabletop:TabletopEnv",
     "synthetic": "vlarl_rllib.envs.synthetic:SyntheticEnv",
 }
-"""Short names of the environments that come with the package; any other class is named `module:Class`."""
+"""Short names of the environments that come with the package."""
+EXPERTS = {
+    "synthetic": "vlarl_rllib.data.experts:SyntheticExpert",
+    "tabletop": "vlarl_rllib.data.experts:TabletopExpert",
+}
+"""By the name of the environment that they play."""
 
 HELD_OUT_FRACTION = 0.2
 """Share of a task's initial states that only evaluation uses: 10 of LIBERO's 50."""
@@ -63,14 +74,45 @@ def env_class(name: str) -> type[VLAEnv]:
     Raises:
         ValueError: neither form, or nothing can be imported under it.
     """
-    module_name, _, class_name = ENVIRONMENTS.get(name, name).partition(":")
-    if not class_name:
-        raise ValueError(f"env.name is {name!r}; choose one of {', '.join(ENVIRONMENTS)}, or name a class as module:Class")
-    try:
-        found: type[VLAEnv] = getattr(importlib.import_module(module_name), class_name)
-    except AttributeError as error:
-        raise ValueError(f"env.name is {name!r}, but {module_name} has no class {class_name}") from error
+    reference = ENVIRONMENTS.get(name) or environments().get(name, name)
+    if ":" not in reference:
+        raise ValueError(f"env.name is {name!r}; choose one of {', '.join(environments())}, or name a class as module:Class")
+    found: type[VLAEnv] = _load("env.name", name, reference)
     return found
+
+
+def expert_class(name: str) -> Any:
+    """The expert of an environment, to be called with a pace. Raises ValueError where it has none, or none can be imported."""
+    if name not in experts():
+        raise ValueError(f"{name} has no scripted expert; {', '.join(experts())} have")
+    return _load("the expert of env.name", name, experts()[name])
+
+
+def environments() -> dict[str, str]:
+    """`module:Class` by short name: what installed packages add, and the package's own, which win."""
+    return _added("vlarl_rllib.environments") | ENVIRONMENTS
+
+
+def experts() -> dict[str, str]:
+    """`module:Class` by the name of the environment; as `environments`."""
+    return _added("vlarl_rllib.experts") | EXPERTS
+
+
+@cache
+def _added(group: str) -> dict[str, str]:
+    from importlib.metadata import entry_points
+
+    return {entry.name: entry.value for entry in entry_points(group=group)}
+
+
+def _load(what: str, name: str, reference: str) -> Any:
+    module_name, _, class_name = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except AttributeError as error:
+        raise ValueError(f"{what} is {name!r}, but {module_name} has no class {class_name}") from error
+    except ImportError as error:
+        raise ValueError(f"{what} is {name!r}, but {module_name} cannot be imported ({error})") from error
 
 
 def task_instructions(suite: str, *, name: str = "libero") -> list[str]:

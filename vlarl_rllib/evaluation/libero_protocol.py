@@ -190,7 +190,7 @@ class EvaluationRequest:
         check_model(model, self.statistics, path_name="CHECKPOINT", key_name="--unnorm-key")
 
     def _check_choices(self) -> None:
-        _check_choice("--env", self.env, registry.ENVIRONMENTS)
+        _check_choice("--env", self.env, registry.environments())
         _check_choice("--engine", self.engine, ENGINES)
         if self.dtype is not None:
             _check_choice("--dtype", self.dtype, DTYPES)
