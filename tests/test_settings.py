@@ -200,6 +200,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "values of no critic": ({**GROUPS, "rewards": {"value_shaping": 1.0}}, ("rewards.value_shaping: 1", "a trained critic")),
     "a process reward without a judge": ({"rewards": {"process": 0.5}}, ("rewards.process: 0.5 needs a judge", "set rewards.judge")),
     "a judge without a weight": ({"rewards": {"judge": "judge"}}, ("rewards.judge: 'judge'", "rewards.process 0", "set a weight")),
+    "a copy of no judge": ({"rewards": {"judge_cpu_copy": True}}, ("rewards.judge_cpu_copy: True has no effect", "set a weight and a judge")),
     "GPUs without a judge": ({"rewards": {"judge_gpus": 0.5}}, ("rewards.judge_gpus: 0.5", "no judge", "set rewards.process and rewards.judge")),
     "a judge without CPUs": ({"rewards": {"process": 1, "judge": "judge", "judge_cpus": 0}}, ("rewards.judge_cpus: 0", "greater than 0")),
     "a reward that is no number": ({"rewards": {"success": float("inf")}}, ("rewards.success: inf", "finite")),

@@ -35,7 +35,7 @@ from vlarl_rllib.curriculum import Start, SuccessRecord
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
 from vlarl_rllib.observability.metrics import FAULTS, evaluation_metrics, iteration_metrics
-from vlarl_rllib.rewards.worker import RewardService
+from vlarl_rllib.rewards.worker import PING_TIMEOUT_SECONDS, RewardService
 from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
 from vlarl_rllib.rollout.video import keep_videos
 from vlarl_rllib.settings import Settings, calculate_runtime_args
@@ -135,7 +135,9 @@ class VLAPPO(PPO):
         rewards = self._vla.rewards
         options = {"num_cpus": rewards.judge_cpus, "num_gpus": rewards.judge_gpus, **_in_bundle(self._vla.engines.num + 1)}  # before the engines'
         assert rewards.judge is not None, "validated with rewards.process"
-        return RewardService(rewards.judge, "cuda" if rewards.judge_gpus else "cpu", actor_options=options)
+        # A ping waits behind a late call of each runner; Ray does not cancel what waits in an actor.
+        patience = max(PING_TIMEOUT_SECONDS, self._vla.rollout.num_runners * rewards.timeout_seconds)
+        return RewardService(rewards.judge, "cuda" if rewards.judge_gpus else "cpu", actor_options=options, ping_timeout_seconds=patience)
 
     def cleanup(self) -> None:
         super().cleanup()

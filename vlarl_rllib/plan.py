@@ -206,6 +206,8 @@ def _impossible_rewards(rewards: RewardSettings) -> Iterator[str]:
         yield f"rewards.process: {rewards.process:g} needs a judge; set rewards.judge to a directory that vlarl reward-model wrote, or process to 0"
     if rewards.judge and not rewards.process:
         yield f"rewards.judge: {rewards.judge!r} has no effect with rewards.process 0; set a weight, or judge to null"
+    if rewards.judge_cpu_copy is not None and not rewards.process:
+        yield f"rewards.judge_cpu_copy: {rewards.judge_cpu_copy} has no effect with rewards.process 0; set a weight and a judge, or leave it out"
     if rewards.judge_gpus and not rewards.process:
         yield f"rewards.judge_gpus: {rewards.judge_gpus:g} has no judge to go to; set rewards.process and rewards.judge, or judge_gpus to 0"
 

@@ -228,6 +228,9 @@ class RewardSettings(Section):
     )
     judge_gpus: NonNegativeFloat = Field(0.0, le=1.0, description="GPUs of the judge's worker; a fraction shares a GPU, 0 = CPU.")
     judge_cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for the judge's worker.")
+    judge_cpu_copy: bool | None = Field(
+        None, description="Each runner judges by itself, on the CPU, while the worker fails; null = a classifier yes, a vision-language model no."
+    )
     timeout_seconds: PositiveFloat = Field(10.0, description="A reward that takes longer for a chunk of an episode counts as failed: zero.")
 
 

@@ -268,8 +268,11 @@ def test_whitened_rewards_have_unit_variance_and_their_mean_is_scaled(make_group
 
 def test_rewards_are_whitened_where_asked(make_group: Callable[..., VLALearnerGroup]) -> None:
     plain, whitened = update(make_group(0, num_epochs=1)), update(make_group(0, num_epochs=1, whiten_rewards=True))
-    # Rewards of unit normal noise, values 0: only the scale of the value targets changes.
-    assert whitened["first_value_loss"] != plain["first_value_loss"]
+    deviation = np.std(np.concatenate([episode.rewards for slot in contributions() for episode in slot]))
+    assert abs(deviation - 1.0) > 0.05, "else whitening changes nothing"
+    # A new value head says 0 to everything, so advantages are linear in the rewards.
+    assert plain["value_mean"] == 0.0
+    assert whitened["advantage_abs_mean"] == pytest.approx(plain["advantage_abs_mean"] / deviation, rel=1e-5)
     assert whitened["reward_mean"] == plain["reward_mean"], "the metric is of what was received"
 
 
@@ -363,6 +366,7 @@ def test_group_relative_advantages_compare_the_episodes_of_a_contribution_and_le
     assert advantages[:8].tolist() == pytest.approx([float(first - second)] * 5 + [float(second - first)] * 3, abs=1e-5)
     assert advantages[8:].tolist() == [0.0] * 22, "the other contributions are of one episode each"
     before = {name: whole(parameter) for name, parameter in learner.policy.named_parameters()}
-    update(group)
+    metrics = update(group)
+    assert metrics["advantage_abs_mean"] == pytest.approx(advantages.abs().mean().item(), rel=1e-5)
     moved = {name for name, parameter in learner.policy.named_parameters() if not torch.equal(whole(parameter), before[name])}
     assert moved and not any("value_head" in name for name in moved)

@@ -184,6 +184,12 @@ def test_without_worker_and_without_judge_the_reward_is_zero(judge: Path, tmp_pa
     assert len(texts) == 2 and "no reward worker is attached" in texts[0] and "has no model.safetensors" in texts[1]
 
 
+def test_a_large_judge_is_copied_where_asked_alone(judge: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
+    copied = [ProcessReward(str(directory), 5.0, copy).on_cpu() is not None for directory in (judge, tmp_path) for copy in (None, True, False)]
+    assert copied == [True, True, False, False, True, False]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_copy_on_the_cpu_is_loaded_once_also_where_that_fails(judge: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     loaded = []

@@ -212,23 +212,20 @@ class VLALearner(PPOTorchLearner):
         behind = bootstrap[:, None].expand(ones.shape)
         if weight := self.settings.rewards.value_shaping:
             rewards = shaped_rewards(rewards, rows, next_values(rows, terminated, truncated, behind, ones), training.gamma, weight)
-        advantages, value_targets = gae(rewards, rows, terminated, truncated, behind, training.gamma, training.gae_lambda, ones)
-        flat_advantages, flat_targets = batch.flat(advantages), batch.flat(value_targets)
-        self._log_targets(batch, old_values, flat_targets, flat_advantages, log_probs)
+        of_critic, value_targets = gae(rewards, rows, terminated, truncated, behind, training.gamma, training.gae_lambda, ones)
+        if training.advantages == "gae":
+            advantages = batch.flat(of_critic)
+        else:
+            groups = torch.from_numpy(batch.chunk_contribution)
+            advantages = group_advantages(rewards.sum(1), groups, training.advantages)[batch.chunk]
+        flat_targets = batch.flat(value_targets)
+        self._log_targets(batch, old_values, flat_targets, advantages, log_probs)
         return {
             "old_values": old_values,
             "value_targets": flat_targets,
-            "advantages": self._scaled(flat_advantages, batch, rewards),
+            "advantages": fsdp.normalize(advantages) if training.advantages == "gae" and training.normalize_advantages else advantages,
             "old_log_probs": log_probs if training.old_log_probs == "recompute" else batch.behaviour_log_probs,
         }
-
-    def _scaled(self, advantages: Tensor, batch: RolloutBatch, rewards: Tensor) -> Tensor:
-        """[N] what the policy learns from: these of GAE as the settings want them scaled, or those of `rewards` [C, T] within each group."""
-        training = self.settings.training
-        if training.advantages == "gae":
-            return fsdp.normalize(advantages) if training.normalize_advantages else advantages
-        groups = torch.from_numpy(batch.chunk_contribution)
-        return group_advantages(rewards.sum(1), groups, training.advantages)[batch.chunk]
 
     @torch.no_grad()
     def _score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:

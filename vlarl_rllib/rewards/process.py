@@ -12,7 +12,7 @@ import numpy as np
 
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.rewards.base import Reward, RewardEpisode
-from vlarl_rllib.rewards.judge import Judge, load_judge
+from vlarl_rllib.rewards.judge import Judge, judge_kind, load_judge
 
 WAIT_SHARE = 0.9
 """Of the reward's time-out, for the worker's answer: the call ends by itself before it is given up."""
@@ -24,15 +24,16 @@ class ProcessReward(Reward):
     The differences of an episode add up to its last score minus its first, at most 1, in however many chunks it is handed over.
 
     Args:
-        judge_directory: what the worker has loaded; `on_cpu` loads it in this process.
+        judge_directory: what the worker has loaded.
         timeout_seconds: see `safe_get_reward`.
+        cpu_copy: whether `on_cpu` loads it in this process; None = where it is a classifier.
     """
 
     name = "process"
 
-    def __init__(self, judge_directory: str, timeout_seconds: float) -> None:
+    def __init__(self, judge_directory: str, timeout_seconds: float, cpu_copy: bool | None = None) -> None:
         super().__init__()
-        self._directory, self._wait_seconds = judge_directory, WAIT_SHARE * timeout_seconds
+        self._directory, self._wait_seconds, self._cpu_copy = judge_directory, WAIT_SHARE * timeout_seconds, cpu_copy
         self._worker: Any = None
         self._was_late = False
         self._local = LocalProcessReward(judge_directory)
@@ -63,9 +64,11 @@ class ProcessReward(Reward):
             raise TimeoutError(f"the reward worker gave no answer within {self._wait_seconds:g} s") from error
         return differences(scores, len(episode.actions))
 
-    def on_cpu(self) -> Reward:
-        """The same judge in this process, loaded at its first call."""
-        return self._local
+    def on_cpu(self) -> Reward | None:
+        """The same judge in this process, loaded at its first call; None where it is too large for that. Raises ValueError as `judge_kind`."""
+        if self._cpu_copy is None:
+            self._cpu_copy = judge_kind(self._directory) == "classifier"
+        return self._local if self._cpu_copy else None
 
 
 class LocalProcessReward(Reward):

@@ -54,5 +54,5 @@ def make_rewards(settings: RewardSettings, action_token_ids: range, traceback_di
     known = ((settings.success, Success()), (settings.malformed, MalformedReply(action_token_ids)), (settings.length, Length()))
     chosen: list[tuple[float, Reward]] = [(weight, reward) for weight, reward in (*known, (settings.smoothness, Smoothness())) if weight]
     if settings.process and settings.judge:
-        chosen.append((settings.process, ProcessReward(settings.judge, settings.timeout_seconds)))
+        chosen.append((settings.process, ProcessReward(settings.judge, settings.timeout_seconds, settings.judge_cpu_copy)))
     return WeightedRewards(chosen, timeout_seconds=settings.timeout_seconds, traceback_dir=traceback_dir)
