@@ -40,9 +40,22 @@ def test_an_adaptive_curriculum_that_misses_failures_is_worth_a_line() -> None:
     assert doubts(Settings.from_dict({"curriculum": {"kind": "adaptive"}, "rollout": {"episodes_per_iteration": 2}})) == []
 
 
+def test_keys_without_an_effect_are_worth_a_line() -> None:
+    idle = {"curriculum": {"rule": "power", "temperature": 0.2}, "training": {"importance_cap": 3}}
+    assert doubts(Settings.from_dict(idle)) == [
+        "training.importance_cap has no effect with old_log_probs behaviour",
+        "curriculum.rule has no effect with kind fixed",
+        "curriculum.temperature has no effect with kind fixed",
+    ]
+    used = {"rollout": {"episodes_per_iteration": 2}, "curriculum": idle["curriculum"] | {"kind": "adaptive"}}
+    assert doubts(Settings.from_dict(used | {"training": idle["training"] | {"old_log_probs": "recompute"}})) == []
+
+
 @pytest.mark.parametrize(
     ("env", "center_crop", "augment", "remark"),
     [
+        ("libero", None, True, None),
+        ("libero", None, False, "learns from whole frames and will see central crops when it acts in libero; set it and model.center_crop alike"),
         ("libero", True, True, None),
         ("libero", False, False, None),
         ("libero", True, False, "learns from whole frames and will see central crops when it acts in libero; set it and model.center_crop alike"),
@@ -51,14 +64,18 @@ def test_an_adaptive_curriculum_that_misses_failures_is_worth_a_line() -> None:
         ("tabletop", True, False, None),
     ],
 )
-def test_other_pictures_in_learning_than_in_acting_are_worth_a_line(env: str, center_crop: bool, augment: bool, remark: str | None) -> None:
-    sections = {"env": {"name": env}, "model": {"center_crop": center_crop}, "sft": {"augment": augment}}
+@pytest.mark.parametrize("base", ["tiny", "openvla-7b"])  # the latter's own frames are whole
+def test_other_pictures_in_learning_than_in_acting_are_worth_a_line(
+    env: str, center_crop: bool | None, augment: bool, remark: str | None, base: str
+) -> None:
+    sections = {"env": {"name": env}, "model": {"path": base, "center_crop": center_crop}, "sft": {"augment": augment}}
     found = sft_doubts(Settings.from_dict(sections))
     assert len(found) == (remark is not None)
     assert all(line.startswith("sft.augment: ") and line.endswith(remark) for line in found)
 
 
-def test_too_few_episodes_and_a_split_that_is_not_there(tmp_path: Path) -> None:
+def test_too_few_episodes_and_a_split_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlarl_rllib.preflight.check_tensorflow_datasets", lambda what: None)
     (tmp_path / "dataset_info.json").write_text('{"splits": [{"name": "train", "shardLengths": ["1", "2"]}]}')
     check_sft(Settings.from_dict({"sft": {"data": str(tmp_path), "split": "train[:50%]"}, "learners": {"num": 2}}))
     with pytest.raises(SettingsError, match=r"^sft.split: 'trian' is no split of .*, which has train; choose one"):

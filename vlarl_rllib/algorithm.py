@@ -135,8 +135,7 @@ class VLAPPO(PPO):
         rewards = self._vla.rewards
         options = {"num_cpus": rewards.judge_cpus, "num_gpus": rewards.judge_gpus, **_in_bundle(self._vla.engines.num + 1)}  # before the engines'
         assert rewards.judge is not None, "validated with rewards.process"
-        # A ping waits behind a late call of each runner; Ray does not cancel what waits in an actor.
-        patience = max(PING_TIMEOUT_SECONDS, self._vla.rollout.num_runners * rewards.timeout_seconds)
+        patience = max(PING_TIMEOUT_SECONDS, 2.0 * rewards.timeout_seconds)  # a ping waits behind late calls: Ray cancels none that is with an actor
         return RewardService(rewards.judge, "cuda" if rewards.judge_gpus else "cpu", actor_options=options, ping_timeout_seconds=patience)
 
     def cleanup(self) -> None:

@@ -120,12 +120,13 @@ def quickstart(
     run_dir: Annotated[Path | None, typer.Option(help="Where everything goes; default runs/<config>-<time>.")] = None,
 ) -> None:
     """Collect demonstrations, fine-tune on them and improve the policy with PPO, one after the other."""
-    from vlarl_rllib.preflight import check_quickstart
+    from vlarl_rllib.preflight import check_quickstart, doubts, sft_doubts
     from vlarl_rllib.run_directory import new_run_directory
 
     settings, name = _load(config, overrides, "configs/quickstart.yaml")
     run = new_run_directory(run_dir, name, None)
     check_quickstart(settings, run.path)
+    _remark([*doubts(settings), *sft_doubts(settings)])
 
     from vlarl_rllib.quickstart import run_quickstart
 

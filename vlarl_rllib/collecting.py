@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlarl_rllib.data.collect import CollectRequest, collect
 from vlarl_rllib.data.rlds import read_statistics
+from vlarl_rllib.data.tfds_process import VERSION
 from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
 from vlarl_rllib.models.presets import resolve_model
@@ -44,8 +45,8 @@ def run_collect(settings: Settings, out: Path) -> int:
         console.print(f"[red]{error}[/red]")
         return 1
     except KeyboardInterrupt:
-        kept = out / env.name
-        console.print(f"stopped; what was kept is in {os.path.relpath(kept)}" if kept.exists() else "stopped; nothing was kept yet")
+        kept = out / env.name / VERSION
+        console.print(f"stopped; what was kept is in {os.path.relpath(kept)}" if kept.exists() else "stopped; there is no data set")
         return 130
     statistics = read_statistics(path)[1]
     console.print(f"{statistics['num_trajectories']} episodes, {statistics['num_transitions']:,} steps: {os.path.relpath(path)}")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlarl_rllib.envs import registry
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from vlarl_rllib.settings import EnvSettings, RewardSettings, Settings
 
 LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
@@ -114,6 +112,8 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
                 yield f"{key}: {task} is not a task of {where}, whose tasks are 0 to {available - 1}"
         if len(set(listed)) != len(listed):
             yield f"{key}: {listed} names a task twice; list each once (they are played in turn)"
+    if s.env.name not in HELD_OUT_STARTS and min((registry.num_initial_states(s.env.suite, task, name=s.env.name) for task in tasks), default=2) < 2:
+        yield f"env.name: {s.env.name} has a task with one start, and evaluation needs some that training does not see; add starts, or leave it out"
     if s.env.num_processes and s.env.num_processes > s.env.num_envs:
         yield f"env.num_processes: {s.env.num_processes} is more than env.num_envs = {s.env.num_envs}; use at most one process per slot"
     processes = _num_processes(s.env, None)
@@ -155,14 +155,6 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
         yield f"model.critic_path: {s.model.critic_path!r} has no effect with critic {s.model.critic}; set model.critic to separate, or remove it"
     if s.learners.fsdp.cpu_offload and not s.learners.gpus:
         yield "learners.fsdp.cpu_offload: true needs learners on a GPU; set learners.gpus or leave it false"
-    if s.training.old_log_probs == "behaviour" and s.training.importance_cap != _default(s.training, "importance_cap"):
-        yield (
-            f"training.importance_cap: {s.training.importance_cap:g} has no effect with old_log_probs behaviour; "
-            "set old_log_probs to recompute, or leave it out"
-        )
-    for key in ("rule", "temperature") if s.curriculum.kind == "fixed" else ():
-        if (value := getattr(s.curriculum, key)) != _default(s.curriculum, key):
-            yield f"curriculum.{key}: {value} has no effect with curriculum.kind fixed; set kind to adaptive, or leave it out"
     yield from _impossible_rewards(s.rewards)
     if s.evaluation.every and not s.evaluation.episodes:
         yield f"evaluation.every: {s.evaluation.every} evaluates nothing with evaluation.episodes 0; raise episodes or set every to 0"
@@ -171,10 +163,6 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
             f"training.critic_warmup_iterations: {s.training.critic_warmup_iterations} leaves no iteration for the policy; "
             f"use less than run.iterations = {s.run.iterations}"
         )
-
-
-def _default(section: BaseModel, key: str) -> Any:
-    return type(section).model_fields[key].default
 
 
 def _impossible_groups(s: Settings) -> Iterator[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from vlarl_rllib.envs.registry import ENVIRONMENTS, experts
+from vlarl_rllib.envs.registry import ENVIRONMENTS, expert_class, experts
 from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
 from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
 from vlarl_rllib.rewards.judge import check_judge
@@ -40,6 +41,11 @@ def check_collect(settings: Settings, out: Path) -> None:
     env = settings.env.name
     if env not in experts():
         raise SettingsError(f"env.name: {env!r} has no scripted expert; choose one of {', '.join(experts())}")
+    if env not in ENVIRONMENTS:
+        try:
+            expert_class(env)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
     check_tensorflow_datasets("vlarl collect")
     if settings.model.path not in PRESETS:
         _read_facts(settings.model.path, "model.path")
@@ -107,7 +113,7 @@ def _check_data(sft: SFTSettings, num_learners: int) -> None:
 
 def doubts(settings: Settings) -> list[str]:
     """What may be meant of a run of `vlarl train`, but is more often a mistake."""
-    found = []
+    found = [f"{key} has no effect with {other}" for key, other in _idle_keys(settings)]
     key, suite, rollout = settings.unnorm_key, settings.env.suite, settings.rollout
     if settings.env.name == "libero" and key not in (suite, f"{suite}_no_noops"):
         found.append(
@@ -121,10 +127,23 @@ def doubts(settings: Settings) -> list[str]:
     return found
 
 
+def _idle_keys(settings: Settings) -> Iterator[tuple[str, str]]:
+    """(key, what keeps it from having an effect) of those that differ from their defaults. Not refused: a sweep may vary the other key."""
+    for section, key, other, idle in (
+        (settings.training, "training.importance_cap", "old_log_probs behaviour", settings.training.old_log_probs == "behaviour"),
+        (settings.curriculum, "curriculum.rule", "kind fixed", settings.curriculum.kind == "fixed"),
+        (settings.curriculum, "curriculum.temperature", "kind fixed", settings.curriculum.kind == "fixed"),
+    ):
+        name = key.partition(".")[2]
+        if idle and getattr(section, name) != type(section).model_fields[name].default:
+            yield key, other
+
+
 def sft_doubts(settings: Settings) -> list[str]:
     """The same of a run of `vlarl sft`."""
     env, augment = settings.env.name, settings.sft.augment
-    if env not in ENVIRONMENTS or augment == (cropped := env == "libero" and settings.center_crop):
+    cropped = env == "libero" and settings.model.center_crop is not False  # what it is fine-tuned into has no crop of its own: null means true
+    if env not in ENVIRONMENTS or augment == cropped:
         return []
     remedy = "set it and model.center_crop alike" if env == "libero" else "set sft.augment to false"
     seen = f"{'central crops' if cropped else 'whole frames'} when it acts in {env}"

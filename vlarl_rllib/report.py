@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from vlarl_rllib.checkpoints import write_atomically
-from vlarl_rllib.envs.registry import ENVIRONMENTS, task_instructions
+from vlarl_rllib.envs.registry import task_instructions
 from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.observability.curves import draw_curves, evaluation_points
 from vlarl_rllib.run_directory import RunDirectory
@@ -60,10 +60,10 @@ def compare(paths: Sequence[Path]) -> Table:
 
 
 def _task_names(run: RunDirectory, rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The instruction of each task id; "task 3" where the environment is not one of this package's: a report runs no foreign code."""
+    """The instruction of each task id; "task 3" where the environment is not installed here."""
     try:
         env = run.settings().env
-        instructions = task_instructions(env.suite, name=env.name) if env.name in ENVIRONMENTS else []
+        instructions = task_instructions(env.suite, name=env.name)
     except (ImportError, ValueError):  # no LIBERO here, or settings of another version: neither keeps a report from being written
         instructions = []
     evaluations = [evaluation for _, evaluation in evaluation_points(rows)]

@@ -101,6 +101,11 @@ class RowLog:
         self.rows = run.read_rows()
         self._whole = True  # also mends a line that a kill cut short
 
+    def forget_after(self, number: int) -> None:
+        """Leave out the rows behind it, which are going to be played again."""
+        self.rows = [row for row in self.rows if row[self._unit] <= number]
+        self._whole = True
+
     def add(self, row: dict[str, Any]) -> int:
         """Append a row; returns how many were played again."""
         kept = [earlier for earlier in self.rows if earlier[self._unit] < row[self._unit]]

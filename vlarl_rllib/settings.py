@@ -60,7 +60,8 @@ class ModelSettings(Section):
     unnorm_key: str | None = Field(
         None,
         min_length=1,
-        description="Which entry of the checkpoint's norm_stats turns tokens into actions; null = a published checkpoint's own, else env.suite.",
+        description="Which entry of the checkpoint's norm_stats turns tokens into actions; null = a published checkpoint's own, else env.suite; "
+        "env.name where there are no suites.",
     )
     center_crop: bool | None = Field(
         None, description="Crop 90 % of the frame's area, for checkpoints trained with image augmentation; null = true, but false for openvla-7b."
@@ -259,7 +260,9 @@ class CollectSettings(Section):
     paces: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
         [1.0], description="Shares of full speed; each episode is played at one of them, drawn at random (tabletop). Twice = twice as often."
     )
-    tasks: list[Natural] | Literal["all"] | None = Field(None, description="Tasks that are shown: a list, or all; null = env.tasks.")
+    tasks: Annotated[list[Natural], Field(min_length=1)] | Literal["all"] | None = Field(
+        None, description="Tasks that are shown: a list, or all; null = env.tasks."
+    )
     max_steps: PositiveInt | None = Field(None, description="Demonstrations that take longer are not kept; null = as in training.")
 
 
@@ -274,8 +277,10 @@ class SFTSettings(Section):
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay.")
     augment: bool = Field(True, description="OpenVLA's image augmentation: crops, brightness, contrast, saturation, hue.")
     report_every: PositiveInt = Field(50, description="Optimiser steps between two lines of progress.")
-    checkpoint_every: PositiveInt = Field(
-        1000, description="Optimiser steps between checkpoints, to resume from; the newest run.keep_checkpoints are kept."
+    checkpoint_every: PositiveInt | None = Field(
+        1000,
+        description="Optimiser steps between checkpoints, to resume from: what is trained and AdamW's state, in float32; there is one at the end "
+        "too, and the newest run.keep_checkpoints are kept. null = none.",
     )
 
 

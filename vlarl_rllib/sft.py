@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlarl_rllib.checkpoints import CheckpointStore, number_of, write_atomically
+from vlarl_rllib.checkpoints import number_of, write_atomically
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.data.rlds import fingerprint, read_statistics
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.export import write_model
-from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError, VLALearnerGroup
+from vlarl_rllib.learner.learner_group import LearnerError, VLALearnerGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means
 from vlarl_rllib.run_directory import RowLog, RunDirectory, installed_versions
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
@@ -39,7 +40,9 @@ from vlarl_rllib.training import ray_session
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS
 from vlarl_rllib.weights import make_reader
 
-MODEL_DIRECTORY = "model"
+MODEL_DIRECTORY, ERROR_FILE = "model", "error.txt"
+DATA_FILE = "data.json"
+"""In a checkpoint: the fingerprint of the data that its step number counts in."""
 SECONDS_PER_CALL = 5.0
 """About so long learners learn between two looks at what the driver wants."""
 
@@ -57,79 +60,105 @@ class Interrupted:
 
 
 def run_sft(settings: Settings, run: RunDirectory, *, resume: bool = False) -> int:
-    """Fine-tune and write `model/`; the process's exit code: 0 = done, 130 = ended early by Ctrl-C, with the model as it was then, 1 = failed.
+    """Fine-tune and write `model/`; the process's exit code.
+
+    0 = done or ended by SIGTERM, 130 = ended by Ctrl-C (both with a checkpoint and the model as it was then), 1 = failed.
 
     Args:
         resume: go on from the run's newest checkpoint.
+
+    Raises:
+        SettingsError: the data are not those that the checkpoint is of, or the cluster is too small.
     """
     console = Console(highlight=False, soft_wrap=True)
     try:
         return _run(settings, run, console, run.newest_checkpoint("step") if resume else None)
     except SettingsError:
         raise
-    except (LearnerError, LearnerGroupError, OSError, ValueError, ImportError) as error:  # the last three from a learner in this process
-        (run.path / "error.txt").write_text(traceback.format_exc())
-        remedy = f"; go on with: {_resume_command(run)}" if run.newest_checkpoint("step") else ""
-        console.print(f"fine-tuning failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/error.txt){remedy}", style="red")
+    except Exception as error:  # a learner's, the reader's, the disk's: none is a reason for a traceback on the screen
+        with suppress(OSError):  # a full disk may be what has failed
+            (run.path / ERROR_FILE).write_text(traceback.format_exc())
+        console.print(f"fine-tuning failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/{ERROR_FILE})", style="red")
+        if newest := run.newest_checkpoint("step"):
+            console.print(_how_to_resume(run, newest))
         return 1
 
 
 def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Path | None) -> int:
     began, first = time.time(), number_of(checkpoint) if checkpoint else 0
-    name, statistics = read_statistics(settings.sft.data or "")
+    data = settings.sft.data or ""
+    name, statistics = read_statistics(data)
+    if checkpoint:
+        _check_same_data(checkpoint, data)
     what = f"{statistics['num_transitions']:,} demonstrated steps of {name}"
     whence = f", from step {first:,}" if checkpoint else ""
     console.print(f"run directory {os.path.relpath(run.path)}: {what}, {settings.learners.num} learner(s){whence}")
-    earlier_seconds = sum(row["seconds"] for row in run.read_rows() if row["step"] <= first)
+    for outdated in ("summary.json", ERROR_FILE):
+        (run.path / outdated).unlink(missing_ok=True)
+    log = RowLog(run, "step")
+    log.forget_after(first)
+    earlier_seconds = sum(row["seconds"] for row in log.rows)
     interrupted = Interrupted()
     with _learners(settings) as group, _on_signals(interrupted):
         num_steps = sum(group.call("open_data", statistics["action"], first))
         if checkpoint:
             group.call("load_sharded", str(checkpoint / "learners"))
-        row = _fit(group, settings, run, console, interrupted, first)
+        row = _fit(group, settings, run, log, console, interrupted, first)
         manifest = group.publish_weights(1)
         tensors = {name: tensor for bucket in make_reader(manifest.transport).buckets(manifest) for name, tensor in bucket.items()}
-        model = run.path / MODEL_DIRECTORY
-        write_model(tensors, group.config.settings().model.path, model, settings.engines.dtype, {name: statistics})
+        model, partial = run.path / MODEL_DIRECTORY, run.path / f".{MODEL_DIRECTORY}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        write_model(tensors, group.config.settings().model.path, partial, settings.engines.dtype, {name: statistics})
+        shutil.rmtree(model, ignore_errors=True)  # of an earlier end of this run
+        partial.rename(model)
     summary = {
         "steps": row["step"],
         "demonstrated_steps": num_steps,
-        "data": fingerprint(settings.sft.data or ""),
+        "data": fingerprint(data),
         "unnorm_key": name,
         "last": row,
         "wall_seconds": earlier_seconds + time.time() - began,
         "versions": installed_versions(),
     }
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-    where = os.path.relpath(model)
-    in_train, in_eval = f"--set model.path={where} --set model.unnorm_key={name}", f"vlarl eval {where} --unnorm-key {name}"
-    if settings.env.name != "libero":
-        in_eval += f" --env {settings.env.name}"
-    elif not settings.center_crop:
-        in_train, in_eval = f"{in_train} --set model.center_crop=false", f"{in_eval} --no-center-crop"
-    console.print(f"wrote {where}; use it with {in_train}, or {in_eval}")
-    if interrupted.signal is None:
+    console.print(f"wrote {os.path.relpath(model)}; {_how_to_use(os.path.relpath(model), name, settings)}")
+    if interrupted.signal is None or row["step"] == settings.sft.steps:
         return 0
-    if run.newest_checkpoint("step"):
-        console.print(f"stopped at step {row['step']:,} of {settings.sft.steps:,}; go on with: {_resume_command(run)}")
-    return 128 + interrupted.signal
+    newest = run.newest_checkpoint("step")
+    console.print(f"stopped at step {row['step']:,} of {settings.sft.steps:,}{'; ' + _how_to_resume(run, newest) if newest else ''}")
+    return 130 if interrupted.signal == signal.SIGINT else 0
 
 
-def _resume_command(run: RunDirectory) -> str:
-    return f"vlarl sft --resume --run-dir {os.path.relpath(run.path)}"
+def _how_to_resume(run: RunDirectory, checkpoint: Path) -> str:
+    return f"go on from step {number_of(checkpoint):,} with: vlarl sft --resume --run-dir {os.path.relpath(run.path)}"
 
 
-def _fit(group: VLALearnerGroup, settings: Settings, run: RunDirectory, console: Console, interrupted: Interrupted, first: int) -> dict[str, Any]:
+def _how_to_use(model: str, key: str, settings: Settings) -> str:
+    """It sees crops by default: what it was fine-tuned from may not have."""
+    env, whole_frames = settings.env, not settings.sft.augment
+    in_train = f"--set model.path={model} --set model.unnorm_key={key}" + " --set model.center_crop=false" * whole_frames
+    where = f"--suite {env.suite}" + " --no-center-crop" * whole_frames if env.name == "libero" else f"--env {env.name}"
+    return f"use it with {in_train}, or vlarl eval {model} --unnorm-key {key} {where}"
+
+
+def _check_same_data(checkpoint: Path, data: str) -> None:
+    if json.loads((checkpoint / DATA_FILE).read_text())["fingerprint"] != fingerprint(data):
+        raise SettingsError(f"sft.data: {data} is not what it was when {checkpoint.name} was written; put the old data back, or start a new run")
+
+
+def _fit(
+    group: VLALearnerGroup, settings: Settings, run: RunDirectory, log: RowLog, console: Console, interrupted: Interrupted, first: int
+) -> dict[str, Any]:
     """Make the steps from `first` on, until the last one or a signal; the last line of progress."""
-    sft, log = settings.sft, RowLog(run, "step")
-    row: dict[str, Any] = {"step": first}
-    store, saved = run.checkpoints(settings.run.keep_checkpoints, "step"), first
+    sft, every = settings.sft, settings.sft.checkpoint_every or settings.sft.steps
+    row: dict[str, Any] = log.rows[-1] if log.rows and log.rows[-1]["step"] == first else {"step": first}
+    saved = first
     columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=sft.steps, completed=first, shown="")
         while (done := row["step"]) < sft.steps and interrupted.signal is None:
             began = time.perf_counter()
-            sums = _supervise(group, min(sft.report_every, saved + sft.checkpoint_every - done, sft.steps - done), interrupted)
+            sums = _supervise(group, min(sft.report_every, saved + every - done, sft.steps - done), interrupted)
             done += int(sums["steps"])
             seconds = time.perf_counter() - began
             row = {"step": done, **means(sums), "samples_per_second": sums["samples"] / seconds, "seconds": seconds}
@@ -138,27 +167,28 @@ def _fit(group: VLALearnerGroup, settings: Settings, run: RunDirectory, console:
             shown = f"loss {row['loss']:.3f}  {accuracy}  L1 {row['l1']:.3f}  {rate}"
             progress.update(bar, completed=done, shown=shown)
             console.print(f"step {done:>6}/{sft.steps}  {shown}")
-            if done < sft.steps and (done - saved == sft.checkpoint_every or interrupted.signal is not None):
-                _save(group, store, done, console)
+            if sft.checkpoint_every and (done in (saved + every, sft.steps) or interrupted.signal is not None):
+                _save(group, settings, run, done, console)
                 saved = done
     return row
 
 
-def _save(group: VLALearnerGroup, store: CheckpointStore, step: int, console: Console) -> None:
+def _save(group: VLALearnerGroup, settings: Settings, run: RunDirectory, step: int, console: Console) -> None:
     """Write a checkpoint; a disk that is full is no reason to end."""
     try:
-        with store.writing(step) as directory:
+        with run.checkpoints(settings.run.keep_checkpoints, "step").writing(step) as directory:
             (directory / "learners").mkdir()
             group.call("save_sharded", str((directory / "learners").resolve()))
+            (directory / DATA_FILE).write_text(json.dumps({"fingerprint": fingerprint(settings.sft.data or "")}))
     except (OSError, LearnerError) as error:
-        console.print(f"no checkpoint of step {step}: {one_line(error)}", style="yellow")
+        console.print(f"no checkpoint of step {step:,}: {one_line(error)}", style="yellow")
 
 
 def _supervise(group: VLALearnerGroup, num_steps: int, interrupted: Interrupted) -> dict[str, float]:
     """Sums over that many steps, or fewer after a signal; in calls of seconds, each far within `learners.timeout_seconds`."""
     sums: Counter[str] = Counter()
     piece = 1
-    while sums["steps"] < num_steps and (not sums or interrupted.signal is None):
+    while sums["steps"] < num_steps and (not sums["steps"] or interrupted.signal is None):
         began = time.perf_counter()
         sums.update(group.call("supervise", piece)[0])
         piece = min(num_steps - int(sums["steps"]), max(1, int(piece * SECONDS_PER_CALL / (time.perf_counter() - began))))

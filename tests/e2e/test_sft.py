@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ import torch.nn.functional as F
 if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
 
+from vlarl_rllib import sft
 from vlarl_rllib.cli import main
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.data import Demonstration, RLDSWriter, read_statistics
+from vlarl_rllib.data.rlds import fingerprint
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means, rate_factor
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
@@ -140,15 +144,63 @@ def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_
     assert run_command(monkeypatch, "--resume", "--run-dir", run) == 2
     assert "sft.steps: all 120 steps are made" in capsys.readouterr().err
 
-    # As if it had been killed behind step 90.
-    shutil.rmtree(run / "checkpoints" / "step_000100")
-    (run / "summary.json").unlink()
-    shutil.move(run / "model", tmp_path / "model")
-    assert run_command(monkeypatch, "--resume", "--run-dir", run) == 0
-    again = RunDirectory(run).read_rows()
-    assert [row["step"] for row in again] == [40, 50, 90, 100, 120]
-    assert again[-1]["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-9) and again[-1]["seconds"] != rows[-1]["seconds"]
-    assert (run / "model" / "model.safetensors").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
+    # Ctrl-C at step 71; the disk was full at step 50.
+    second = tmp_path / "second"
+    monkeypatch.setattr(sft, "_supervise", interrupt_at(71))
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "fingerprint", fail_once(OSError("No space left on device"), fingerprint))
+        assert run_command(monkeypatch, config, "--run-dir", second) == 130
+    output = capsys.readouterr().out
+    assert "no checkpoint of step 50: OSError: No space left on device" in output
+    assert f"stopped at step 71 of 120; go on from step 71 with: vlarl sft --resume --run-dir {os.path.relpath(second)}" in output
+    assert [path.name for path in (second / "checkpoints").iterdir()] == ["step_000071"]
+    stopped = (second / "model" / "model.safetensors").read_bytes()
+    monkeypatch.undo()
+    assert run_command(monkeypatch, "--resume", "--run-dir", second) == 0
+    again = RunDirectory(second).read_rows()
+    assert [row["step"] for row in again] == [40, 50, 71, 111, 120]
+    weights = (second / "model" / "model.safetensors").read_bytes()
+    assert weights == (run / "model" / "model.safetensors").read_bytes() != stopped
+
+    (second / "summary.json").unlink()
+    (data,) = demonstrations.rglob("dataset_statistics.json")
+    other = shutil.copytree(data.parent, tmp_path / "pointing" / "1.0.0")
+    (other / "more").touch()
+    settings_file = second / "config.yaml"
+    settings_file.write_text(settings_file.read_text().replace(str(demonstrations), str(other)))
+    assert run_command(monkeypatch, "--resume", "--run-dir", second) == 2
+    assert "is not what it was when step_000120 was written" in capsys.readouterr().err
+
+
+def interrupt_at(step: int) -> Callable[..., dict[str, float]]:
+    """`_supervise` that is told to end, by Ctrl-C, so that this step is the last."""
+    original, done = sft._supervise, 0
+
+    def supervise(group: Any, num_steps: int, interrupted: Any) -> dict[str, float]:
+        nonlocal done
+        if done + num_steps >= step:
+            num_steps = step - done
+            signal.raise_signal(signal.SIGINT)
+            interrupted.signal, number = None, interrupted.signal  # it arrives behind the last of them
+            sums = original(group, num_steps, interrupted)
+            interrupted.signal = number
+            return sums
+        sums = original(group, num_steps, interrupted)
+        done += int(sums["steps"])
+        return sums
+
+    return supervise
+
+
+def fail_once(error: Exception, then: Callable[..., Any]) -> Callable[..., Any]:
+    errors = [error]
+
+    def call(*args: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return then(*args)
+
+    return call
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -264,8 +264,8 @@ def num_episodes(path: Path) -> dict[str, int]:
     """Episodes of each split, by what `dataset_info.json` says. Raises ValueError where that file is not as TensorFlow Datasets writes it."""
     try:
         splits = json.loads((path / INFO_FILE).read_text())["splits"]
-        return {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        return {split["name"]: sum(map(int, split.get("shardLengths", []))) for split in splits}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / INFO_FILE} cannot be read ({type(error).__name__}: {error}); copy or collect the data again") from None
 
 

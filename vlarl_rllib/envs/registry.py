@@ -108,11 +108,12 @@ def _added(group: str) -> dict[str, str]:
 def _load(what: str, name: str, reference: str) -> Any:
     module_name, _, class_name = reference.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), class_name)
-    except AttributeError as error:
-        raise ValueError(f"{what} is {name!r}, but {module_name} has no class {class_name}") from error
-    except ImportError as error:
-        raise ValueError(f"{what} is {name!r}, but {module_name} cannot be imported ({error})") from error
+        module = importlib.import_module(module_name)
+    except Exception as error:  # somebody else's module may raise anything
+        raise ValueError(f"{what} is {name!r}, but {module_name} cannot be imported ({type(error).__name__}: {error})") from error
+    if not hasattr(module, class_name):
+        raise ValueError(f"{what} is {name!r}, but {module_name} has no class {class_name}")
+    return getattr(module, class_name)
 
 
 def task_instructions(suite: str, *, name: str = "libero") -> list[str]:

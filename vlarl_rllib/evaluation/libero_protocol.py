@@ -191,6 +191,10 @@ class EvaluationRequest:
 
     def _check_choices(self) -> None:
         _check_choice("--env", self.env, registry.environments())
+        try:
+            registry.env_class(self.env)
+        except ValueError as error:
+            raise SettingsError(f"--env: {error}") from error
         _check_choice("--engine", self.engine, ENGINES)
         if self.dtype is not None:
             _check_choice("--dtype", self.dtype, DTYPES)

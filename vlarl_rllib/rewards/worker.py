@@ -99,7 +99,7 @@ class RewardService:
                 raise RuntimeError(f"the reward worker does not start: {one_line(error)}") from error
 
     def ensure_alive(self) -> None:
-        """Kill a worker that is frozen and replace one that Ray has given up. Waits for no restart: meanwhile runners judge by themselves."""
+        """Kill a worker that is frozen and replace one that Ray has given up. Waits for no restart: runners do without meanwhile."""
         try:
             pid = ray.get(self.handle.ping.remote(), timeout=self._ping_timeout_seconds)
         except GetTimeoutError:
