@@ -14,8 +14,9 @@ PACKAGE = ROOT / "vlarl_rllib"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("published", "plan"),
-    ("types", "settings", "errors", "malloc"),
+    ("published", "registry", "errors"),
+    ("plan", "overrides"),
+    ("types", "settings", "malloc"),
     ("models", "envs", "rewards", "curriculum"),
     ("weights",),
     ("engines",),
@@ -40,6 +41,7 @@ RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 EXCEPTIONS = {
     ("config", "algorithm"): "RLlib's config names the algorithm that it builds, and the algorithm its default config",
     ("algorithm", "config"): "as above",
+    ("registry", "envs"): "for type checkers alone: it loads classes by their names",
     ("plan", "settings"): "for type checkers alone: the plan is made of the settings, whose validation asks it what cannot be planned",
 }
 """Imports between neighbours, and why."""

@@ -280,7 +280,7 @@ class VLAPPO(PPO):
 
     def evaluation_starts(self) -> list[Start]:
         """The held-out starts of an evaluation: the same every time, the tasks in turn."""
-        from vlarl_rllib.envs.registry import EnvSpec, training_and_held_out_states
+        from vlarl_rllib.registry import EnvSpec, training_and_held_out_states
 
         env = self._vla.env
         spec = EnvSpec(name=env.name, suite=env.suite)

@@ -11,9 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlarl_rllib.data.collect import CollectRequest, collect
 from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.data.tfds_process import VERSION
-from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
 from vlarl_rllib.models.presets import resolve_model
+from vlarl_rllib.registry import EnvSpec
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 

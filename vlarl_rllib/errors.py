@@ -1,6 +1,10 @@
-"""What an exception that crossed a process boundary says to a person. Importing this loads no Ray."""
+"""A mistake of the user, and what an exception that crossed a process boundary says to a person. Importing this loads no Ray."""
 
 from __future__ import annotations
+
+
+class SettingsError(ValueError):
+    """A mistake in the settings; the text is one line fit to be shown to the user."""
 
 
 def one_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlarl_rllib.envs import registry
+from vlarl_rllib import registry
 
 if TYPE_CHECKING:
     from vlarl_rllib.settings import EnvSettings, RewardSettings, Settings
@@ -17,7 +17,7 @@ LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "l
 SUITELESS_TASKS = {"tabletop": 18, "synthetic": 4}
 """Tasks of the package's environments that have no suites: known here without loading a simulator."""
 HELD_OUT_STARTS = {"libero": 10, "tabletop": 200, "synthetic": 10}
-"""Initial states of each task that only evaluation uses: a fifth (`envs.registry.HELD_OUT_FRACTION`)."""
+"""Initial states of each task that only evaluation uses: a fifth (`registry.HELD_OUT_FRACTION`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +104,8 @@ def _resolve_mesh(mesh: tuple[int, int], ranks: int) -> tuple[int, int]:
 
 def impossible_combinations(s: Settings) -> Iterator[str]:
     """Combinations that cannot work: key, value, rule, remedy."""
-    tasks, available = s.task_ids, num_tasks(s.env)
-    where = s.env.suite if s.env.name == "libero" else s.env.name
-    for key, listed in (("env.tasks", tasks), ("collect.tasks", _demonstrated_tasks(s))):
-        for task in listed:
-            if task >= available:
-                yield f"{key}: {task} is not a task of {where}, whose tasks are 0 to {available - 1}"
-        if len(set(listed)) != len(listed):
-            yield f"{key}: {listed} names a task twice; list each once (they are played in turn)"
-    if s.env.name not in HELD_OUT_STARTS and min((registry.num_initial_states(s.env.suite, task, name=s.env.name) for task in tasks), default=2) < 2:
-        yield f"env.name: {s.env.name} has a task with one start, and evaluation needs some that training does not see; add starts, or leave it out"
+    tasks = s.task_ids
+    yield from _impossible_tasks(s)
     if s.env.num_processes and s.env.num_processes > s.env.num_envs:
         yield f"env.num_processes: {s.env.num_processes} is more than env.num_envs = {s.env.num_envs}; use at most one process per slot"
     processes = _num_processes(s.env, None)
@@ -163,6 +155,19 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
             f"training.critic_warmup_iterations: {s.training.critic_warmup_iterations} leaves no iteration for the policy; "
             f"use less than run.iterations = {s.run.iterations}"
         )
+
+
+def _impossible_tasks(s: Settings) -> Iterator[str]:
+    tasks, available = s.task_ids, num_tasks(s.env)
+    where = s.env.suite if s.env.name == "libero" else s.env.name
+    for key, listed in (("env.tasks", tasks), ("collect.tasks", _demonstrated_tasks(s))):
+        for task in listed:
+            if task >= available:
+                yield f"{key}: {task} is not a task of {where}, whose tasks are 0 to {available - 1}"
+        if len(set(listed)) != len(listed):
+            yield f"{key}: {listed} names a task twice; list each once (they are played in turn)"
+    if s.env.name not in HELD_OUT_STARTS and min((registry.num_initial_states(s.env.suite, task, name=s.env.name) for task in tasks), default=2) < 2:
+        yield f"env.name: {s.env.name} has a task with one start, and evaluation needs some that training does not see; add starts, or leave it out"
 
 
 def _impossible_groups(s: Settings) -> Iterator[str]:

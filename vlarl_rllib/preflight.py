@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlarl_rllib.envs.registry import ENVIRONMENTS, expert_class, experts
 from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
 from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
+from vlarl_rllib.registry import ENVIRONMENTS, expert_class, experts
 from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
 

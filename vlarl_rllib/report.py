@@ -13,9 +13,9 @@ from typing import Any
 from rich.table import Table
 
 from vlarl_rllib.checkpoints import write_atomically
-from vlarl_rllib.envs.registry import task_instructions
 from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.observability.curves import draw_curves, evaluation_points
+from vlarl_rllib.registry import task_instructions
 from vlarl_rllib.run_directory import RunDirectory
 from vlarl_rllib.settings import SettingsError
 

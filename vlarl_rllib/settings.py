@@ -14,9 +14,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vlarl_rllib.envs.registry import ENVIRONMENTS, environments
+from vlarl_rllib.errors import SettingsError
+from vlarl_rllib.overrides import apply_override
 from vlarl_rllib.plan import LIBERO_TASKS, RuntimeArgs, calculate_runtime_args, impossible_combinations, num_tasks
 from vlarl_rllib.published import published_model
+from vlarl_rllib.registry import ENVIRONMENTS, environments
 
 __all__ = ["LIBERO_TASKS", "RuntimeArgs", "Settings", "SettingsError", "calculate_runtime_args", "known_keys"]
 
@@ -32,10 +34,6 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DType = Literal["float32", "bfloat16"]
-
-
-class SettingsError(ValueError):
-    """A mistake in the settings; the text is one line fit to be shown to the user."""
 
 
 class Section(BaseModel):
@@ -326,7 +324,7 @@ class Settings(Section):
         if not isinstance(values, dict):
             raise SettingsError(f"{path}: holds {type(values).__name__}, must hold sections such as `model:`")
         for override in overrides:
-            _set_dotted(values, override)
+            apply_override(values, override)
         return cls.from_dict(values)
 
     @classmethod
@@ -385,24 +383,6 @@ class Settings(Section):
 def default_statistics(env: str, suite: str) -> str:
     """Name of the action statistics that fit an environment: the suite's, or its own; `synthetic` makes do with any suite's."""
     return suite if env in ("libero", "synthetic") else env
-
-
-def _set_dotted(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise SettingsError(f"--set {override}: must read section.key=value, for example training.lr=1e-5")
-    *parents, leaf = key.strip().split(".")
-    for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        below = values[parent]
-        if not isinstance(below, dict):
-            raise SettingsError(f"--set {override}: {parent} is a value, not a section")
-        values = below
-    try:
-        values[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def _without_reserved(values: Mapping[str, Any]) -> dict[str, Any]:

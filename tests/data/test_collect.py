@@ -20,7 +20,7 @@ from vlarl_rllib.curriculum import Start
 from vlarl_rllib.data import RLDSDataset
 from vlarl_rllib.data.collect import CollectRequest, collect, play, starts
 from vlarl_rllib.data.experts import make_expert
-from vlarl_rllib.envs.registry import EnvSpec, training_and_held_out_states
+from vlarl_rllib.registry import EnvSpec, training_and_held_out_states
 
 SPEC = EnvSpec(name="synthetic", image_size=28, max_steps=6)
 

@@ -276,7 +276,9 @@ def test_what_was_not_written_to_its_end_is_no_data_set(directory: Path, tmp_pat
 
 def test_episodes_are_counted_without_tensorflow(directory: Path, tmp_path: Path) -> None:
     assert rlds.num_episodes(rlds.find_dataset(directory)) == {"train": len(LENGTHS)}
-    for content in ("{", "[]", '{"splits": [{"name": "train"}]}'):
+    for content in ("{", "[]", '{"splits": ["train"]}'):
         (tmp_path / "dataset_info.json").write_text(content)
         with pytest.raises(ValueError, match=r"dataset_info.json cannot be read .*; copy or collect the data again"):
             rlds.num_episodes(tmp_path)
+    (tmp_path / "dataset_info.json").write_text('{"splits": [{"name": "test"}, {"name": "train", "shardLengths": ["2", "3"]}]}')
+    assert rlds.num_episodes(tmp_path) == {"test": 0, "train": 5}

@@ -17,13 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.envs.synthetic import SyntheticEnv
 from vlarl_rllib.evaluation import EvaluationRequest, session, workers
 from vlarl_rllib.evaluation.output import open_evaluation
 from vlarl_rllib.models.action_tokenizer import ActionTokenizer
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
 from vlarl_rllib.models.presets import write_checkpoint
+from vlarl_rllib.registry import EnvSpec
 from vlarl_rllib.rollout.evaluation import EvaluationRound
 
 MAX_STEPS = 6

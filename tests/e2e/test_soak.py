@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.envs.vector import SlotProcesses
+from vlarl_rllib.registry import EnvSpec
 
 ITERATIONS = 320
 STEPS = 4 * 16

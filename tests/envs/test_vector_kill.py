@@ -6,8 +6,8 @@ from multiprocessing.connection import wait
 import numpy as np
 import psutil
 
-from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.envs.vector import SlotEvent, SlotProcesses
+from vlarl_rllib.registry import EnvSpec
 
 
 def wait_for(processes: SlotProcesses, kind: str) -> SlotEvent:

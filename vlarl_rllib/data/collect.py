@@ -24,7 +24,7 @@ import numpy as np
 from vlarl_rllib.curriculum import Start, derive_seed
 from vlarl_rllib.data.experts import make_expert
 from vlarl_rllib.data.rlds import Demonstration, RLDSWriter
-from vlarl_rllib.envs.registry import EnvSpec, make_env, training_and_held_out_states
+from vlarl_rllib.registry import EnvSpec, make_env, training_and_held_out_states
 
 if TYPE_CHECKING:
     from vlarl_rllib.envs.base import VLAEnv

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlarl_rllib.envs.registry import expert_class
 from vlarl_rllib.envs.synthetic import SyntheticEnv
 from vlarl_rllib.envs.tabletop import OBJECT_HALF_HEIGHT, POSITION_STEP, TabletopEnv, TabletopFacts
+from vlarl_rllib.registry import expert_class
 
 OPEN, CLOSE = -1.0, 1.0
 """The environment's gripper commands."""

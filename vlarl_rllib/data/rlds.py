@@ -227,10 +227,14 @@ class RLDSDataset:
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of this epoch; afterwards the next one begins."""
+        return map(self.__getitem__, self.indices())
+
+    def indices(self) -> Iterator[int]:
+        """What `__iter__` goes through, in stored order's numbers: for who decodes several at a time."""
         order = self._order()
         while self._position < len(order):
             self._position += 1
-            yield self[int(order[self._position - 1])]
+            yield int(order[self._position - 1])
         self._epoch, self._position = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:

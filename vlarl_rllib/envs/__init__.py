@@ -5,7 +5,7 @@ Importing this package loads no simulator: LIBERO, robosuite and MuJoCo are impo
 
 from __future__ import annotations
 
-from vlarl_rllib.envs.registry import (
+from vlarl_rllib.registry import (
     EnvSpec,
     horizon,
     make_env,

@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from vlarl_rllib.envs.registry import EnvSpec
+from vlarl_rllib.registry import EnvSpec
 
 
 class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):

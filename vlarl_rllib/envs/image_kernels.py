@@ -15,7 +15,7 @@ TILE = 16
 """Rows that `transpose_pixels` moves together, so that a cache line is written whole."""
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def resample_rows(source: np.ndarray, first: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
     """Write to row y of `out` the sum over k of weights[y, k] times row first[y] + k of `source`, in this order.
 
@@ -36,7 +36,7 @@ def resample_rows(source: np.ndarray, first: np.ndarray, weights: np.ndarray, ou
                 total[x] += weight * np.float32(row[x])
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def transpose_pixels(image: np.ndarray, out: np.ndarray) -> None:
     """Write [A, B, 3] into [B, A, 3], converting to the dtype of `out`."""
     for start in range(0, image.shape[0], TILE):
@@ -46,7 +46,7 @@ def transpose_pixels(image: np.ndarray, out: np.ndarray) -> None:
                     out[column, row, channel] = image[row, column, channel]
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def interpolate_rows(source: np.ndarray, low: np.ndarray, high: np.ndarray, fraction: np.ndarray, out: np.ndarray) -> None:
     """Write to row y of `out` a + (b - a) * fraction[y], where a and b are the rows low[y] and high[y] of `source`.
 

@@ -20,7 +20,7 @@ import numpy as np
 from vlarl_rllib.envs import libero_tasks
 from vlarl_rllib.envs.base import VLAEnv
 from vlarl_rllib.envs.image import observation_image
-from vlarl_rllib.envs.registry import EnvSpec
+from vlarl_rllib.registry import EnvSpec
 
 CAMERA = "agentview"
 """The only camera that OpenVLA sees."""

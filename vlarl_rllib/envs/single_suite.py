@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 
 from vlarl_rllib.envs.base import VLAEnv
-from vlarl_rllib.envs.registry import EnvSpec
+from vlarl_rllib.registry import EnvSpec
 
 
 class SingleSuiteEnv(VLAEnv):

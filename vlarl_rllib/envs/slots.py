@@ -12,7 +12,7 @@ from typing import Any, SupportsFloat
 import numpy as np
 
 from vlarl_rllib.envs.base import VLAEnv
-from vlarl_rllib.envs.registry import EnvSpec, make_env
+from vlarl_rllib.registry import EnvSpec, make_env
 
 
 @dataclass

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.envs.single_suite import SingleSuiteEnv
+from vlarl_rllib.registry import EnvSpec
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 230), "yellow": (230, 220, 40)}
 """One task per colour."""

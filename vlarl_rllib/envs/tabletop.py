@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.envs.single_suite import SingleSuiteEnv
 from vlarl_rllib.envs.tabletop_model import (
     ARM_JOINTS,
@@ -30,6 +29,7 @@ from vlarl_rllib.envs.tabletop_model import (
     ZONES,
     tabletop_xml,
 )
+from vlarl_rllib.registry import EnvSpec
 
 POSITION_STEP, YAW_STEP = 0.04, 0.3
 """Metres and radians of a full action."""

@@ -33,7 +33,7 @@ import numpy as np
 import psutil
 
 from vlarl_rllib.envs.messages import Reset, SlotEvent, Step, Stop, WorkerSetup, frame_bytes, map_frames
-from vlarl_rllib.envs.registry import EnvSpec
+from vlarl_rllib.registry import EnvSpec
 
 __all__ = ["SlotEvent", "SlotProcesses", "assign_slots"]
 

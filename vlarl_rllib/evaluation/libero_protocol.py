@@ -17,11 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vlarl_rllib import registry
 from vlarl_rllib.curriculum import Start, derive_seed
-from vlarl_rllib.envs import registry
-from vlarl_rllib.envs.registry import EnvSpec
 from vlarl_rllib.export import TrainingCheckpoint, find_training_checkpoint, resolve_policy
 from vlarl_rllib.preflight import check_environment, check_model, count_gpus
+from vlarl_rllib.registry import EnvSpec
 from vlarl_rllib.settings import LIBERO_TASKS, Settings, SettingsError, default_statistics
 
 ENGINES = ("vllm", "hf")

@@ -10,7 +10,7 @@ b = demonstrated steps of one rank, S = image side in pixels, A = 8 targets.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -31,6 +31,8 @@ from vlarl_rllib.settings import SFTSettings
 from vlarl_rllib.types import NUM_ACTION_TOKENS
 
 NUM_TARGETS = NUM_ACTION_TOKENS + 1
+DECODING_THREADS = 4
+"""Beside a GPU."""
 
 
 @dataclass(frozen=True)
@@ -139,31 +141,36 @@ class SupervisedLearner(VLALearner):
     # Data
 
     def _make_batches(self) -> Iterator[DemonstrationBatch]:
-        """Batches without end; beside a GPU, the next one is made while the last one is learned."""
-        examples = self._endless()
-        if self._device.type == "cpu":  # a thread would take turns with the learning one at the cores and at the interpreter
+        """Batches without end; beside a GPU, the next one is made, by several threads, while the last one is learned."""
+        indices = self._endless()
+        if self._device.type == "cpu":  # threads would take turns with the learning one at the cores
             while True:
-                yield self._make_batch(examples, self._share)
-        with ThreadPoolExecutor(1, "demonstrations") as pool:
-            coming: Future[DemonstrationBatch] = pool.submit(self._make_batch, examples, self._share)
+                yield self._make_batch(indices, map)
+        with ThreadPoolExecutor(1, "demonstrations") as ahead, ThreadPoolExecutor(DECODING_THREADS, "decoding") as decoders:
+            coming: Future[DemonstrationBatch] = ahead.submit(self._make_batch, indices, decoders.map)
             while True:
                 batch = coming.result()
-                coming = pool.submit(self._make_batch, examples, self._share)
+                coming = ahead.submit(self._make_batch, indices, decoders.map)
                 yield batch
 
-    def _endless(self) -> Iterator[dict[str, Any]]:
+    def _endless(self) -> Iterator[int]:
         while True:
-            yield from self._data
+            yield from self._data.indices()
 
-    def _make_batch(self, examples: Iterator[dict[str, Any]], size: int) -> DemonstrationBatch:
-        chosen = list(islice(examples, size))
-        side = self._processor.image_processor.image_size
-        images = [_resized(example["image"], side) for example in chosen]
+    def _make_batch(self, indices: Iterator[int], each: Callable[..., Iterator[dict[str, Any]]]) -> DemonstrationBatch:
+        chosen = list(each(self._example, islice(indices, self._share)))
+        images = [example["image"] for example in chosen]
         inputs = self._processor(images=images, instructions=[example["instruction"] for example in chosen], raw_images=True)
         actions = self._tokenizer.normalize(np.stack([example["action"] for example in chosen]), self._statistics)
-        targets = np.full((size, NUM_TARGETS), self._processor.tokenizer.eos_token_id, dtype=np.int64)
+        targets = np.full((len(chosen), NUM_TARGETS), self._processor.tokenizer.eos_token_id, dtype=np.int64)
         targets[:, :NUM_ACTION_TOKENS] = self._tokenizer.encode(actions)
         return DemonstrationBatch(dict(inputs), torch.from_numpy(targets), torch.from_numpy(actions).float())
+
+    def _example(self, index: int) -> dict[str, Any]:
+        """A demonstrated step, its frame as the policy sees it before a crop."""
+        example = self._data[index]
+        image = _resized(example["image"], self._processor.image_processor.image_size)
+        return example | {"image": self._processor.image_processor.resize_uint8(image)}
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:

@@ -26,10 +26,10 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from vlarl_rllib.curriculum import AdaptiveCurriculum, FixedCurriculum, Start
 from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec
-from vlarl_rllib.envs.registry import EnvSpec, env_class, training_and_held_out_states
 from vlarl_rllib.envs.vector import SlotProcesses
 from vlarl_rllib.models.action_tokenizer import ActionTokenizer
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+from vlarl_rllib.registry import EnvSpec, env_class, training_and_held_out_states
 from vlarl_rllib.rewards import make_rewards
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups

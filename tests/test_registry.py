@@ -17,8 +17,8 @@ from vlarl_rllib.envs import (
     training_and_held_out_states,
 )
 from vlarl_rllib.envs.base import VLAEnv
-from vlarl_rllib.envs.registry import ENVIRONMENTS
 from vlarl_rllib.plan import HELD_OUT_STARTS, SUITELESS_TASKS
+from vlarl_rllib.registry import ENVIRONMENTS
 
 
 def test_facts_need_no_simulator() -> None:

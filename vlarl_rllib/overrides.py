@@ -1,0 +1,28 @@
+"""`--set section.key=value` on the nested mapping of a config file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from vlarl_rllib.errors import SettingsError
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one key in place; the value is YAML. Raises `SettingsError`."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise SettingsError(f"--set {override}: must read section.key=value, for example training.lr=1e-5")
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        below = values[parent]
+        if not isinstance(below, dict):
+            raise SettingsError(f"--set {override}: {parent} is a value, not a section")
+        values = below
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
