@@ -62,7 +62,8 @@ class Interrupted:
 def run_sft(settings: Settings, run: RunDirectory, *, resume: bool = False) -> int:
     """Fine-tune and write `model/`; the process's exit code.
 
-    0 = done or ended by SIGTERM, 130 = ended by Ctrl-C (both with a checkpoint and the model as it was then), 1 = failed.
+    0 = done, 130 or 143 = ended by Ctrl-C or SIGTERM, with a checkpoint and the model as it was then, 1 = failed. Unlike training, SIGTERM
+    is no good end: what comes after fine-tuning wants all of it.
 
     Args:
         resume: go on from the run's newest checkpoint.
@@ -126,7 +127,7 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
         return 0
     newest = run.newest_checkpoint("step")
     console.print(f"stopped at step {row['step']:,} of {settings.sft.steps:,}{'; ' + _how_to_resume(run, newest) if newest else ''}")
-    return 130 if interrupted.signal == signal.SIGINT else 0
+    return 128 + interrupted.signal
 
 
 def _how_to_resume(run: RunDirectory, checkpoint: Path) -> str:
