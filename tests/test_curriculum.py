@@ -129,6 +129,22 @@ def test_hard_starts_are_drawn_more_often_in_proportion() -> None:
     assert both[0, 1] / 4000 == pytest.approx(0.6, abs=0.03) and both[3, 5] / 4000 == pytest.approx(0.2, abs=0.03)
 
 
+@pytest.mark.parametrize("rule", ["logistic", "power"])
+def test_what_was_played_decides_what_is_drawn(rule: str) -> None:
+    record = SuccessRecord(rule, 0.7)
+    play(record, {(0, 0): [True, False] * 100, (0, 1): [False] * 400, (3, 5): [True] * 3})  # a start in the middle, an impossible one, an easy one
+    source = AdaptiveCurriculum([(0, 3)], {0: range(3), 3: (5,)}, first_slot=0, seed=2)
+    source.weights = record.weights()
+    drawn = Counter((start.task_id, start.initial_state) for start in draws(source, slot=0, iterations=1500))
+    # (0, 2) has not been played: 1/2. Of the easy one: 3 successes after one episode of 1/2, each older one counting 0.95 of the next.
+    easy = (0.5 * 0.95**3 + 0.95**2 + 0.95 + 1) / (0.95**3 + 0.95**2 + 0.95 + 1)
+    rates = {(0, 0): record.success_rate(0, 0), (0, 1): 0.0, (0, 2): 0.5, (3, 5): easy}
+    assert rates[0, 0] == pytest.approx(0.5, abs=0.03)
+    formula = {pair: math.exp((0.5 - s) / 0.7) if rule == "logistic" else (1 - s) ** (1 / 0.7) for pair, s in rates.items()}
+    for pair, weight in formula.items():
+        assert drawn[pair] / drawn.total() == pytest.approx(weight / sum(formula.values()), abs=0.02), pair
+
+
 def test_an_adaptive_draw_depends_on_the_weights_and_the_question_alone() -> None:
     def make() -> AdaptiveCurriculum:
         source = AdaptiveCurriculum([(0, 3)] * 2, TRAINING, first_slot=2, seed=1)

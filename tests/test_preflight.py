@@ -37,13 +37,19 @@ def test_another_suites_statistics_are_worth_a_line(sections: dict[str, Any], re
 def test_an_adaptive_curriculum_that_misses_failures_is_worth_a_line() -> None:
     (found,) = doubts(Settings.from_dict({"curriculum": {"kind": "adaptive"}}))
     assert found.startswith("curriculum.kind: adaptive counts whole episodes") and "set rollout.episodes_per_iteration" in found
-    assert doubts(Settings.from_dict({"curriculum": {"kind": "adaptive"}, "rollout": {"episodes_per_iteration": 2}})) == []
+    whole = {"curriculum": {"kind": "adaptive"}, "rollout": {"episodes_per_iteration": 2}}
+    assert doubts(Settings.from_dict(whole)) == []
+    tabletop = {"env": {"name": "tabletop", "tasks": 4, "models_per_process": 4}}
+    (found,) = doubts(Settings.from_dict(whole | tabletop))
+    assert "each of the 3,200 starts" in found and "set curriculum.starts_per_task" in found
+    assert doubts(Settings.from_dict(whole | tabletop | {"curriculum": {"kind": "adaptive", "starts_per_task": 50}})) == []
 
 
 def test_keys_without_an_effect_are_worth_a_line() -> None:
     idle = {"curriculum": {"rule": "power", "temperature": 0.2}, "training": {"importance_cap": 3}}
-    assert doubts(Settings.from_dict(idle)) == [
+    assert doubts(Settings.from_dict(idle | {"rewards": {"malformed": 1}})) == [
         "training.importance_cap has no effect with old_log_probs behaviour",
+        "rewards.malformed has no effect with samplers that choose among the action tokens alone",
         "curriculum.rule has no effect with kind fixed",
         "curriculum.temperature has no effect with kind fixed",
     ]

@@ -169,6 +169,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "not a number": ({"training": {"lr": float("nan")}}, ("training.lr: nan", "finite")),
     "above vLLM's limit": ({"rollout": {"temperature": 2.5}}, ("rollout.temperature: 2.5", "less than or equal to 2")),
     "a misspelt choice": ({"env": {"suite": "libero_spatail"}}, ("env.suite: 'libero_spatail'", "'libero_spatial'", "'libero_90'")),
+    "more tasks than there are": ({"env": {"tasks": 11}}, ("env.tasks: 10 is not a task", "libero_spatial", "0 to 9")),
     "a task out of range": ({"env": {"tasks": [10]}}, ("env.tasks: 10", "libero_spatial", "0 to 9")),
     "a task of no environment": ({"env": {"name": "synthetic", "tasks": [4]}}, ("env.tasks: 4", "synthetic", "0 to 3")),
     "a negative task": ({"env": {"tasks": [-1]}}, ("env.tasks.0: -1", "greater than or equal to 0")),
@@ -359,6 +360,11 @@ def test_every_task_is_played_within_the_models_allowed(num_tasks: int, num_runn
     assert {task for tasks in result.slot_tasks for task in tasks} == set(range(num_tasks))
     assert [len(tasks) for tasks in result.slot_tasks] == [num_envs] * num_runners
     assert all(len(set(tasks)) <= num_processes * models for tasks in result.slot_tasks)
+
+
+def test_a_number_means_so_many_of_the_first_tasks() -> None:
+    result = settings(env={"tasks": 3, "num_envs": 3, "num_processes": 1, "models_per_process": 3}, collect={"tasks": 5})
+    assert result.task_ids == [0, 1, 2] and calculate_runtime_args(result).demonstrated_tasks == (0, 1, 2, 3, 4)
 
 
 def test_null_means_all_tasks_of_the_suite() -> None:

@@ -37,6 +37,7 @@ from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
 from vlarl_rllib.observability.metrics import FAULTS, evaluation_metrics, iteration_metrics
 from vlarl_rllib.rewards.worker import PING_TIMEOUT_SECONDS, RewardService
 from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
+from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.rollout.video import keep_videos
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 
@@ -89,6 +90,7 @@ class VLAPPO(PPO):
         self._faults: Counter[str] = Counter()
         self._initial_evaluation: dict[str, Any] | None = None
         self._failed_iteration: int | None = None
+        self._episodes: list[EpisodeResult] = []
         self._successes = SuccessRecord(self._vla.curriculum.rule, self._vla.curriculum.temperature)
         root = self._checkpoint_root()
         self._store = CheckpointStore(root, self._vla.run.keep_checkpoints) if root else None
@@ -160,6 +162,7 @@ class VLAPPO(PPO):
         seconds["other"] = max(0.0, time.perf_counter() - began - sum(v for k, v in seconds.items() if k != "startup"))
         results["vlarl"] = iteration_metrics(
             results,
+            self._episodes,
             iteration=done,
             seconds=seconds,
             policy_version=self.weight_sync.version,
@@ -174,7 +177,8 @@ class VLAPPO(PPO):
         """Sample, update, sync."""
         with self._timed("sample", ENV_RUNNER_SAMPLING_TIMER):
             rollout: Rollout = self.collector.collect(self.iteration, self._vla.rollout.quota, self._successes.weights())
-            for result in rollout.results:
+            self._episodes = rollout.results
+            for result in self._episodes:
                 self._successes.add(result.task_id, result.initial_state, result.success)
             self.metrics.aggregate(rollout.metrics, key=ENV_RUNNER_RESULTS)
             self._faults["dropped_steps"] += rollout.lost_steps

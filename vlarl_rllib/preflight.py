@@ -10,10 +10,13 @@ from pathlib import Path
 
 from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
 from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
+from vlarl_rllib.plan import num_training_starts
 from vlarl_rllib.registry import ENVIRONMENTS, expert_class, experts
 from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
 
+MANY_STARTS = 1000
+"""More than a run plays often enough to tell the hard ones."""
 DEMONSTRATIONS = "demonstrations"
 """Folder of a quickstart's run directory that its data go into."""
 
@@ -22,11 +25,7 @@ def check(settings: Settings) -> None:
     """Raise `SettingsError` for what would fail later anyway."""
     check_model(settings.model.path, settings.unnorm_key)
     _check_additions(settings.model)
-    if settings.rewards.judge:
-        try:
-            check_judge(Path(settings.rewards.judge).expanduser())
-        except ValueError as error:
-            raise SettingsError(f"rewards.judge: {error}") from error
+    _check_rewards(settings)
     check_environment(settings.env.name)
     plan = calculate_runtime_args(settings)
     if plan.total_gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
@@ -34,6 +33,14 @@ def check(settings: Settings) -> None:
             f"engines.gpus, learners.gpus, rewards.judge_gpus: the plan needs {plan.total_gpus:g} GPU(s) but this machine shows none; "
             "set them to 0 to run on the CPU"
         )
+
+
+def _check_rewards(settings: Settings) -> None:
+    if settings.rewards.judge:
+        try:
+            check_judge(Path(settings.rewards.judge).expanduser())
+        except ValueError as error:
+            raise SettingsError(f"rewards.judge: {error}") from error
 
 
 def check_collect(settings: Settings, out: Path) -> None:
@@ -58,6 +65,7 @@ def check_quickstart(settings: Settings, run: Path) -> None:
     """The same for all stages of a quickstart in the directory `run`."""
     if not settings.evaluation.episodes:
         raise SettingsError("evaluation.episodes: 0 would leave nothing to show; set it to at least 1")
+    _check_rewards(settings)
     if (run / DEMONSTRATIONS).exists():
         raise SettingsError(f"--run-dir: {run} holds an earlier quickstart; give another directory, or remove it")
     check_collect(settings, run / DEMONSTRATIONS)
@@ -124,6 +132,11 @@ def doubts(settings: Settings) -> list[str]:
             f"curriculum.kind: adaptive counts whole episodes, and those that rollout.steps_per_iteration {rollout.steps_per_iteration} leaves "
             "running are cut off at each checkpoint and evaluation, slow failures most; set rollout.episodes_per_iteration"
         )
+    if settings.curriculum.kind == "adaptive" and (starts := num_training_starts(settings)) > MANY_STARTS:
+        found.append(
+            f"curriculum.kind: adaptive keeps a record of each of the {starts:,} starts, and learns of one only by playing it; "
+            "set curriculum.starts_per_task to fewer"
+        )
     return found
 
 
@@ -131,6 +144,7 @@ def _idle_keys(settings: Settings) -> Iterator[tuple[str, str]]:
     """(key, what keeps it from having an effect) of those that differ from their defaults. Not refused: a sweep may vary the other key."""
     for section, key, other, idle in (
         (settings.training, "training.importance_cap", "old_log_probs behaviour", settings.training.old_log_probs == "behaviour"),
+        (settings.rewards, "rewards.malformed", "samplers that choose among the action tokens alone", True),
         (settings.curriculum, "curriculum.rule", "kind fixed", settings.curriculum.kind == "fixed"),
         (settings.curriculum, "curriculum.temperature", "kind fixed", settings.curriculum.kind == "fixed"),
     ):

@@ -77,7 +77,8 @@ def _stage_rows(settings: Settings, run: RunDirectory, sft: RunDirectory, data: 
     """One for each stage: its name, seconds, amount in words, and the greedy success behind it, None where there is no policy yet."""
     statistics = read_statistics(data)[1]
     tuned, rows = sft.read_rows()[-1], run.read_rows()
-    before, after = (evaluation for _, evaluation in (evaluation_points(rows)[index] for index in (0, -1)))
+    evaluations = [evaluation for _, evaluation in evaluation_points(rows)]
+    before, after = evaluations[0], evaluations[-1] if len(evaluations) > 1 else None  # a PPO that was ended has none
     amounts = (
         (f"{statistics['num_trajectories']:,} episodes, {statistics['num_transitions']:,} steps", None),
         (f"{tuned['step']:,} x {settings.sft.batch_size} steps", before),

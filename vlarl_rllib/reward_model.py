@@ -38,7 +38,7 @@ def run_reward_model(
         what = f"{num_episodes} episodes, {len(frames.images):,} frames, {len(frames.instructions)} instruction(s)"
         console.print(f"{what}: {os.path.relpath(find_dataset(data))}")
         quality = _fit(frames, FitOptions(steps, batch_size, lr, near, held_out, seed), fingerprint(data), out, console)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise SettingsError(f"--data: {error}") from error
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")

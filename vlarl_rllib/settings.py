@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vlarl_rllib.errors import SettingsError
 from vlarl_rllib.overrides import apply_override
-from vlarl_rllib.plan import LIBERO_TASKS, RuntimeArgs, calculate_runtime_args, impossible_combinations, num_tasks
+from vlarl_rllib.plan import LIBERO_TASKS, RuntimeArgs, calculate_runtime_args, chosen_tasks, impossible_combinations
 from vlarl_rllib.published import published_model
 from vlarl_rllib.registry import ENVIRONMENTS, environments
 
@@ -54,7 +54,7 @@ class LoraSettings(Section):
 
 
 class ModelSettings(Section):
-    path: str = Field("tiny", min_length=1, description="Preset name (tiny, mini), checkpoint directory, or hub id.")
+    path: str = Field("tiny", min_length=1, description="Preset name (tiny, small, mini), checkpoint directory, or hub id.")
     unnorm_key: str | None = Field(
         None,
         min_length=1,
@@ -86,7 +86,9 @@ class EnvSettings(Section):
     suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = Field(
         "libero_spatial", description="LIBERO task suite."
     )
-    tasks: list[Natural] | None = Field([0], min_length=1, description="Task indices within the suite; null = all of them.")
+    tasks: Annotated[list[Natural], Field(min_length=1)] | PositiveInt | None = Field(
+        [0], description="Tasks of the suite: a list of indices, or how many of the first; null = all. Runners and slots share them out."
+    )
     num_envs: PositiveInt = Field(4, description="Slots (independent episode streams) of each runner.")
     num_processes: PositiveInt | None = Field(None, description="Subprocesses that share a runner's slots; null = cores, at most num_envs.")
     models_per_process: PositiveInt = Field(
@@ -117,7 +119,7 @@ class RolloutSettings(Section):
     )
     group_size: PositiveInt = Field(1, description="So many of a slot's whole episodes, one after the other, have the same start: a group.")
     filter_groups: bool = Field(
-        False, description="Leave out groups whose episodes all have the same return: nothing is to be learned from them (arXiv 2503.14476)."
+        False, description="Leave out groups whose episodes all succeed or all fail: they do not say what made the difference (arXiv 2503.14476)."
     )
     temperature: PositiveFloat | None = Field(
         None,
@@ -199,7 +201,7 @@ class TrainingSettings(Section):
         description="Of gae: zero mean and unit variance over the iteration, on all learners; grpo and rloo stay as they are.",
     )
     whiten_rewards: bool = Field(
-        False, description="Divide rewards by their standard deviation over all valid steps of the iteration; their mean stays, and with it success."
+        False, description="Divide rewards by their standard deviation over all valid steps of the iteration; their mean is scaled along."
     )
     critic_warmup_iterations: Natural = Field(0, description="First iterations that train only the value head.")
     max_skipped_updates: Natural = Field(
@@ -258,8 +260,8 @@ class CollectSettings(Section):
     paces: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
         [1.0], description="Shares of full speed; each episode is played at one of them, drawn at random (tabletop). Twice = twice as often."
     )
-    tasks: Annotated[list[Natural], Field(min_length=1)] | Literal["all"] | None = Field(
-        None, description="Tasks that are shown: a list, or all; null = env.tasks."
+    tasks: Annotated[list[Natural], Field(min_length=1)] | PositiveInt | Literal["all"] | None = Field(
+        None, description="Tasks that are shown: as env.tasks, or all; null = those of env.tasks."
     )
     max_steps: PositiveInt | None = Field(None, description="Demonstrations that take longer are not kept; null = as in training.")
 
@@ -352,7 +354,7 @@ class Settings(Section):
     @property
     def task_ids(self) -> list[int]:
         """The tasks of the run, in the order given."""
-        return list(range(num_tasks(self.env))) if self.env.tasks is None else list(self.env.tasks)
+        return chosen_tasks(self.env.tasks, self.env)
 
     @property
     def lockstep(self) -> bool:

@@ -217,6 +217,21 @@ def test_a_truncated_a_tampered_and_a_missing_file_and_a_wrong_split_are_told(di
     assert no_such_split.endswith("has no split 'test'; it has train")
 
 
+def test_damaged_metadata_are_told(directory: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "tabletop" / "1.0.0")
+    statistics = (copy / "dataset_statistics.json").read_text()
+    for damaged in (statistics[:200], "{}", statistics.replace('"q01"', '"q1"'), statistics.replace('"q01"', '"q"', 1).replace('"q99"', '"q01"')):
+        (copy / "dataset_statistics.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"dataset_statistics\.json is damaged \(.*\); remove it to compute it anew") as caught:
+            read_statistics(copy)
+        assert "\n" not in str(caught.value)
+    features = (copy / "features.json").read_text()
+    (copy / "features.json").write_text(features[: len(features) // 2])
+    with pytest.raises(ValueError, match=r"its metadata cannot be read \(.*\); copy or collect it again") as caught:
+        RLDSDataset(copy)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_data_set_is_called_as_its_folder_wherever_one_stands(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(directory / "tabletop")
     assert read_statistics("1.0.0") == read_statistics(directory)

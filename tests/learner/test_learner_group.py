@@ -263,7 +263,9 @@ def test_whitened_rewards_have_unit_variance_and_their_mean_is_scaled(make_group
     rewards = torch.tensor([0.0, 0.0, 0.0, 4.0])
     assert fsdp.whiten(rewards).tolist() == pytest.approx([0.0, 0.0, 0.0, 4 / 3**0.5])
     assert fsdp.normalize(rewards).tolist() == pytest.approx([-1 / 3**0.5] * 3 + [3**0.5])
-    assert fsdp.whiten(torch.full((3,), 0.5)).tolist() == [0.5, 0.5, 0.5]
+    for equal in (0.5, -1.1):  # the second is no binary fraction
+        constant = torch.full((1536,), equal)
+        assert torch.equal(fsdp.whiten(constant), constant) and fsdp.normalize(constant).abs().max() < 1e-6
 
 
 def test_rewards_are_whitened_where_asked(make_group: Callable[..., VLALearnerGroup]) -> None:
@@ -274,6 +276,29 @@ def test_rewards_are_whitened_where_asked(make_group: Callable[..., VLALearnerGr
     assert plain["value_mean"] == 0.0
     assert whitened["advantage_abs_mean"] == pytest.approx(plain["advantage_abs_mean"] / deviation, rel=1e-5)
     assert whitened["reward_mean"] == plain["reward_mean"], "the metric is of what was received"
+
+
+def test_value_shaping_moves_advantages_and_leaves_the_critics_targets(make_group: Callable[..., VLALearnerGroup]) -> None:
+    group = make_group(0, normalize_advantages=False, gamma=0.9, gae_lambda=0.5)
+    learner = group._learner
+    update(group)  # so that values are not all 0
+
+    def targets(weight: float) -> dict[str, torch.Tensor]:
+        learner.settings = learner.settings.replaced(rewards={"value_shaping": weight})
+        group.receive(contributions(), STEPS)
+        return learner._targets(learner._batch)
+
+    plain, shaped = targets(0.0), targets(2.0)
+    assert torch.equal(plain["value_targets"], shaped["value_targets"])
+    # The first chunk: five steps to a success, behind which the value is 0.
+    values = plain["old_values"][:5].double()
+    following = torch.cat([values[1:], torch.zeros(1, dtype=torch.float64)])
+    expected, running = [], 0.0
+    for step in reversed(range(5)):
+        running = 2.0 * float(0.9 * following[step] - values[step]) + 0.9 * 0.5 * running
+        expected.insert(0, running)
+    assert max(map(abs, expected)) > 1e-3
+    assert (shaped["advantages"] - plain["advantages"])[:5].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_optimiser_that_had_not_stepped_is_new_after_a_restore(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -101,12 +102,17 @@ def test_one_that_hangs_is_given_up_and_after_some_times_not_called(tmp_path: Pa
 
 
 def test_tracebacks_have_an_end_and_a_full_disk_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_numbers", iter(range(98, 1000)))
-    for _ in range(5):
+    monkeypatch.setattr(base, "_written", Counter())
+    for _ in range(base.MAX_ALIKE + 5):
         assert get(Scripted(raises(RuntimeError("again"))), tmp_path).source == "zero"
-    assert len(files(tmp_path)) == 2
+    assert len(files(tmp_path)) == base.MAX_ALIKE
+    assert get(Scripted(raises(RuntimeError("another one"))), tmp_path).source == "zero"
+    assert len(files(tmp_path)) == base.MAX_ALIKE + 1, "what failed before hides nothing"
+    for number in range(base.MAX_TRACEBACKS):
+        get(Scripted(raises(RuntimeError(f"failure {number}"))), tmp_path)
+    assert len(files(tmp_path)) == base.MAX_TRACEBACKS
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(base, "_numbers", iter(range(1000)))
+    monkeypatch.setattr(base, "_written", Counter())
     assert get(Scripted(raises(RuntimeError("again"))), tmp_path / "file" / "below").source == "zero"
 
 

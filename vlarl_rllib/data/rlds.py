@@ -320,10 +320,22 @@ def read_statistics(directory: str | Path) -> tuple[str, dict[str, Any]]:
     path = find_dataset(directory)
     name = path.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", path.name) else path.name
     if (path / STATISTICS_FILE).is_file():
-        (entry,) = json.loads((path / STATISTICS_FILE).read_text()).values()  # under the name that the folder had when it was written
-        return name, entry
+        return name, _stored_statistics(path / STATISTICS_FILE)
     episodes = [standardized(episode["action"]) for episode in read_episodes(path, "train")]
     return name, action_statistics(np.concatenate(episodes), len(episodes))
+
+
+def _stored_statistics(file: Path) -> dict[str, Any]:
+    """Under whatever name the folder had when it was written. Raises ValueError where the file is damaged."""
+    try:
+        (entry,) = json.loads(file.read_text()).values()
+        action = entry["action"]
+        whole = all(np.isfinite(np.asarray(action[name], dtype=np.float64)).all() and len(action[name]) == 7 for name in ("q01", "q99"))
+        if not whole or np.less(action["q99"], action["q01"]).any() or entry["num_transitions"] < 1:
+            raise ValueError("its quantiles are not those of 7 numbers")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); remove it to compute it anew from the actions") from None
+    return entry
 
 
 def fingerprint(directory: str | Path) -> str:

@@ -109,8 +109,12 @@ def read(connection: Connection, path: Path, split: str) -> Iterator[dict[str, A
     tfds = _tfds()
     import tensorflow as tf
 
-    builder = tfds.builder_from_directory(str(path))
-    steps = builder.info.features["steps"].feature
+    try:
+        builder = tfds.builder_from_directory(str(path))
+        steps = builder.info.features["steps"].feature
+    except Exception as error:  # parsers of several kinds; features.json names the classes that are called
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its metadata cannot be read ({type(error).__name__}: {reason}); copy or collect it again") from None
     missing = [name for name in ("observation", "action", "language_instruction") if name not in steps]
     if not missing and "image" not in steps["observation"]:
         missing = ["observation/image"]

@@ -108,6 +108,6 @@ def whiten(x: Tensor) -> Tensor:
 
 def _mean_and_deviation(x: Tensor) -> tuple[float, float]:
     double = x.double()
-    sums = all_reduce_sums({"n": len(x), "sum": double.sum().item(), "square": double.square().sum().item()})
-    mean = sums["sum"] / sums["n"]
-    return mean, max(0.0, sums["square"] / sums["n"] - mean**2) ** 0.5
+    sums = all_reduce_sums({"n": len(x), "sum": double.sum().item()})
+    mean = sums["sum"] / sums["n"]  # first: the mean square less the squared mean would not be 0 for equal values
+    return mean, (all_reduce_sums({"square": (double - mean).square().sum().item()})["square"] / sums["n"]) ** 0.5

@@ -68,6 +68,7 @@ FAULTS = (
 
 def iteration_metrics(
     results: dict[str, Any],
+    episodes: Sequence[EpisodeResult],
     *,
     iteration: int,
     seconds: dict[str, float],
@@ -80,19 +81,18 @@ def iteration_metrics(
     """Pick the numbers out of RLlib's result of an iteration.
 
     Args:
+        episodes: those that ended in the iteration.
         faults: see `FAULTS`.
         initial_evaluation: what `evaluation_metrics` made before the first iteration, else None.
         evaluation: the same behind this iteration, None where none was due.
     """
     runners = results["env_runners"]
     learner = results["learners"]["default_policy"]
-    success = runners.get("success_rate")
     return {
         "iteration": iteration,
         "env_steps": int(runners["num_env_steps_sampled_lifetime"]),
-        "episodes": int(runners["num_episodes"]),
-        "success_rate": None if success is None or np.isnan(success) else float(success),
-        "success_rate_by_task": {task: float(rate) for task, rate in runners.get("success_rate_by_task", {}).items()},
+        "episodes": len(episodes),
+        **_success(episodes),
         **{name: float(learner[name]) for name in LEARNER_METRICS},
         **{name: float(runners[name]) for name in RUNNER_SUMS},
         "seconds": {name: float(seconds.get(name, 0.0)) for name in SECONDS},
@@ -108,8 +108,14 @@ def evaluation_metrics(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     """Success over all episodes of an evaluation and by task; `failures` are the [task, start] that failed."""
     return {
         "episodes": len(results),
-        "success_rate": float(np.mean([result.success for result in results])) if results else None,
+        **_success(results),
         "mean_length": float(np.mean([result.length for result in results])) if results else None,
-        "success_rate_by_task": {str(task): rate for task, rate in success_by_task(list(results)).items()},
         "failures": sorted([result.task_id, result.initial_state] for result in results if not result.success),
+    }
+
+
+def _success(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+    return {
+        "success_rate": float(np.mean([result.success for result in results])) if results else None,
+        "success_rate_by_task": {str(task): rate for task, rate in success_by_task(list(results)).items()},
     }

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,11 +21,13 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-MAX_TRACEBACKS = 100
-"""Files that one process writes: a reward that fails at every step must not fill the disk."""
+MAX_TRACEBACKS, MAX_ALIKE = 200, 10
+"""Files that one process writes, and with the same message: a reward that fails at every step must not fill the disk, nor hide another failure."""
 MAX_HUNG_CALLS = 3
 """Calls of one reward that may be hanging at a time; further ones are not made. A thread cannot be ended from outside."""
 _numbers = itertools.count()
+_written: Counter[str] = Counter()
+"""Files by message."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +147,12 @@ def _one_line(error: BaseException) -> str:
 
 def _write_traceback(reward: Reward, episode: RewardEpisode, error: Exception, directory: Path) -> None:
     name = getattr(reward, "name", type(reward).__name__)  # whatever it is, it never raises for the reward's sake
-    logger.warning("reward %s failed: %s", name, _one_line(error))
-    number = next(_numbers)
-    if number >= MAX_TRACEBACKS:
+    message = f"{name} failed: {_one_line(error)}"
+    logger.warning("reward %s", message)
+    if _written.total() >= MAX_TRACEBACKS or _written[message] >= MAX_ALIKE:
         return
+    _written[message] += 1
+    number = next(_numbers)
     text = "".join(traceback.format_exception(error))
     facts = f"reward {name}, {len(episode.actions)} steps, instruction {episode.instruction!r}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
     try:

@@ -12,7 +12,8 @@ ARM = slice(0, 6)
 class MalformedReply(Reward):
     """-1 at a step whose reply is not seven action tokens (a stop token in between, another id).
 
-    The samplers of this package choose among the action ids alone, so with them it is always 0; it is for others.
+    The samplers of this package choose among the action ids alone, and runners take no other reply: in a run it is always 0. It is for
+    scoring episodes from elsewhere.
 
     Args:
         action_token_ids: the 256 ids.

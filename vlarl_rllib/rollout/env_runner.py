@@ -33,7 +33,7 @@ from vlarl_rllib.registry import EnvSpec, env_class, training_and_held_out_state
 from vlarl_rllib.rewards import make_rewards
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
-from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer, success_by_task
+from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS, WeightManifest
 
@@ -295,7 +295,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             for chunks in player.take():
                 contribution.refs.append(ray.put(chunks))
                 contribution.num_steps.append(sum(map(len, chunks)))
-                contribution.uniform.append(self.settings.rollout.group_size > 1 and len({float(chunk.get_return()) for chunk in chunks}) == 1)
+                contribution.uniform.append(self.settings.rollout.group_size > 1 and len({chunk.is_terminated for chunk in chunks}) == 1)
                 contribution.token_checksum += sum(zlib.crc32(tokens.tobytes()) for chunk in chunks for tokens in chunk.get_actions())
         return contribution
 
@@ -309,9 +309,6 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self._increase_sampled_metrics(sum(contribution.num_steps), len(results))
         for result in results:
             self._log_episode_metrics(result.length, result.reward, 0.0)
-            self.metrics.log_value("success_rate", float(result.success), reduce="mean", window=self.config.metrics_num_episodes_for_smoothing)
-        for task, rate in success_by_task(results).items():
-            self.metrics.log_value(("success_rate_by_task", str(task)), rate, reduce="mean", window=self.config.metrics_num_episodes_for_smoothing)
         loop = self._loop
         for name, value in {
             "env_seconds": loop.env_seconds,
