@@ -143,8 +143,8 @@ MEASUREMENTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
 
 
 def code_digest() -> str:
-    """Changes with the package's sources and the quickstart's settings."""
-    sources = [CONFIG, *sorted(Path(vlarl_rllib.__file__).parent.rglob("*.py"))]
+    """Changes with the package's sources, the quickstart's settings and this file."""
+    sources = [CONFIG, Path(__file__), *sorted(Path(vlarl_rllib.__file__).parent.rglob("*.py"))]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 

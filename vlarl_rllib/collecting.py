@@ -20,7 +20,7 @@ from vlarl_rllib.settings import Settings, calculate_runtime_args
 def run_collect(settings: Settings, out: Path) -> int:
     """Collect and report; the process's exit code: 0 = done, 1 = the expert fails nearly always, 130 = ended by Ctrl-C."""
     env, plan = settings.env, calculate_runtime_args(settings)
-    image_size = read_checkpoint_facts(resolve_model(settings.model.path)).image_size
+    image_size = settings.collect.image_size or read_checkpoint_facts(resolve_model(settings.model.path)).image_size
     request = CollectRequest(
         EnvSpec(name=env.name, suite=env.suite, image_size=image_size, max_steps=settings.collect.max_steps or env.max_steps),
         tasks=plan.demonstrated_tasks,

@@ -264,6 +264,7 @@ class CollectSettings(Section):
         None, description="Tasks that are shown: as env.tasks, or all; null = those of env.tasks."
     )
     max_steps: PositiveInt | None = Field(None, description="Demonstrations that take longer are not kept; null = as in training.")
+    image_size: PositiveInt | None = Field(None, description="Side of the frames in pixels; null = what model.path sees, so that none is resized.")
 
 
 class SFTSettings(Section):

@@ -20,6 +20,7 @@ from vlarl_rllib.curriculum import Start
 from vlarl_rllib.data import RLDSDataset
 from vlarl_rllib.data.collect import CollectRequest, collect, play, starts
 from vlarl_rllib.data.experts import make_expert
+from vlarl_rllib.envs.tabletop import POSITION_STEP
 from vlarl_rllib.registry import EnvSpec, training_and_held_out_states
 
 SPEC = EnvSpec(name="synthetic", image_size=28, max_steps=6)
@@ -71,6 +72,11 @@ def test_with_noise_the_experts_own_action_is_recorded_and_a_slow_pace_takes_mor
     noisy, fast = play(spec, start, 0.2, (1.0,)), play(spec, start, 0.0, (1.0,))
     assert noisy is not None and fast is not None
     assert set(np.unique(noisy.actions[:, :3] * 4 % 1)) == {0.0}  # quarters: the expert's, without the noise
+    assert fast.states is not None and fast.states.shape == (len(fast.actions), 8)
+    # Where the gripper is moves as the actions say: the first, at most a quarter of a full one off.
+    moved = (fast.states[1] - fast.states[0])[:3] / POSITION_STEP
+    assert np.abs(moved - fast.actions[0, :3]).max() < 0.25 and np.abs(fast.actions[0, :3]).max() > 0.5
+    np.testing.assert_allclose(fast.states[:, 3:6], np.tile([np.pi, 0.0, 0.0], (len(fast.states), 1)), atol=0.05)
     slow = [demo for seed in range(4) if (demo := play(spec, Start(3, start.initial_state, seed), 0.0, (0.25,))) is not None]
     assert np.mean([len(demo.actions) for demo in slow]) > len(fast.actions)
 
@@ -99,10 +105,11 @@ def test_an_installed_package_adds_an_environment_and_its_expert(tmp_path: Path,
         return subprocess.run([sys.executable, "-m", "vlarl_rllib", *arguments], capture_output=True, text=True)
 
     config = tmp_path / "config.yaml"
-    config.write_text("{env: {name: drawer, tasks: [1], num_processes: 1}, collect: {episodes: 6, tasks: all}}")
+    config.write_text("{env: {name: drawer, tasks: [1], num_processes: 1}, collect: {episodes: 6, tasks: all, image_size: 40}}")
     done = vlarl("collect", str(config), "--out", str(tmp_path / "data"))
     assert done.returncode == 0, done.stderr
     data = RLDSDataset(tmp_path / "data" / "drawer")
+    assert data[0]["image"].shape == (40, 40, 3)
     assert {data[i]["instruction"] for i in range(len(data))} == {"open the drawer", "close the drawer", "leave the drawer alone"}
 
     for override, message in (

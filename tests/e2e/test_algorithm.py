@@ -1,6 +1,7 @@
 """The whole loop inside one Ray: real vLLM, FSDP learner, environment subprocesses; and what happens when one of them is killed."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import ray
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.checkpoints import CheckpointStore
 from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
+from vlarl_rllib.rewards.worker import RewardService
 from vlarl_rllib.settings import Settings
 
 STEPS = 4 * 40
@@ -27,20 +29,48 @@ STEPS = 4 * 40
 def algorithm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLAPPO]:
     judge = tmp_path_factory.mktemp("judge")
     SuccessClassifier(ClassifierConfig(28, ("red", "green"))).save(judge)
+    worker_class = faulty_worker_class()
     settings = Settings.from_dict(
         {
             "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 4, "num_processes": 2, "max_steps": 10},
             "rollout": {"steps_per_iteration": 40},
             "learners": {"num": 1, "micro_batch_size": 32},
             "training": {"minibatch_size": 80, "lr": 1e-4},
-            "rewards": {"process": 0.1, "judge": str(judge)},
+            "rewards": {"process": 0.1, "judge": str(judge), "timeout_seconds": 5},
             "evaluation": {"episodes": 6},
             "run": {"iterations": 100, "seed": 1},
         }
     )
-    algorithm = VLAPPOConfig.from_settings(settings, tmp_path_factory.mktemp("run")).build_algo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlarl_rllib.algorithm.RewardService", functools.partial(RewardService, worker_class=worker_class))
+        algorithm = VLAPPOConfig.from_settings(settings, tmp_path_factory.mktemp("run")).build_algo()
     yield algorithm
     algorithm.stop()
+
+
+def faulty_worker_class() -> type:
+    """A class of this function, so that Ray ships it by value: it fails as the file `fault` beside the judge says."""
+    from vlarl_rllib.rewards.worker import RewardWorker
+
+    class FaultyWorker(RewardWorker):
+        def __init__(self, directory: str, device: str) -> None:
+            super().__init__(directory, device)
+            self._fault = Path(directory) / "fault"
+
+        def score(self, images: Any, instruction: str) -> Any:
+            fault = self._fault.read_text() if self._fault.is_file() else ""
+            if fault == "raise":
+                raise RuntimeError("CUDA out of memory")
+            if fault == "hang":
+                self._fault.unlink()
+                time.sleep(3600)
+            scores = super().score(images, instruction)
+            return scores * float("nan") if fault == "nan" else scores
+
+    import time
+    from pathlib import Path
+
+    return FaultyWorker
 
 
 def train(algorithm: VLAPPO) -> dict[str, Any]:
@@ -142,6 +172,26 @@ def test_a_killed_reward_worker_costs_no_reward_and_serves_again(algorithm: VLAP
     assert processes(algorithm)["reward_worker"] != pid and not _alive(pid)
     errors = [file.read_text() for file in (algorithm._store.root.parent / "reward_errors").glob("reward_process_*.txt")]
     assert errors and all("ActorUnavailableError" in error or "ActorDiedError" in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"), [("raise", "CUDA out of memory"), ("nan", "scores lie in [0, 1], got nan"), ("hang", "gave no answer within 4.5 s")]
+)
+def test_a_reward_worker_that_raises_lies_or_hangs_costs_no_reward(algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch, fault: str, told: str) -> None:
+    before = train(algorithm)
+    assert before["reward_cpu_retries"] == 0
+    monkeypatch.setattr(algorithm.reward_service, "_ping_timeout_seconds", 2.0)
+    file = Path(algorithm._vla.rewards.judge or "") / "fault"
+    file.write_text(fault)
+    row = train(algorithm)
+    file.unlink(missing_ok=True)
+    assert row["env_steps"] == before["env_steps"] + STEPS and row["reward_zeros"] == 0 < row["reward_cpu_retries"]
+    assert row["faults"]["reward_cpu_retries"] == before["faults"]["reward_cpu_retries"] + row["reward_cpu_retries"]
+    errors = [file.read_text() for file in (algorithm._store.root.parent / "reward_errors").glob("reward_process_*.txt")]
+    assert any(told in error for error in errors)
+    deadline = time.monotonic() + 60
+    while train(algorithm)["reward_cpu_retries"]:
+        assert time.monotonic() < deadline, "the worker does not serve again"
 
 
 def test_a_frozen_environment_is_ended(algorithm: VLAPPO) -> None:

@@ -98,8 +98,11 @@ def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) ->
     _, info = env.reset(seed=start.seed, options={"task_id": start.task_id, "initial_state": start.initial_state})
     images: list[np.ndarray] = []
     actions: list[np.ndarray] = []
+    states: list[np.ndarray] = []
     while True:
         images.append(np.array(env.render()))
+        if (state := env.proprioception()) is not None:
+            states.append(state)
         actions.append(expert.act(env))
         played = actions[-1].copy()
         played[:3] += noise * random.standard_normal(3)
@@ -109,7 +112,8 @@ def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) ->
     if not outcome["success"]:
         return None
     origin = f"{spec.name} task {start.task_id} start {start.initial_state} seed {start.seed}"
-    return Demonstration(images, np.array(actions, dtype=np.float32), info["instruction"], origin=origin).without_no_ops()
+    told = np.array(states) if states else None
+    return Demonstration(images, np.array(actions, dtype=np.float32), info["instruction"], states=told, origin=origin).without_no_ops()
 
 
 def _in_order(pool: ProcessPoolExecutor, request: CollectRequest) -> Iterator[Demonstration | None]:

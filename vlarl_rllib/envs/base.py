@@ -38,6 +38,10 @@ class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
         converted[6] = -np.sign(2.0 * converted[6] - 1.0)
         return converted
 
+    def proprioception(self) -> np.ndarray | None:
+        """[8] float32 as OpenVLA's LIBERO data have it: the gripper's position in metres, axis-angle, two finger joints; None = not told."""
+        return None
+
     @abstractmethod
     def snapshot(self) -> Any:
         """Everything that the rest of the episode depends on, as a value that later steps do not change."""

@@ -170,6 +170,11 @@ class TabletopEnv(SingleSuiteEnv):
             zone=None if task.zone is None else self._zone_position(task.zone).copy(),
         )
 
+    def proprioception(self) -> np.ndarray:
+        x, y, z, yaw, left, right = self._data.qpos[self._gripper_qpos]
+        down = np.pi * np.array([np.cos(yaw / 2.0), np.sin(yaw / 2.0), 0.0])  # half a turn about a level axis, then the yaw
+        return np.array([x, y, z, *down, left, -right], dtype=np.float32)
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start an episode; see `VLAEnv`.
 
