@@ -35,7 +35,7 @@ from vlarl_rllib.curriculum import Start, SuccessRecord
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
 from vlarl_rllib.observability.metrics import FAULTS, evaluation_metrics, iteration_metrics
-from vlarl_rllib.rewards.worker import PING_TIMEOUT_SECONDS, RewardService
+from vlarl_rllib.rewards.worker import PATIENCE_SECONDS, RewardService
 from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
 from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.rollout.video import keep_videos
@@ -137,8 +137,8 @@ class VLAPPO(PPO):
         rewards = self._vla.rewards
         options = {"num_cpus": rewards.judge_cpus, "num_gpus": rewards.judge_gpus, **_in_bundle(self._vla.engines.num + 1)}  # before the engines'
         assert rewards.judge is not None, "validated with rewards.process"
-        patience = max(PING_TIMEOUT_SECONDS, 2.0 * rewards.timeout_seconds)  # a ping waits behind late calls: Ray cancels none that is with an actor
-        return RewardService(rewards.judge, "cuda" if rewards.judge_gpus else "cpu", actor_options=options, ping_timeout_seconds=patience)
+        patience = max(PATIENCE_SECONDS, 2.0 * rewards.timeout_seconds)
+        return RewardService(rewards.judge, "cuda" if rewards.judge_gpus else "cpu", actor_options=options, patience_seconds=patience)
 
     def cleanup(self) -> None:
         super().cleanup()

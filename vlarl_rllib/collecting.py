@@ -41,7 +41,7 @@ def run_collect(settings: Settings, out: Path) -> int:
                 progress.update(bar, completed=kept, shown=f"expert succeeds in {100 * kept / played:.0f} %")
 
             path = collect(request, show)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: an environment that cannot be made so
         console.print(f"[red]{error}[/red]")
         return 1
     except KeyboardInterrupt:

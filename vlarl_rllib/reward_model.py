@@ -37,9 +37,18 @@ def run_reward_model(
         num_episodes = int(frames.episode_of.max()) + 1
         what = f"{num_episodes} episodes, {len(frames.images):,} frames, {len(frames.instructions)} instruction(s)"
         console.print(f"{what}: {os.path.relpath(find_dataset(data))}")
-        quality = _fit(frames, FitOptions(steps, batch_size, lr, near, held_out, seed), fingerprint(data), out, console)
+        identity = fingerprint(data)
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise SettingsError(f"--data: {error}") from error
+    except KeyboardInterrupt:
+        console.print("stopped; nothing was written")
+        return 130
+    try:
+        quality = _fit(frames, FitOptions(steps, batch_size, lr, near, held_out, seed), identity, out, console)
+    except ValueError as error:
+        raise SettingsError(f"--data: {error}") from error
+    except OSError as error:
+        raise SettingsError(f"--out: {error}") from error
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")
         return 130

@@ -89,8 +89,9 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
     began, first = time.time(), number_of(checkpoint) if checkpoint else 0
     data = settings.sft.data or ""
     name, statistics = read_statistics(data)
-    if checkpoint:
-        _check_same_data(checkpoint, data)
+    identity = fingerprint(data)
+    if checkpoint and json.loads((checkpoint / DATA_FILE).read_text())["fingerprint"] != identity:
+        raise SettingsError(f"sft.data: {data} is not what it was when {checkpoint.name} was written; put the old data back, or start a new run")
     what = f"{statistics['num_transitions']:,} demonstrated steps of {name}"
     whence = f", from step {first:,}" if checkpoint else ""
     console.print(f"run directory {os.path.relpath(run.path)}: {what}, {settings.learners.num} learner(s){whence}")
@@ -104,7 +105,7 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
         num_steps = sum(group.call("open_data", statistics["action"], first))
         if checkpoint:
             group.call("load_sharded", str(checkpoint / "learners"))
-        row = _fit(group, settings, run, log, console, interrupted, first)
+        row = FineTuning(group, settings, run, console, interrupted, identity).learn(log, first)
         manifest = group.publish_weights(1)
         tensors = {name: tensor for bucket in make_reader(manifest.transport).buckets(manifest) for name, tensor in bucket.items()}
         model, partial = run.path / MODEL_DIRECTORY, run.path / f".{MODEL_DIRECTORY}.partial"
@@ -115,7 +116,7 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
     summary = {
         "steps": row["step"],
         "demonstrated_steps": num_steps,
-        "data": fingerprint(data),
+        "data": identity,
         "unnorm_key": name,
         "last": row,
         "wall_seconds": earlier_seconds + time.time() - began,
@@ -123,10 +124,11 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
     }
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(f"wrote {os.path.relpath(model)}; {_how_to_use(os.path.relpath(model), name, settings)}")
-    if interrupted.signal is None or row["step"] == settings.sft.steps:
+    if interrupted.signal is None:
         return 0
-    newest = run.newest_checkpoint("step")
-    console.print(f"stopped at step {row['step']:,} of {settings.sft.steps:,}{'; ' + _how_to_resume(run, newest) if newest else ''}")
+    if row["step"] < settings.sft.steps:
+        newest = run.newest_checkpoint("step")
+        console.print(f"stopped at step {row['step']:,} of {settings.sft.steps:,}{'; ' + _how_to_resume(run, newest) if newest else ''}")
     return 128 + interrupted.signal
 
 
@@ -142,58 +144,68 @@ def _how_to_use(model: str, key: str, settings: Settings) -> str:
     return f"use it with {in_train}, or vlarl eval {model} --unnorm-key {key} {where}"
 
 
-def _check_same_data(checkpoint: Path, data: str) -> None:
-    if json.loads((checkpoint / DATA_FILE).read_text())["fingerprint"] != fingerprint(data):
-        raise SettingsError(f"sft.data: {data} is not what it was when {checkpoint.name} was written; put the old data back, or start a new run")
+class FineTuning:
+    """The optimiser steps of a run: made, logged, saved.
 
+    Args:
+        identity: fingerprint of the data.
+    """
 
-def _fit(
-    group: VLALearnerGroup, settings: Settings, run: RunDirectory, log: RowLog, console: Console, interrupted: Interrupted, first: int
-) -> dict[str, Any]:
-    """Make the steps from `first` on, until the last one or a signal; the last line of progress."""
-    sft, every = settings.sft, settings.sft.checkpoint_every or settings.sft.steps
-    row: dict[str, Any] = log.rows[-1] if log.rows and log.rows[-1]["step"] == first else {"step": first}
-    saved = first
-    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=sft.steps, completed=first, shown="")
-        while (done := row["step"]) < sft.steps and interrupted.signal is None:
-            began = time.perf_counter()
-            sums = _supervise(group, min(sft.report_every, saved + every - done, sft.steps - done), interrupted)
-            done += int(sums["steps"])
-            seconds = time.perf_counter() - began
-            row = {"step": done, **means(sums), "samples_per_second": sums["samples"] / seconds, "seconds": seconds}
-            log.add(row)
-            accuracy, rate = f"token accuracy {100 * row['token_accuracy']:.1f} %", f"{row['samples_per_second']:.0f} samples/s"
-            shown = f"loss {row['loss']:.3f}  {accuracy}  L1 {row['l1']:.3f}  {rate}"
-            progress.update(bar, completed=done, shown=shown)
-            console.print(f"step {done:>6}/{sft.steps}  {shown}")
-            if sft.checkpoint_every and (done in (saved + every, sft.steps) or interrupted.signal is not None):
-                _save(group, settings, run, done, console)
-                saved = done
-    return row
+    def __init__(
+        self, group: VLALearnerGroup, settings: Settings, run: RunDirectory, console: Console, interrupted: Interrupted, identity: str
+    ) -> None:
+        self._group, self._settings, self._run, self._console = group, settings, run, console
+        self._interrupted, self._identity = interrupted, identity
 
+    def learn(self, log: RowLog, first: int) -> dict[str, Any]:
+        """Make the steps from `first` on, until the last one or a signal; the last line of progress."""
+        sft, every = self._settings.sft, self._settings.sft.checkpoint_every or self._settings.sft.steps
+        row: dict[str, Any] = log.rows[-1] if log.rows and log.rows[-1]["step"] == first else {"step": first}
+        saved = first
+        columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
+        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
+            bar = progress.add_task("", total=sft.steps, completed=first, shown="")
+            while (done := row["step"]) < sft.steps and self._interrupted.signal is None:
+                row = self._make_steps(done, min(sft.report_every, saved + every - done, sft.steps - done))
+                log.add(row)
+                done, shown = row["step"], _shown(row)
+                progress.update(bar, completed=done, shown=shown)
+                self._console.print(f"step {done:>6}/{sft.steps}  {shown}")
+                if sft.checkpoint_every and (done in (saved + every, sft.steps) or self._interrupted.signal is not None):
+                    self._save(done)
+                    saved = done
+        return row
 
-def _save(group: VLALearnerGroup, settings: Settings, run: RunDirectory, step: int, console: Console) -> None:
-    """Write a checkpoint; a disk that is full is no reason to end."""
-    try:
-        with run.checkpoints(settings.run.keep_checkpoints, "step").writing(step) as directory:
-            (directory / "learners").mkdir()
-            group.call("save_sharded", str((directory / "learners").resolve()))
-            (directory / DATA_FILE).write_text(json.dumps({"fingerprint": fingerprint(settings.sft.data or "")}))
-    except (OSError, LearnerError) as error:
-        console.print(f"no checkpoint of step {step:,}: {one_line(error)}", style="yellow")
-
-
-def _supervise(group: VLALearnerGroup, num_steps: int, interrupted: Interrupted) -> dict[str, float]:
-    """Sums over that many steps, or fewer after a signal; in calls of seconds, each far within `learners.timeout_seconds`."""
-    sums: Counter[str] = Counter()
-    piece = 1
-    while sums["steps"] < num_steps and (not sums["steps"] or interrupted.signal is None):
+    def _make_steps(self, done: int, num_steps: int) -> dict[str, Any]:
         began = time.perf_counter()
-        sums.update(group.call("supervise", piece)[0])
-        piece = min(num_steps - int(sums["steps"]), max(1, int(piece * SECONDS_PER_CALL / (time.perf_counter() - began))))
-    return dict(sums)
+        sums = self._supervise(num_steps)
+        seconds = time.perf_counter() - began
+        return {"step": done + int(sums["steps"]), **means(sums), "samples_per_second": sums["samples"] / seconds, "seconds": seconds}
+
+    def _supervise(self, num_steps: int) -> dict[str, float]:
+        """Sums over that many steps, or fewer after a signal; in calls of seconds, each far within `learners.timeout_seconds`."""
+        sums: Counter[str] = Counter()
+        piece = 1
+        while sums["steps"] < num_steps and (not sums["steps"] or self._interrupted.signal is None):
+            began = time.perf_counter()
+            sums.update(self._group.call("supervise", piece)[0])
+            piece = min(num_steps - int(sums["steps"]), max(1, int(piece * SECONDS_PER_CALL / (time.perf_counter() - began))))
+        return dict(sums)
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint; a disk that is full is no reason to end."""
+        try:
+            with self._run.checkpoints(self._settings.run.keep_checkpoints, "step").writing(step) as directory:
+                (directory / "learners").mkdir()
+                self._group.call("save_sharded", str((directory / "learners").resolve()))
+                (directory / DATA_FILE).write_text(json.dumps({"fingerprint": self._identity}))
+        except (OSError, LearnerError) as error:
+            self._console.print(f"no checkpoint of step {step:,}: {one_line(error)}", style="yellow")
+
+
+def _shown(row: dict[str, Any]) -> str:
+    accuracy, rate = f"token accuracy {100 * row['token_accuracy']:.1f} %", f"{row['samples_per_second']:.0f} samples/s"
+    return f"loss {row['loss']:.3f}  {accuracy}  L1 {row['l1']:.3f}  {rate}"
 
 
 @contextmanager

@@ -220,7 +220,10 @@ def test_a_truncated_a_tampered_and_a_missing_file_and_a_wrong_split_are_told(di
 def test_damaged_metadata_are_told(directory: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "tabletop" / "1.0.0")
     statistics = (copy / "dataset_statistics.json").read_text()
-    for damaged in (statistics[:200], "{}", statistics.replace('"q01"', '"q1"'), statistics.replace('"q01"', '"q"', 1).replace('"q99"', '"q01"')):
+    entry = json.loads(statistics)["tabletop"]
+    changes = ({"q01": [0.0] * 6}, {"q99": [float("nan")] * 7}, {"q99": [-9.0] * 7}, {"q01": None})
+    wrong = [entry | {"num_transitions": 0}, *(entry | {"action": entry["action"] | change} for change in changes)]
+    for damaged in (statistics[:200], "{}", *(json.dumps({"tabletop": values}) for values in wrong)):
         (copy / "dataset_statistics.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"dataset_statistics\.json is damaged \(.*\); remove it to compute it anew") as caught:
             read_statistics(copy)

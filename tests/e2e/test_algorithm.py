@@ -57,14 +57,14 @@ def faulty_worker_class() -> type:
             super().__init__(directory, device)
             self._fault = Path(directory) / "fault"
 
-        def score(self, images: Any, instruction: str) -> Any:
+        def judge(self, images: Any, instruction: str) -> Any:
             fault = self._fault.read_text() if self._fault.is_file() else ""
             if fault == "raise":
                 raise RuntimeError("CUDA out of memory")
             if fault == "hang":
                 self._fault.unlink()
                 time.sleep(3600)
-            scores = super().score(images, instruction)
+            scores = super().judge(images, instruction)
             return scores * float("nan") if fault == "nan" else scores
 
     import time
@@ -180,7 +180,7 @@ def test_a_killed_reward_worker_costs_no_reward_and_serves_again(algorithm: VLAP
 def test_a_reward_worker_that_raises_lies_or_hangs_costs_no_reward(algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch, fault: str, told: str) -> None:
     before = train(algorithm)
     assert before["reward_cpu_retries"] == 0
-    monkeypatch.setattr(algorithm.reward_service, "_ping_timeout_seconds", 2.0)
+    monkeypatch.setattr(algorithm.reward_service, "_patience_seconds", 2.0)
     file = Path(algorithm._vla.rewards.judge or "") / "fault"
     file.write_text(fault)
     row = train(algorithm)

@@ -19,16 +19,16 @@ import torch.nn.functional as F
 if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
 
-from vlarl_rllib import sft
 from vlarl_rllib.cli import main
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.data import Demonstration, RLDSWriter, read_statistics
-from vlarl_rllib.data.rlds import fingerprint
+from vlarl_rllib.learner.learner import VLALearner
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means, rate_factor
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from vlarl_rllib.run_directory import RunDirectory
 from vlarl_rllib.settings import Settings
+from vlarl_rllib.sft import FineTuning
 
 SIDE = 28
 COLORS = {"red": (220, 40, 40), "blue": (50, 70, 230)}
@@ -146,9 +146,9 @@ def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_
 
     # Ctrl-C at step 71; the disk was full at step 50.
     second = tmp_path / "second"
-    monkeypatch.setattr(sft, "_supervise", interrupt_at(71))
+    monkeypatch.setattr(FineTuning, "_supervise", interrupt_at(71))
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "fingerprint", fail_once(OSError("No space left on device"), fingerprint))
+        patch.setattr(VLALearner, "save_sharded", fail_once(OSError("No space left on device"), VLALearner.save_sharded))
         assert run_command(monkeypatch, config, "--run-dir", second) == 130
     output = capsys.readouterr().out
     assert "no checkpoint of step 50: OSError: No space left on device" in output
@@ -172,21 +172,17 @@ def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_
     assert "is not what it was when step_000120 was written" in capsys.readouterr().err
 
 
-def interrupt_at(step: int) -> Callable[..., dict[str, float]]:
+def interrupt_at(step: int) -> Callable[[FineTuning, int], dict[str, float]]:
     """`_supervise` that is told to end, by Ctrl-C, so that this step is the last."""
-    original, done = sft._supervise, 0
+    original, done = FineTuning._supervise, 0
 
-    def supervise(group: Any, num_steps: int, interrupted: Any) -> dict[str, float]:
+    def supervise(self: FineTuning, num_steps: int) -> dict[str, float]:
         nonlocal done
-        if done + num_steps >= step:
-            num_steps = step - done
-            signal.raise_signal(signal.SIGINT)
-            interrupted.signal, number = None, interrupted.signal  # it arrives behind the last of them
-            sums = original(group, num_steps, interrupted)
-            interrupted.signal = number
-            return sums
-        sums = original(group, num_steps, interrupted)
+        last = done + num_steps >= step
+        sums = original(self, step - done if last else num_steps)
         done += int(sums["steps"])
+        if last:
+            signal.raise_signal(signal.SIGINT)
         return sums
 
     return supervise

@@ -278,27 +278,24 @@ def test_rewards_are_whitened_where_asked(make_group: Callable[..., VLALearnerGr
     assert whitened["reward_mean"] == plain["reward_mean"], "the metric is of what was received"
 
 
-def test_value_shaping_moves_advantages_and_leaves_the_critics_targets(make_group: Callable[..., VLALearnerGroup]) -> None:
+def test_value_shaping_acts_like_a_larger_critic(make_group: Callable[..., VLALearnerGroup]) -> None:
     group = make_group(0, normalize_advantages=False, gamma=0.9, gae_lambda=0.5)
     learner = group._learner
     update(group)  # so that values are not all 0
-
-    def targets(weight: float) -> dict[str, torch.Tensor]:
-        learner.settings = learner.settings.replaced(rewards={"value_shaping": weight})
-        group.receive(contributions(), STEPS)
-        return learner._targets(learner._batch)
-
-    plain, shaped = targets(0.0), targets(2.0)
-    assert torch.equal(plain["value_targets"], shaped["value_targets"])
+    learner.settings = learner.settings.replaced(rewards={"value_shaping": 2.0})
+    group.receive(contributions(), STEPS)
+    batch = learner._batch
+    targets = learner._targets(batch)
     # The first chunk: five steps to a success, behind which the value is 0.
-    values = plain["old_values"][:5].double()
-    following = torch.cat([values[1:], torch.zeros(1, dtype=torch.float64)])
+    values, rewards = targets["old_values"][:5].double(), batch.rewards[:5].double()
+    larger = 3.0 * torch.cat([values, torch.zeros(1, dtype=torch.float64)])
     expected, running = [], 0.0
     for step in reversed(range(5)):
-        running = 2.0 * float(0.9 * following[step] - values[step]) + 0.9 * 0.5 * running
+        running = float(rewards[step] + 0.9 * larger[step + 1] - larger[step]) + 0.9 * 0.5 * running
         expected.insert(0, running)
-    assert max(map(abs, expected)) > 1e-3
-    assert (shaped["advantages"] - plain["advantages"])[:5].tolist() == pytest.approx(expected, abs=1e-5)
+    assert values.abs().max() > 1e-3
+    assert targets["advantages"][:5].tolist() == pytest.approx(expected, abs=1e-5)
+    assert torch.allclose(targets["value_targets"], targets["advantages"] + targets["old_values"])
 
 
 def test_an_optimiser_that_had_not_stepped_is_new_after_a_restore(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:

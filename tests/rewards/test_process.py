@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from judge_helpers import SIDE, write_untrained_judge
 
-from vlarl_rllib.rewards import ProcessReward, RewardEpisode, WeightedRewards, load_judge, make_rewards
+from vlarl_rllib.rewards import ProcessReward, RewardEpisode, WeightedRewards, load_judge, make_rewards, safe_get_reward
 from vlarl_rllib.rewards.process import LocalProcessReward, differences
 from vlarl_rllib.rewards.worker import RewardService
 from vlarl_rllib.settings import Settings
@@ -38,14 +38,16 @@ def scripted_worker_class() -> type:
             raise RuntimeError("CUDA error: device-side assert triggered")
 
     class ScriptedWorker(RewardWorker):
-        def score(self, images: Any, instruction: str) -> Any:
+        def judge(self, images: Any, instruction: str) -> Any:
             if instruction == "raise":
                 raise RuntimeError("CUDA out of memory")
             if instruction == "hang":
                 time.sleep(3600)
             if instruction == "break":
                 self._judge = BrokenJudge()
-            scores = super().score(images, instruction)
+            if instruction == "slow":
+                time.sleep(1.5)
+            scores = super().judge(images, instruction)
             if instruction == "nan":
                 scores[2] = float("nan")
             return scores[:-1] if instruction == "short" else scores
@@ -62,7 +64,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(ray_session: None, judge: Path) -> Iterator[RewardService]:
-    service = RewardService(str(judge), "cpu", actor_options={"num_cpus": 1}, ping_timeout_seconds=2.0, worker_class=scripted_worker_class())
+    service = RewardService(str(judge), "cpu", actor_options={"num_cpus": 1}, patience_seconds=2.0, worker_class=scripted_worker_class())
     service.wait_until_ready()
     yield service
     service.shutdown()
@@ -131,6 +133,13 @@ def test_a_worker_that_raises_or_lies_costs_no_reward(rewards: WeightedRewards, 
     assert told in text and "Traceback" in text and repr(instruction) in text
 
 
+def test_a_failure_is_called_as_the_worker_called_it(service: RewardService, judge: Path, tmp_path: Path) -> None:
+    reward = ProcessReward(str(judge), 5.0)
+    reward.attach(service.handle)
+    result = safe_get_reward(reward, replace(EPISODE, instruction="raise"), timeout_seconds=5.0, traceback_dir=tmp_path)
+    assert (result.source, result.error) == ("cpu_retry", "RuntimeError: CUDA out of memory")
+
+
 def test_a_killed_worker_costs_no_reward_and_the_restarted_one_serves(
     service: RewardService, rewards: WeightedRewards, judge: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +181,19 @@ def test_a_worker_that_hangs_costs_one_time_out_a_round_and_is_replaced(
     wait_for(serves(service, rewards))
     service.ensure_alive()
     assert service.pid != pid
+
+
+def test_a_worker_that_is_behind_is_not_frozen(service: RewardService, judge: Path) -> None:
+    service.ensure_alive()
+    pid = service.pid
+    for _ in range(4):  # as many runners, none of which waits
+        reward = ProcessReward(str(judge), 0.2)
+        reward.attach(service.handle)
+        with pytest.raises(TimeoutError, match="no answer within"):
+            reward(replace(EPISODE, instruction="slow"))
+    began = time.monotonic()
+    service.ensure_alive()
+    assert time.monotonic() - began < 1.0 and service.pid == pid, "4 calls of 1.5 s, each within its patience"
 
 
 def test_without_worker_and_without_judge_the_reward_is_zero(judge: Path, tmp_path: Path) -> None:

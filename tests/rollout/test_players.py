@@ -4,11 +4,12 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from vlarl_rllib.curriculum import AdaptiveCurriculum, FixedCurriculum
 from vlarl_rllib.envs.vector import SlotEvent
 from vlarl_rllib.rewards import Success, WeightedRewards
-from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer
+from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer, is_uniform
 from vlarl_rllib.types import SampleReply
 
 SPACES = (gym.spaces.Box(0, 255, (2, 2, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
@@ -127,3 +128,14 @@ def test_a_group_keeps_its_start_though_the_curriculum_weighs_anew() -> None:
     assert slot.next_start() == ahead
     slot.abandon()  # as a resumed run, which knows nothing of the draw
     assert slot.next_start() != ahead
+
+
+def test_a_group_is_uniform_by_success_whatever_its_returns() -> None:
+    def episode(reward: float, success: bool) -> SingleAgentEpisode:
+        played = SingleAgentEpisode()
+        played.add_env_reset(0)
+        played.add_env_step(0, 0, reward, terminated=success, truncated=not success)
+        return played.to_numpy()
+
+    assert is_uniform([episode(0.25, True), episode(1.0, True)]) and is_uniform([episode(-0.5, False), episode(0.0, False)])
+    assert not is_uniform([episode(0.0, True), episode(0.0, False)])

@@ -102,7 +102,7 @@ def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) ->
     while True:
         images.append(np.array(env.render()))
         if (state := env.proprioception()) is not None:
-            states.append(state)
+            states.append(np.array(state, dtype=np.float32))
         actions.append(expert.act(env))
         played = actions[-1].copy()
         played[:3] += noise * random.standard_normal(3)
@@ -112,7 +112,7 @@ def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) ->
     if not outcome["success"]:
         return None
     origin = f"{spec.name} task {start.task_id} start {start.initial_state} seed {start.seed}"
-    told = np.array(states) if states else None
+    told = np.array(states) if len(states) == len(actions) else None
     return Demonstration(images, np.array(actions, dtype=np.float32), info["instruction"], states=told, origin=origin).without_no_ops()
 
 

@@ -102,12 +102,14 @@ class RLDSWriter:
         """Append an episode.
 
         Raises:
-            ValueError: it has no steps, or numbers of frames and actions differ.
+            ValueError: it has no steps, or numbers of frames, actions and states differ.
             ValueError, ImportError, OSError, RuntimeError: an earlier one could not be written.
         """
         length = len(demonstration.actions)
         if length == 0 or len(demonstration.images) != length:
             raise ValueError(f"a demonstration has {len(demonstration.images)} frames and {length} actions; both must be the same and above 0")
+        if demonstration.states is not None and demonstration.states.shape != (length, STATE_SIZE):
+            raise ValueError(f"a demonstration's states have shape {demonstration.states.shape}, they need ({length}, {STATE_SIZE})")
         self._waiting.append(_example(demonstration))  # as JPEG: raw frames of a lot would be gigabytes
         self._actions.append(standardized(demonstration.actions))
         if len(self._waiting) >= EPISODES_AT_ONCE:

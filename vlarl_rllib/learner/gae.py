@@ -66,7 +66,8 @@ def next_values(values: Tensor, terminated: Tensor, truncated: Tensor, bootstrap
 def shaped_rewards(rewards: Tensor, values: Tensor, following: Tensor, gamma: float, weight: float) -> Tensor:
     """`r + weight (gamma V(s') - V(s))`: the critic's values as a potential (Ng, Harada & Russell 1999), [B, T].
 
-    A potential leaves the best policy as it is; `following` is `next_values`.
+    A potential leaves the best policy as it is; `following` is `next_values`. In `gae` it acts like a critic of (1 + weight) V. The value
+    targets must be those of the shaped rewards too: with a critic of the unshaped ones, each further step near success would pay.
     """
     return rewards + weight * (gamma * following - values)
 

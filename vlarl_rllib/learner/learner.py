@@ -210,11 +210,9 @@ class VLALearner(PPOTorchLearner):
         rows = batch.rows(old_values)
         terminated, truncated = ones & torch.from_numpy(batch.chunk_terminated)[:, None] & _is_last(ones), torch.zeros_like(ones)
         behind = bootstrap[:, None].expand(ones.shape)
-        of_critic, value_targets = gae(rewards, rows, terminated, truncated, behind, training.gamma, training.gae_lambda, ones)
         if weight := self.settings.rewards.value_shaping:
-            # The critic goes on to value the rewards alone: trained on the shaped ones it would only become smaller by 1 + weight.
-            shaped = shaped_rewards(rewards, rows, next_values(rows, terminated, truncated, behind, ones), training.gamma, weight)
-            of_critic = gae(shaped, rows, terminated, truncated, behind, training.gamma, training.gae_lambda, ones)[0]
+            rewards = shaped_rewards(rewards, rows, next_values(rows, terminated, truncated, behind, ones), training.gamma, weight)
+        of_critic, value_targets = gae(rewards, rows, terminated, truncated, behind, training.gamma, training.gae_lambda, ones)
         if training.advantages == "gae":
             advantages = batch.flat(of_critic)
         else:

@@ -141,6 +141,8 @@ def _cpu_copy(reward: Reward, episode: RewardEpisode, traceback_dir: Path) -> Re
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(cause := getattr(error, "cause", None), BaseException):  # Ray's, whose first line names the actor
+        error = cause
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 

@@ -25,30 +25,45 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_SECONDS = 600.0
 """Longest wait for the worker, which loads a model of some billion parameters from a network disk at worst."""
-PING_TIMEOUT_SECONDS = 30.0
-"""A worker that does not answer for so long between two rounds of sampling is frozen."""
+PATIENCE_SECONDS = 30.0
+"""A worker that answers no ping, or is at one call, for so long is frozen."""
+PINGS = "pings"
+"""Concurrency group of the worker."""
 RESTART_POLL_SECONDS = 0.5
 
 
 class RewardWorker:
-    """The actor. Raises ValueError from its constructor where the directory holds no judge."""
+    """The actor. Raises ValueError from its constructor where the directory holds no judge.
+
+    `ping` has a thread of its own, so that it does not wait behind the calls of slow rounds: Ray cancels none that is with an actor.
+    """
 
     def __init__(self, directory: str, device: str) -> None:
         self._judge = load_judge(directory, device)
+        self._since: float | None = None
 
-    def ping(self) -> int:
-        """The process id."""
-        return os.getpid()
+    @ray.method(concurrency_group=PINGS)
+    def ping(self) -> tuple[int, float]:
+        """(process id, seconds that the call which is being answered has taken so far)."""
+        since = self._since
+        return os.getpid(), 0.0 if since is None else time.monotonic() - since
 
     def score(self, images: np.ndarray, instruction: str) -> np.ndarray:
         """See `Judge.score`. A broken CUDA context, which no later call would survive, ends the process: Ray starts another."""
+        self._since = time.monotonic()
         try:
-            return self._judge.score(images, instruction)
+            return self.judge(images, instruction)
         except RuntimeError as error:
             if "CUDA error" in str(error):  # memory that is short reads otherwise
                 logger.exception("the reward worker's GPU failed; it ends")
                 os._exit(1)
             raise
+        finally:
+            self._since = None
+
+    def judge(self, images: np.ndarray, instruction: str) -> np.ndarray:
+        """The scores, from the judge."""
+        return self._judge.score(images, instruction)
 
 
 class RewardService:
@@ -58,7 +73,7 @@ class RewardService:
         directory: of the judge.
         device: "cpu" or "cuda".
         actor_options: Ray options: num_cpus, num_gpus, scheduling_strategy, ...
-        ping_timeout_seconds: a worker that does not answer for so long is killed; Ray starts another.
+        patience_seconds: a worker that answers no ping, or is at one call, for so long is killed; Ray starts another.
         worker_class: the actor's class.
 
     Raises:
@@ -71,14 +86,14 @@ class RewardService:
         device: str,
         *,
         actor_options: dict[str, Any],
-        ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
+        patience_seconds: float = PATIENCE_SECONDS,
         worker_class: type = RewardWorker,
     ) -> None:
         check_judge(directory)
         self._arguments = (directory, device)
-        actor_class: Any = ray.remote(worker_class)
+        actor_class: Any = ray.remote(concurrency_groups={PINGS: 1})(worker_class)
         self._actor_class = actor_class.options(max_restarts=-1, max_task_retries=0, **actor_options)
-        self._ping_timeout_seconds = ping_timeout_seconds
+        self._patience_seconds = patience_seconds
         self.pid = 0
         """Process id of the worker, as of when it last answered."""
         self.num_restarts = 0
@@ -90,7 +105,7 @@ class RewardService:
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
-                self.pid = ray.get(self.handle.ping.remote(), timeout=max(0.0, deadline - time.monotonic()))
+                self.pid, _ = ray.get(self.handle.ping.remote(), timeout=max(0.0, deadline - time.monotonic()))
                 return
             except ActorUnavailableError:  # it was killed while it started, and Ray starts another
                 time.sleep(RESTART_POLL_SECONDS)
@@ -101,9 +116,11 @@ class RewardService:
     def ensure_alive(self) -> None:
         """Kill a worker that is frozen and replace one that Ray has given up. Waits for no restart: runners do without meanwhile."""
         try:
-            pid = ray.get(self.handle.ping.remote(), timeout=self._ping_timeout_seconds)
-        except GetTimeoutError:
-            logger.warning("the reward worker gave no answer within %g s; it is killed", self._ping_timeout_seconds)
+            pid, busy_seconds = ray.get(self.handle.ping.remote(), timeout=self._patience_seconds)
+            if busy_seconds > self._patience_seconds:
+                raise GetTimeoutError(f"one call takes {busy_seconds:.0f} s already")
+        except GetTimeoutError as error:
+            logger.warning("the reward worker is frozen (%s, more than %g s); it is killed", one_line(error), self._patience_seconds)
             ray.kill(self.handle, no_restart=False)
         except ActorDiedError as error:  # its constructor failed, after a restart
             logger.warning("the reward worker is lost (%s); another one is started", one_line(error))

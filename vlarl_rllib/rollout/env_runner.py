@@ -33,7 +33,7 @@ from vlarl_rllib.registry import EnvSpec, env_class, training_and_held_out_state
 from vlarl_rllib.rewards import make_rewards
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
-from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer
+from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer, is_uniform
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS, WeightManifest
 
@@ -51,7 +51,7 @@ class Contribution:
     """One ref per slot that has new chunks, or per group of episodes; each a list of SingleAgentEpisode."""
     num_steps: list[int] = field(default_factory=list)
     uniform: list[bool] = field(default_factory=list)
-    """Of each ref, whether all episodes of the group have the same return, so that nothing tells a better one from a worse one."""
+    """Of each ref, whether all episodes of the group succeed or all fail, so that nothing tells what made the difference."""
     played_steps: int = 0
     """Steps that this call played, handed over or not."""
     missing: int = 0
@@ -295,7 +295,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             for chunks in player.take():
                 contribution.refs.append(ray.put(chunks))
                 contribution.num_steps.append(sum(map(len, chunks)))
-                contribution.uniform.append(self.settings.rollout.group_size > 1 and len({chunk.is_terminated for chunk in chunks}) == 1)
+                contribution.uniform.append(self.settings.rollout.group_size > 1 and is_uniform(chunks))
                 contribution.token_checksum += sum(zlib.crc32(tokens.tobytes()) for chunk in chunks for tokens in chunk.get_actions())
         return contribution
 

@@ -5,7 +5,7 @@ The event loop (`loop.SlotLoop`) asks a player what comes next and tells it what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -203,3 +203,8 @@ def success_by_task(results: list[EpisodeResult]) -> Mapping[int, float]:
     for result in results:
         tasks.setdefault(result.task_id, []).append(result.success)
     return {task: float(np.mean(successes)) for task, successes in sorted(tasks.items())}
+
+
+def is_uniform(episodes: Sequence[SingleAgentEpisode]) -> bool:
+    """Whether whole episodes all succeed, which is what ends one before its horizon, or all fail."""
+    return len({episode.is_terminated for episode in episodes}) == 1
