@@ -214,7 +214,8 @@ def _demonstrated_tasks(settings: Settings) -> list[int]:
 
 def chosen_tasks(tasks: Sequence[int] | int | None, env: EnvSettings) -> list[int]:
     """Task ids of a list, of a number of the first ones, or of None = all."""
-    return list(range(num_tasks(env) if tasks is None else tasks)) if tasks is None or isinstance(tasks, int) else list(tasks)
+    tasks = num_tasks(env) if tasks is None else tasks
+    return list(range(tasks)) if isinstance(tasks, int) else list(tasks)
 
 
 def num_tasks(env: EnvSettings) -> int:
@@ -225,11 +226,8 @@ def num_tasks(env: EnvSettings) -> int:
 
 def num_training_starts(settings: Settings) -> int:
     """(task, start) pairs that a run may train on."""
-    env, most = settings.env, settings.curriculum.starts_per_task
-    spec = registry.EnvSpec(name=env.name, suite=env.suite)
-    known = round(HELD_OUT_STARTS[env.name] * (1 / registry.HELD_OUT_FRACTION - 1)) if env.name in HELD_OUT_STARTS else None
-    counts = [known or len(registry.training_and_held_out_states(spec, task)[0]) for task in settings.task_ids]
-    return sum(min(count, most or count) for count in counts)
+    spec = registry.EnvSpec(name=settings.env.name, suite=settings.env.suite)
+    return sum(len(registry.training_and_held_out_states(spec, task)[0][: settings.curriculum.starts_per_task]) for task in settings.task_ids)
 
 
 def _num_held_out_starts(env: EnvSettings, tasks: Sequence[int]) -> int:
