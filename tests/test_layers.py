@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "coordination"),
     ("observability",),
     ("config", "algorithm"),
-    ("run_directory", "preflight", "export"),
+    ("run_directory", "preflight", "export", "ray_session"),
     ("training", "doctor"),
     ("sft", "collecting", "reward_model"),
     ("evaluation",),

@@ -5,8 +5,8 @@ import sys
 from ray import tune
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
+from vlarl_rllib.ray_session import start_ray
 from vlarl_rllib.settings import Settings, calculate_runtime_args
-from vlarl_rllib.training import start_ray
 
 if __name__ == "__main__":
     settings = Settings.from_yaml(sys.argv[1])

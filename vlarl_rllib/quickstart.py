@@ -25,11 +25,12 @@ from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.models.presets import PRESETS, write_checkpoint
 from vlarl_rllib.observability.curves import evaluation_points
 from vlarl_rllib.preflight import DEMONSTRATIONS
+from vlarl_rllib.ray_session import ray_session
 from vlarl_rllib.report import STAGES_FILE, stage_cells
 from vlarl_rllib.run_directory import RunDirectory
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.sft import MODEL_DIRECTORY, run_sft
-from vlarl_rllib.training import ray_session, run_training
+from vlarl_rllib.training import run_training
 
 INITIAL, SFT = "initial", "sft"
 """Folders in a run's directory."""

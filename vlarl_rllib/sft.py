@@ -34,9 +34,9 @@ from vlarl_rllib.errors import one_line
 from vlarl_rllib.export import write_model
 from vlarl_rllib.learner.learner_group import LearnerError, VLALearnerGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means
+from vlarl_rllib.ray_session import ray_session
 from vlarl_rllib.run_directory import RowLog, RunDirectory, installed_versions
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
-from vlarl_rllib.training import ray_session
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS
 from vlarl_rllib.weights import make_reader
 

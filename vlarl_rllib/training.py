@@ -15,10 +15,7 @@ from typing import Any
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours ends with a checkpoint, Tune's without one
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables, even with verbose=0
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in a config mean what they meant at the command line
-os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")  # Ray remembers 100,000 calls for its dashboard, at 3 KB each
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # runners reserve no GPU but render on one
 
-import ray
 from ray import tune
 from rich.console import Console
 
@@ -28,9 +25,9 @@ from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.observability.metrics import FAULTS, SECONDS
 from vlarl_rllib.observability.table import LiveTable
+from vlarl_rllib.ray_session import ray_session
 from vlarl_rllib.run_directory import RowLog, RunDirectory, installed_versions
-from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError, calculate_runtime_args
-from vlarl_rllib.weights.shared_memory import reap_stale
+from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 logger = logging.getLogger(__name__)
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failure is reported once, by `_finish`
@@ -134,41 +131,6 @@ def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: S
 
 def _trial_dirname(trial: Any) -> str:
     return f"trial_{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-@contextmanager
-def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
-    """`start_ray`, and the end of what it started; nothing of both where a session is there already."""
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        start_ray(plan, settings)
-        yield
-    finally:
-        ray.shutdown()
-        reap_stale(Path("/dev/shm"))
-
-
-def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a Ray of our own that is large enough for the plan.
-
-    Raises:
-        SettingsError: where the plan can never be placed.
-    """
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-    else:
-        cpus = max(os.cpu_count() or 1, int(-(-plan.total_cpus // 1)))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=settings.run.dashboard, **options)
-    available = ray.cluster_resources()
-    for kind, needed in (("CPU", plan.total_cpus), ("GPU", plan.total_gpus)):
-        if needed > available.get(kind, 0.0):
-            raise SettingsError(
-                f"resources: the plan needs {needed:g} {kind} but the Ray cluster has {available.get(kind, 0.0):g}; "
-                "lower engines.*, learners.* or rollout.*, or add nodes (`vlarl doctor CONFIG` prints the plan)"
-            )
 
 
 @contextmanager

@@ -118,11 +118,16 @@ def _evaluate(request: EvaluationRequest, directory: EvaluationDirectory, watch:
 
 
 def _play(request: EvaluationRequest, directory: EvaluationDirectory, starts: list[Start], watch: Watch) -> None:
-    from vlarl_rllib.evaluation.workers import ray_session, start_workers
+    from vlarl_rllib.evaluation.workers import evaluation_plan, start_workers
+    from vlarl_rllib.ray_session import ray_session
 
     settings = request.settings(starts)
     record = _to_record(request, starts)
-    with ray_session(settings), watch, start_workers(settings) as workers:  # the watch comes after Ray, which installs a SIGTERM handler
+    with (
+        ray_session(evaluation_plan(settings), settings),
+        watch,
+        start_workers(settings) as workers,
+    ):  # the watch comes after Ray, which installs a SIGTERM handler
         watch.ready()
         for played in workers.calls.evaluate(starts, change_tasks=True, seconds=ROUND_SECONDS, record=record):
             directory.add(played.results)

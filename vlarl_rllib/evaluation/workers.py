@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,9 +13,7 @@ from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.coordination import LoadedWeights, RunnerCalls
 from vlarl_rllib.engines.pool import EnginePool
-from vlarl_rllib.settings import Settings, calculate_runtime_args
-from vlarl_rllib.training import start_ray
-from vlarl_rllib.weights.shared_memory import reap_stale
+from vlarl_rllib.settings import RuntimeArgs, Settings, calculate_runtime_args
 
 
 @dataclass(frozen=True)
@@ -38,24 +35,11 @@ class _Runners(EnvRunnerGroup):
         return super()._make_worker(config=self._remote_config, **kwargs)
 
 
-@contextmanager
-def ray_session(settings: Settings) -> Iterator[None]:
-    """The Ray that this process is connected to, else one for as long as this lasts.
-
-    Raises:
-        SettingsError: the cluster is too small.
-    """
-    if ray.is_initialized():
-        yield
-        return
+def evaluation_plan(settings: Settings) -> RuntimeArgs:
+    """The plan of a run without its Algorithm's bundle: there is none here."""
     plan = calculate_runtime_args(settings)
-    algorithm, *bundles = plan.bundles  # there is no Algorithm here
-    try:
-        start_ray(replace(plan, bundles=tuple(bundles), total_cpus=plan.total_cpus - algorithm["CPU"]), settings)
-        yield
-    finally:
-        ray.shutdown()
-        reap_stale(Path("/dev/shm"))
+    algorithm, *bundles = plan.bundles
+    return replace(plan, bundles=tuple(bundles), total_cpus=plan.total_cpus - algorithm["CPU"])
 
 
 @contextmanager

@@ -1,0 +1,53 @@
+"""The Ray that a command works in: the cluster that RAY_ADDRESS names, or one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")  # Ray remembers 100,000 calls for its dashboard, at 3 KB each
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # runners reserve no GPU but render on one
+
+import ray
+
+from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
+from vlarl_rllib.weights.shared_memory import reap_stale
+
+
+@contextmanager
+def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
+    """`start_ray`, and the end of what it started; nothing of both where a session is there already."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        start_ray(plan, settings)
+        yield
+    finally:
+        ray.shutdown()
+        reap_stale(Path("/dev/shm"))
+
+
+def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a Ray of our own that is large enough for the plan.
+
+    Raises:
+        SettingsError: where the plan can never be placed.
+    """
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+    else:
+        cpus = max(os.cpu_count() or 1, int(-(-plan.total_cpus // 1)))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=settings.run.dashboard, **options)
+    available = ray.cluster_resources()
+    for kind, needed in (("CPU", plan.total_cpus), ("GPU", plan.total_gpus)):
+        if needed > available.get(kind, 0.0):
+            raise SettingsError(
+                f"resources: the plan needs {needed:g} {kind} but the Ray cluster has {available.get(kind, 0.0):g}; "
+                "lower engines.*, learners.* or rollout.*, or add nodes (`vlarl doctor CONFIG` prints the plan)"
+            )
