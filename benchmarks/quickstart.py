@@ -114,6 +114,7 @@ def shuffled(scratch: Path, seed: int) -> dict[str, Any]:
     import ray
 
     from vlarl_rllib.config import VLAPPOConfig
+    from vlarl_rllib.observability.metrics import iteration_row
 
     settings = RunDirectory(scratch / f"quickstart_{seed}").settings()
     config = VLAPPOConfig.from_settings(settings, scratch / f"shuffled_{seed}")
@@ -121,7 +122,7 @@ def shuffled(scratch: Path, seed: int) -> dict[str, Any]:
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}})
     algorithm = config.build_algo()
     try:
-        rows = [algorithm.train()["vlarl"] for _ in range(settings.run.iterations)]
+        rows = [iteration_row(algorithm.train()) for _ in range(settings.run.iterations)]
     finally:
         algorithm.stop()
         ray.shutdown()

@@ -1,12 +1,17 @@
 """Checkpoints are complete or absent, and the newest few stay."""
 
+import hashlib
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vlarl_rllib.checkpoints import ALGORITHM_FILE, FACTS_FILE, POINTER_FILE, CheckpointStore
+from vlarl_rllib.checkpoints import ALGORITHM_FILE, FACTS_FILE, FILES_FILE, POINTER_FILE, CheckpointStore, DamagedCheckpointError, replacing, verify
+from vlarl_rllib.errors import SettingsError
 
 
 @pytest.fixture
@@ -18,9 +23,8 @@ def write(store: CheckpointStore, iteration: int, content: str = "weights") -> P
     with store.writing(iteration) as directory:
         (directory / "learners").mkdir()
         (directory / "learners" / "rank_0").write_text(content)
-        store.write_facts(
-            directory, iteration=iteration, policy_version=iteration + 1, settings={"run": {"seed": 3}}, algorithm={"metrics": {"a": np.float64(0.5)}}
-        )
+        kept = {"metrics": {"a": np.float64(0.5)}, "successes": [], "rates": {}}
+        store.write_facts(directory, iteration=iteration, policy_version=iteration + 1, settings={"run": {"seed": 3}}, models={}, algorithm=kept)
     return store.list()[-1]
 
 
@@ -37,14 +41,14 @@ def test_a_checkpoint_holds_what_was_written(store: CheckpointStore) -> None:
     checkpoint = write(store, 5)
     assert checkpoint == store.root / "iteration_000005"
     assert (checkpoint / "learners" / "rank_0").read_text() == "weights"
-    assert store.read_algorithm(checkpoint) == {"metrics": {"a": 0.5}}
-    assert store.read_facts(checkpoint) == {"iteration": 5, "policy_version": 6, "settings": {"run": {"seed": 3}}}
+    assert store.read_algorithm(checkpoint) == {"metrics": {"a": 0.5}, "successes": [], "rates": {}}
+    assert store.read_facts(checkpoint) == {"iteration": 5, "policy_version": 6, "settings": {"run": {"seed": 3}}, "models": {}}
 
 
 def test_nothing_is_seen_of_a_checkpoint_while_it_is_written(store: CheckpointStore) -> None:
     write(store, 1)
     with store.writing(2) as directory:
-        store.write_facts(directory, iteration=2, policy_version=3, settings={}, algorithm={})
+        store.write_facts(directory, iteration=2, policy_version=3, settings={}, models={}, algorithm={})
         assert names(store) == ["iteration_000001"]
     assert names(store) == ["iteration_000001", "iteration_000002"]
 
@@ -71,13 +75,12 @@ def test_what_a_killed_process_left_is_not_listed_and_goes_with_the_next_attempt
     assert store.list() == []
     checkpoint = write(store, 5)
     assert not left.exists()
-    assert sorted(path.name for path in checkpoint.iterdir()) == [ALGORITHM_FILE, FACTS_FILE, "learners"]
+    assert sorted(path.name for path in checkpoint.iterdir()) == [ALGORITHM_FILE, FACTS_FILE, FILES_FILE, "learners"]
 
 
 def test_the_newest_are_kept_by_number(store: CheckpointStore) -> None:
-    for iteration in (2, 999_999, 10, 1_000_000):
+    for iteration in (2, 10, 999_999, 1_000_000):
         write(store, iteration)
-    # Of 2, 999999, 10 the 2 goes; then 10 goes.
     assert names(store) == ["iteration_999999", "iteration_1000000"]
 
 
@@ -120,7 +123,7 @@ def test_a_checkpoint_stands_for_itself(store: CheckpointStore) -> None:
 
 
 def test_a_directory_without_checkpoint_is_refused_with_an_example(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint here \(facts.json is missing\); give a directory like runs/"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint here; give a directory like runs/"):
         CheckpointStore.resolve(tmp_path)
 
 
@@ -130,14 +133,14 @@ def test_a_pointer_to_a_checkpoint_that_was_dropped_is_refused(store: Checkpoint
     for iteration in (2, 3):
         write(store, iteration)
     assert json.loads((tmp_path / POINTER_FILE).read_text())["checkpoint"].endswith("iteration_000001")
-    with pytest.raises(FileNotFoundError, match="iteration_000001: no complete checkpoint"):
+    with pytest.raises(FileNotFoundError, match="iteration_000001: no checkpoint here"):
         CheckpointStore.resolve(tmp_path)
 
 
 def test_a_pointer_written_before_the_first_checkpoint_leads_nowhere(store: CheckpointStore, tmp_path: Path) -> None:
     store.write_pointer(tmp_path, store.newest())
     assert store.points_nowhere(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint here"):
         store.resolve(tmp_path)
     checkpoint = write(store, 1)
     assert not store.points_nowhere(checkpoint)
@@ -150,3 +153,110 @@ def test_what_a_kill_left_of_other_iterations_goes_too(store: CheckpointStore) -
         (store.root / name / "learners").mkdir(parents=True)
     write(store, 9)
     assert [path.name for path in store.root.iterdir()] == ["iteration_000009"]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def rewrite(file: Path) -> None:
+    """Another content of the same size and time of change."""
+    times = file.stat()
+    flip(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "nothing in it": (lambda path: (shutil.rmtree(path), path.mkdir()), "was not written to its end"),
+    "no facts": (lambda path: (path / FACTS_FILE).unlink(), "facts.json is missing"),
+    "facts cut": (lambda path: cut(path / FACTS_FILE), "facts.json has"),
+    "no algorithm": (lambda path: (path / ALGORITHM_FILE).unlink(), "algorithm.json is missing"),
+    "no files.json": (lambda path: (path / FILES_FILE).unlink(), "was not written to its end"),
+    "files.json cut": (lambda path: cut(path / FILES_FILE), "files.json cannot be read"),
+    "files.json a list": (lambda path: (path / FILES_FILE).write_text("[]"), "must hold an object"),
+    "shard gone": (lambda path: (path / "learners" / "rank_0").unlink(), "learners/rank_0 is missing"),
+    "shard cut": (lambda path: cut(path / "learners" / "rank_0"), "learners/rank_0 has 6 bytes of 7"),
+    "shard with a wrong bit": (lambda path: flip(path / "learners" / "rank_0"), "learners/rank_0 is not what was written"),
+    "shard rewritten": (lambda path: rewrite(path / "learners" / "rank_0"), "learners/rank_0 is not what was written"),
+    "shards a link to nowhere": (lambda path: (shutil.rmtree(path / "learners"), (path / "learners").symlink_to("nowhere")), "rank_0 is missing"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES)
+def test_the_newest_that_verifies_is_taken_and_the_damaged_one_is_told(store: CheckpointStore, damage: Callable[[Path], object], said: str) -> None:
+    older, newest = write(store, 5), write(store, 10)
+    damage(newest)
+    told: list[str] = []
+    assert store.newest(told.append) == older
+    assert len(told) == 1 and said in told[0] and "iteration_000010" in told[0]
+    with pytest.raises(DamagedCheckpointError, match="iteration_000010"):
+        verify(newest)
+
+
+def test_what_was_passed_over_goes_once_the_run_has_another_checkpoint(store: CheckpointStore) -> None:
+    write(store, 5)
+    (write(store, 10) / FACTS_FILE).unlink()
+    write(store, 6)
+    assert names(store) == ["iteration_000005", "iteration_000006"]
+
+
+def test_a_file_that_did_not_change_is_read_once(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write(store, 5)
+    copy = store.root.parent / "copy" / checkpoint.name
+    shutil.copytree(checkpoint, copy, copy_function=shutil.copyfile)  # new times of change
+    read: list[Path] = []
+    monkeypatch.setattr("vlarl_rllib.checkpoints._digest", lambda file: (read.append(file), hashlib.sha256(file.read_bytes()).hexdigest())[1])
+    verify(checkpoint)
+    assert read == [], "this process wrote it"
+    verify(copy)
+    verify(copy)
+    assert sorted(file.name for file in read) == [ALGORITHM_FILE, FACTS_FILE, "rank_0"]
+
+
+def test_a_run_that_moves_keeps_its_pointers(store: CheckpointStore, tmp_path: Path) -> None:
+    checkpoint = write(store, 5)
+    partial, final = tmp_path / "elsewhere", tmp_path / "trial" / "checkpoint_000000"
+    partial.mkdir()
+    store.write_pointer(partial, checkpoint, final)  # as Tune has it written before it moves it
+    final.parent.mkdir()
+    partial.rename(final)
+    assert CheckpointStore.resolve(final) == checkpoint
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("checkpoints", "trial"):
+        (tmp_path / name).rename(moved / name)
+    assert CheckpointStore.resolve(moved / "trial" / "checkpoint_000000") == moved / "checkpoints" / "iteration_000005"
+
+
+def test_what_tune_still_points_to_stays(tmp_path: Path) -> None:
+    trial = tmp_path / "trial"
+    store = CheckpointStore(trial / "checkpoints", keep=1, pointers=trial)
+    for iteration in (1, 2, 3):
+        checkpoint, pointer = write(store, iteration), trial / f"checkpoint_{iteration:06d}"
+        pointer.mkdir()
+        store.write_pointer(pointer, checkpoint)
+    assert names(store) == ["iteration_000001", "iteration_000002", "iteration_000003"]
+    shutil.rmtree(trial / "checkpoint_000002")  # Tune keeps the best two, say
+    write(store, 4)
+    assert names(store) == ["iteration_000001", "iteration_000003", "iteration_000004"]
+    assert CheckpointStore.resolve(trial / "checkpoint_000001") == store.root / "iteration_000001"
+
+
+def test_a_save_replaces_an_older_one_and_nothing_else(store: CheckpointStore, tmp_path: Path) -> None:
+    target = tmp_path / "save"
+    for content in ("old", "new"):
+        with replacing(target) as directory:
+            (directory / "weights").write_text(content)
+    verify(target)
+    assert (target / "weights").read_text() == "new"
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine").write_text("dear")
+    with pytest.raises(SettingsError, match="holds something else than a checkpoint; give a new directory"), replacing(tmp_path / "notes"):
+        pass
+    assert (tmp_path / "notes" / "mine").read_text() == "dear"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.models.fingerprint import model_fingerprints
 from vlarl_rllib.run_directory import RunDirectory
 from vlarl_rllib.settings import Settings
 
@@ -35,7 +36,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "cut_short" / "config.json").write_text('{"model_type": "open')
     run = RunDirectory(root / "runs" / "done")
     with run.claimed(Settings()), CheckpointStore(run.path / "checkpoints", keep=1).writing(5) as directory:
-        CheckpointStore.write_facts(directory, iteration=5, policy_version=6, settings={}, algorithm={})
+        CheckpointStore.write_facts(
+            directory, iteration=5, policy_version=6, settings=Settings().to_dict(), models=model_fingerprints(Settings()), algorithm={}
+        )
     with RunDirectory(root / "runs" / "without_checkpoint").claimed(Settings()):
         pass
     return root
@@ -85,7 +88,15 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "resume without a checkpoint": (["train", "--resume", "--run-dir", "runs/without_checkpoint"], ("--resume:", "no complete checkpoint")),
     "a run directory that holds a run": (["train", "good.yaml", "--run-dir", "runs/done"], ("--run-dir: runs/done holds a run already", "--resume")),
     "a run directory that is a file": (["train", "good.yaml", "--run-dir", "good.yaml"], ("--run-dir:", "good.yaml cannot be made")),
-    "no checkpoint to start from": (["train", "good.yaml", "--resume-from", "runs/done"], ("--resume-from: runs/done: no complete checkpoint",)),
+    "no checkpoint to start from": (["train", "good.yaml", "--resume-from", "runs/without_checkpoint"], ("--resume-from:", "no checkpoint here")),
+    "other adapters than the checkpoint's": (
+        ["train", "good.yaml", "--resume-from", "runs/done", "--set", "model.lora={rank: 4}"],
+        ("model.lora.rank: 4, but the weights of iteration_000005 were trained with None", "start without --resume-from"),
+    ),
+    "another model than the checkpoint's": (
+        ["train", "good.yaml", "--resume-from", "runs/done", "--set", "model.path=mini"],
+        ("model.path: 'mini', but",),
+    ),
     "no suite": (["eval", "tiny"], ("--suite: missing", "libero_spatial")),
     "an unknown suite": (["eval", "tiny", "--suite", "libero_spatail"], ("--suite: 'libero_spatail'", "did you mean libero_spatial?")),
     "a task that is not in the suite": (["eval", "tiny", "--suite", "libero_goal", "--tasks", "0,10"], ("--tasks: 10", "0 to 9")),

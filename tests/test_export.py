@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.checkpoints import CheckpointStore, seal
 from vlarl_rllib.cli import main
 from vlarl_rllib.export import export_adapter, export_merged, find_training_checkpoint, resolve_policy
 from vlarl_rllib.learner import fsdp
@@ -40,7 +40,8 @@ def write_run(root: Path, **model: object) -> dict[str, torch.Tensor]:
         save_sharded(directory / "learners", nn.ModuleDict({"policy": policy}), {})
     finally:
         torch.distributed.destroy_process_group()
-    CheckpointStore.write_facts(directory, iteration=3, policy_version=4, settings=settings.to_dict(), algorithm={})
+    CheckpointStore.write_facts(directory, iteration=3, policy_version=4, settings=settings.to_dict(), models={}, algorithm={})
+    seal(directory)
     return sent
 
 

@@ -36,7 +36,7 @@ def run(here: Path) -> RunDirectory:
 def add_checkpoint(run: RunDirectory, iteration: int) -> Path:
     store = CheckpointStore(run.path / "checkpoints", keep=9)
     with store.writing(iteration) as directory:
-        store.write_facts(directory, iteration=iteration, policy_version=iteration, settings={}, algorithm={})
+        store.write_facts(directory, iteration=iteration, policy_version=iteration, settings={}, models={}, algorithm={})
     return store.list()[-1]
 
 
@@ -76,7 +76,7 @@ def test_a_run_is_not_overwritten(run: RunDirectory) -> None:
 
 
 def test_a_new_run_may_begin_from_a_checkpoint_only(run: RunDirectory) -> None:
-    with pytest.raises(SettingsError, match="--resume-from: runs/first: no complete checkpoint here"):
+    with pytest.raises(SettingsError, match="--resume-from: runs/first: no checkpoint here"):
         new_run_directory(Path("runs/second"), "config", Path("runs/first"))
     assert new_run_directory(Path("runs/second"), "config", add_checkpoint(run, 5)).path.name == "second"
 
@@ -96,7 +96,8 @@ def test_resuming_needs_a_run_with_a_checkpoint(run: RunDirectory) -> None:
     (run.path / "checkpoints" / ".iteration_000005.partial").mkdir(parents=True)
     with pytest.raises(SettingsError, match="no complete checkpoint"):
         open_run_directory(Path("runs/first"))
-    (run.path / "checkpoints" / "step_000005").mkdir()
+    with run.checkpoints(unit="step").writing(5):
+        pass
     with pytest.raises(SettingsError, match="no complete checkpoint of vlarl train to continue from"):
         open_run_directory(Path("runs/first"))
     assert open_run_directory(Path("runs/first"), "step") == run
@@ -106,7 +107,7 @@ def test_resuming_needs_a_run_with_a_checkpoint(run: RunDirectory) -> None:
 
 def test_the_newest_checkpoint_is_the_one_to_continue_from(run: RunDirectory) -> None:
     assert run.newest_checkpoint() is None
-    for iteration in (10, 5):
+    for iteration in (5, 10):
         add_checkpoint(run, iteration)
     assert run.newest_checkpoint() == run.path / "checkpoints" / "iteration_000010"
 

@@ -10,17 +10,22 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.rllib.algorithms.ppo import PPO
+from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     ENV_RUNNER_SAMPLING_TIMER,
+    EPISODE_LEN_MEAN,
+    EPISODE_RETURN_MEAN,
     LEARNER_RESULTS,
     LEARNER_UPDATE_TIMER,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
+    NUM_EPISODES,
     SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
 )
@@ -28,18 +33,21 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.registry import register_env
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from vlarl_rllib.checkpoints import CheckpointStore, write_atomically
+from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, replacing, write_atomically
 from vlarl_rllib.config import ENVIRONMENT_NAME, VLAPPOConfig
-from vlarl_rllib.coordination import Rollout, RolloutCollector, WeightSync
+from vlarl_rllib.coordination import Rollout, RolloutCollector, WeightSync, require_runners
 from vlarl_rllib.curriculum import Start, SuccessRecord
 from vlarl_rllib.engines.pool import EnginePool
+from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
-from vlarl_rllib.observability.metrics import FAULTS, evaluation_metrics, iteration_metrics
+from vlarl_rllib.models.fingerprint import model_fingerprints
+from vlarl_rllib.observability.metrics import FAULTS, LastRates, evaluation_metrics, iteration_details, iteration_metrics
 from vlarl_rllib.rewards.worker import PATIENCE_SECONDS, RewardService
+from vlarl_rllib.rllib_checkpoint import write_rllib_files
 from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
 from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.rollout.video import keep_videos
-from vlarl_rllib.settings import Settings, calculate_runtime_args
+from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +100,15 @@ class VLAPPO(PPO):
         self._failed_iteration: int | None = None
         self._episodes: list[EpisodeResult] = []
         self._successes = SuccessRecord(self._vla.curriculum.rule, self._vla.curriculum.temperature)
-        root = self._checkpoint_root()
-        self._store = CheckpointStore(root, self._vla.run.keep_checkpoints) if root else None
+        self._rates = LastRates()
+        self._origin: Path | None = None
+        self._models = model_fingerprints(self._vla)
+        self._store = self._make_store()
         # Engines and the judge take longest to start and need nothing from the rest, so they start first and are waited for last.
         self.reward_service = self._start_reward_worker() if self._vla.rewards.process else None
         self.engine_pool = self._start_engines() if self._vla.engines.num else None
         super().setup(config)
+        require_runners(self.env_runner_group)
         self.weight_sync = WeightSync(self.learner_group, self.engine_pool, self.config.policy_version)
         self.collector = RolloutCollector(
             self.env_runner_group,
@@ -108,6 +119,7 @@ class VLAPPO(PPO):
             restore_runners=lambda: self.restore_env_runners(self.env_runner_group),
             timeout_seconds=self._vla.rollout.timeout_seconds,
             filter_groups=self._vla.rollout.filter_groups,
+            if_diverged=lower_the_rates({"training.lr": self._vla.training.lr, "training.value_lr": self._vla.training.value_lr}),
         )
         if self.engine_pool is not None:
             self.engine_pool.wait_until_ready()
@@ -116,14 +128,17 @@ class VLAPPO(PPO):
         self._start_over()
         self._seconds["startup"] = time.perf_counter() - began
 
-    def _checkpoint_root(self) -> Path | None:
-        """In the run's directory, or the trial's where a Tune experiment names none; None = where each save says."""
+    def _make_store(self) -> CheckpointStore | None:
+        """In the run's directory; in the trial's where a Tune experiment names none, and then Tune decides what is kept; else None."""
         if self.config.run_dir:
-            return Path(self.config.run_dir) / "checkpoints"
+            return CheckpointStore(Path(self.config.run_dir) / "checkpoints", self._vla.run.keep_checkpoints)
+        trial = self._trial_directory()
+        return CheckpointStore(trial / "checkpoints", keep=1, pointers=trial) if trial else None
+
+    def _trial_directory(self) -> Path | None:
+        """Tune's; None outside of Tune, or where its storage is not a local file system."""
         storage = self._storage
-        if storage is not None and storage.storage_filesystem.type_name == "local":
-            return Path(storage.trial_fs_path) / "checkpoints"
-        return None
+        return Path(storage.trial_fs_path) if storage is not None and storage.storage_filesystem.type_name == "local" else None
 
     def _start_engines(self) -> EnginePool:
         engines = self._vla.engines
@@ -160,16 +175,17 @@ class VLAPPO(PPO):
         seconds = dict(self._seconds)
         self._seconds = {}
         seconds["other"] = max(0.0, time.perf_counter() - began - sum(v for k, v in seconds.items() if k != "startup"))
+        results["vlarl_details"] = iteration_details(self._episodes, self._initial_evaluation if done == 1 else None, evaluation)
+        self._rates.add(results["vlarl_details"])
         results["vlarl"] = iteration_metrics(
             results,
-            self._episodes,
+            num_episodes=len(self._episodes),
+            rates=self._rates,
             iteration=done,
             seconds=seconds,
             policy_version=self.weight_sync.version,
             manifest=self.weight_sync.manifest,
             faults=self._count_faults(results["env_runners"]),
-            initial_evaluation=self._initial_evaluation if done == 1 else None,
-            evaluation=evaluation,
         )
         return results
 
@@ -246,15 +262,29 @@ class VLAPPO(PPO):
         return results
 
     def _start_over(self) -> None:
-        """Begin from the newest checkpoint of this run, else where `restore_from` says, else from the model as it is."""
-        if checkpoint := (self._store.newest() if self._store else None) or self.config.restore_from:
+        """Begin from what this trial saved or restored last, else the newest checkpoint that verifies, else from the model as it is."""
+        if checkpoint := self._newest_checkpoint():
             self.restore_from_path(checkpoint)
             return
         self.metrics.reset()
         self._successes.set_state([])
+        self._rates = LastRates()
         self._iteration = 0
         self.collector.begin_new_episodes()
         self.weight_sync.push()
+
+    def _newest_checkpoint(self) -> Path | str | None:
+        """A trial may go on from another's checkpoint (population based training), so its own newest is not always the one."""
+        if self._origin is not None:
+            try:
+                return CheckpointStore.resolve(self._origin)
+            except (FileNotFoundError, DamagedCheckpointError) as error:
+                self._pass_over(str(error))
+        return (self._store.newest(self._pass_over) if self._store else None) or self.config.restore_from
+
+    def _pass_over(self, damage: str) -> None:
+        logger.warning("%s; an older checkpoint is taken", damage)
+        self._faults["damaged_checkpoints"] += 1
 
     def _count_faults(self, runner_results: dict[str, Any]) -> dict[str, int]:
         """Totals since the run began."""
@@ -268,11 +298,28 @@ class VLAPPO(PPO):
 
     # Evaluation
 
+    def evaluate(self, parallel_train_future: Any = None) -> dict[str, Any]:
+        """Play the greedy evaluation now, on the runners of training, whose running episodes end.
+
+        Returns:
+            `env_runners` with RLlib's names for episodes, their mean return (1 for a success) and length, and `vlarl` with ours.
+
+        Raises:
+            SettingsError: `evaluation.episodes` is 0.
+        """
+        if not self._plan.evaluation_episodes:
+            raise SettingsError("evaluation.episodes: 0, so there is nothing to play; set how many episodes an evaluation has")
+        metrics = self._evaluate(due=True, after=self.iteration)
+        assert metrics is not None, "it was due"
+        means = {EPISODE_RETURN_MEAN: metrics["success_rate"], EPISODE_LEN_MEAN: metrics["mean_length"], NUM_EPISODES: metrics["episodes"]}
+        return {ENV_RUNNER_RESULTS: means, "vlarl": metrics}
+
     def _evaluate(self, *, due: bool, after: int) -> dict[str, Any] | None:
         """The greedy evaluation behind so many iterations, where it is due."""
         if not due or not self._plan.evaluation_episodes:
             return None
         began = time.perf_counter()
+        self._call_back("on_evaluate_start")
         starts = self.evaluation_starts()
         record = frozenset(starts[: self._vla.evaluation.videos]) if self.config.run_dir else frozenset()
         results = [result for played in self.collector.evaluate(starts, record=record) for result in played.results]
@@ -280,7 +327,12 @@ class VLAPPO(PPO):
             keep_videos(Path(self.config.run_dir) / "videos", after, results)
         metrics = evaluation_metrics(results)
         self._seconds["evaluation"] = self._seconds.get("evaluation", 0.0) + time.perf_counter() - began
+        self._call_back("on_evaluate_end", evaluation_metrics=metrics)
         return metrics
+
+    def _call_back(self, name: str, **arguments: Any) -> None:
+        functions = getattr(self.config, f"callbacks_{name}")
+        make_callback(name, self.callbacks, functions, kwargs={"algorithm": self, "metrics_logger": self.metrics, **arguments})
 
     def evaluation_starts(self) -> list[Start]:
         """The held-out starts of an evaluation: the same every time, the tasks in turn."""
@@ -307,7 +359,11 @@ class VLAPPO(PPO):
         except (OSError, LearnerError, LearnerGroupError) as error:
             logger.warning("no checkpoint of iteration %d: %s", self.iteration, error)
             self._faults["failed_checkpoints"] += 1
-        CheckpointStore.write_pointer(directory, self._store.newest())
+        else:
+            self._origin = self._store.list()[-1]
+        trial = self._trial_directory()
+        CheckpointStore.write_pointer(directory, self._origin, trial and trial / directory.name)
+        write_rllib_files(directory, type(self), {"vla": self.config.vla})
         self.collector.begin_new_episodes()
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
@@ -316,13 +372,18 @@ class VLAPPO(PPO):
             self.restore_from_path(checkpoint_dir)
 
     def save_to_path(self, path: str | Path | None = None, **kwargs: Any) -> str:  # type: ignore[override]
-        """Write everything an exact continuation needs into `path`, an empty or new directory; the running episodes end here.
+        """Write everything an exact continuation needs into `path`, a local directory; the running episodes end here.
 
-        In this run too: a resumed one cannot have them.
+        In this run too: a resumed one cannot have them. An earlier save there is replaced once this one is whole.
+
+        Raises:
+            SettingsError: `path` is of another file system, or holds something else.
         """
+        if "://" in str(path):
+            raise SettingsError(f"{path}: checkpoints are written to directories; give a local path, or one that all nodes share")
         directory = Path(path) if path else Path(tempfile.mkdtemp(prefix="vlarl-checkpoint-"))
-        directory.mkdir(parents=True, exist_ok=True)
-        self._write_checkpoint(directory)
+        with replacing(directory) as partial:
+            self._write_checkpoint(partial)
         self.collector.begin_new_episodes()
         return str(directory)
 
@@ -330,7 +391,8 @@ class VLAPPO(PPO):
         """Read what `save_to_path` or `save_checkpoint` wrote, also into another number of learners, and push the weights.
 
         Raises:
-            FileNotFoundError: where `path` holds no complete checkpoint.
+            FileNotFoundError: where `path` holds no checkpoint.
+            DamagedCheckpointError: where it is not as it was written.
         """
         directory = CheckpointStore.resolve(Path(path))
         facts = CheckpointStore.read_facts(directory)
@@ -338,9 +400,12 @@ class VLAPPO(PPO):
         running = CheckpointStore.read_algorithm(directory)
         self.metrics.set_state(running["metrics"])
         self._successes.set_state(running["successes"])
+        self._rates = LastRates(**running["rates"])
         self._iteration = facts["iteration"]
+        self._origin = directory
         self.collector.begin_new_episodes()
         self.weight_sync.push(above=facts["policy_version"])
+        self._call_back("on_checkpoint_loaded")
 
     def _write_checkpoint(self, directory: Path) -> None:
         (directory / "learners").mkdir()
@@ -350,5 +415,7 @@ class VLAPPO(PPO):
             iteration=self.iteration,
             policy_version=self.weight_sync.version,
             settings=self.config.vla,
-            algorithm={"metrics": self.metrics.get_state(), "successes": self._successes.state()},
+            models=self._models,
+            algorithm={"metrics": self.metrics.get_state(), "successes": self._successes.state(), "rates": asdict(self._rates)},
         )
+        write_rllib_files(directory, type(self), {"vla": self.config.vla})

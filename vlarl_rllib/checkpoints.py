@@ -1,29 +1,38 @@
-"""Checkpoint directories of a run: complete or absent, the newest few kept, each one self-contained.
+"""Checkpoint directories of a run: complete or absent, verified before use, the newest few kept, each one self-contained.
 
-    checkpoints/iteration_000005/{learners/, algorithm.json, facts.json}      of vlarl train
-                step_001000/learners/                                         of vlarl sft
+    checkpoints/iteration_000005/{learners/, algorithm.json, facts.json, files.json}      of vlarl train
+                step_001000/{learners/, data.json, files.json}                            of vlarl sft
 
-Tune copies what a trial saves; for a 7B policy that would be tens of GB a copy. So a run's checkpoints lie in its own directory and
-Tune's checkpoint is a pointer to one.
+`files.json`, written last, has the size and SHA-256 of every other file. Tune copies what a trial saves; for a 7B policy that would be
+tens of GB a copy. So a run's checkpoints lie in its own directory and Tune's checkpoint is a pointer to one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from vlarl_rllib.errors import SettingsError
+
 FACTS_FILE = "facts.json"
 ALGORITHM_FILE = "algorithm.json"
+FILES_FILE = "files.json"
 POINTER_FILE = "pointer.json"
 
 Unit = Literal["iteration", "step"]
 """What a run counts: `vlarl train` iterations, `vlarl sft` optimiser steps."""
+
+
+class DamagedCheckpointError(SettingsError):
+    """A checkpoint is not as it was written; the text says which file, in one line."""
 
 
 class CheckpointStore:
@@ -33,21 +42,23 @@ class CheckpointStore:
         root: the directory; made when the first checkpoint is written.
         keep: how many of the newest to keep.
         unit: what their names count.
+        pointers: Tune's directory of the trial, where Tune decides what is kept: a checkpoint that a pointer there names stays.
     """
 
-    def __init__(self, root: Path, keep: int, unit: Unit = "iteration") -> None:
-        self.root, self._keep, self._unit = root, keep, unit
+    def __init__(self, root: Path, keep: int, unit: Unit = "iteration", *, pointers: Path | None = None) -> None:
+        self.root, self._keep, self._unit, self._pointers = root, keep, unit, pointers
         self._name = re.compile(rf"{unit}_(\d{{6,}})$")
 
     @contextmanager
     def writing(self, number: int) -> Iterator[Path]:
-        """A directory to write into; on the disk and renamed to its final name at the end, removed where writing fails."""
+        """A directory to write into; sealed, on the disk and renamed to its final name at the end, removed where writing fails."""
         self._sweep()
         final = self.root / f"{self._unit}_{number:06d}"
         partial = self.root / f".{final.name}.partial"
         partial.mkdir(parents=True)
         try:
             yield partial
+            seal(partial)
             _fsync_tree(partial)
             if final.exists():  # an iteration that was played again
                 final.rename(self.root / f".{final.name}.replaced")
@@ -57,8 +68,22 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self._sweep()
-        for old in self.list()[: -self._keep]:
-            shutil.rmtree(old)
+        self._drop_old(number)
+
+    def _drop_old(self, number: int) -> None:
+        """Remove all but the newest. What counts further than `number` is damaged: the run went on from an older one."""
+        there = self.list()
+        kept = {path for path in there if number_of(path) <= number}
+        kept = set(sorted(kept, key=number_of)[-self._keep :]) | self._pointed_to()
+        for path in there:
+            if path not in kept:
+                shutil.rmtree(path)
+
+    def _pointed_to(self) -> set[Path]:
+        if self._pointers is None:
+            return set()
+        targets = (read_pointer(file.parent) for file in self._pointers.glob(f"checkpoint_*/{POINTER_FILE}"))
+        return {self.root / target.name for target in targets if target}
 
     def _sweep(self) -> None:
         """Remove what a killed process left half written or half removed."""
@@ -66,60 +91,181 @@ class CheckpointStore:
             shutil.rmtree(left)
 
     def list(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Checkpoints, oldest first; whether they are as they were written, only `verify` tells."""
         if not self.root.is_dir():
             return []
-        return sorted((path for path in self.root.iterdir() if self._name.match(path.name)), key=number_of)
+        return sorted((path for path in self.root.iterdir() if self._name.match(path.name) and path.is_dir()), key=number_of)
 
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint, None before the first."""
-        complete = self.list()
-        return complete[-1] if complete else None
+    def newest(self, passed_over: Callable[[str], None] | None = None) -> Path | None:
+        """The newest checkpoint that verifies, None where there is none.
+
+        Args:
+            passed_over: is told of each newer one, in one line, what is damaged.
+        """
+        for checkpoint in reversed(self.list()):
+            try:
+                verify(checkpoint)
+            except DamagedCheckpointError as error:
+                if passed_over is not None:
+                    passed_over(str(error))
+            else:
+                return checkpoint
+        return None
 
     @staticmethod
-    def write_pointer(directory: Path, checkpoint: Path | None) -> None:
-        """Leave a pointer to `checkpoint` in `directory`; None says that there is none yet."""
-        (directory / POINTER_FILE).write_text(json.dumps({"checkpoint": str(checkpoint.resolve()) if checkpoint else None}))
+    def write_pointer(directory: Path, checkpoint: Path | None, final: Path | None = None) -> None:
+        """Leave a pointer to `checkpoint` in `directory`; None says that there is none yet.
+
+        It is relative, so that a run may be moved as a whole.
+
+        Args:
+            final: where `directory` is going to be moved to.
+        """
+        target = os.path.relpath(checkpoint.resolve(), (final or directory).resolve()) if checkpoint else None
+        (directory / POINTER_FILE).write_text(json.dumps({"checkpoint": target}))
 
     @staticmethod
     def points_nowhere(directory: Path) -> bool:
         """Whether `directory` holds the pointer of a run that had no checkpoint yet."""
-        pointer = directory / POINTER_FILE
-        return pointer.is_file() and json.loads(pointer.read_text())["checkpoint"] is None
+        return (directory / POINTER_FILE).is_file() and read_pointer(directory) is None
 
     @staticmethod
     def resolve(directory: Path) -> Path:
-        """The checkpoint behind a pointer, or `directory` itself.
+        """The checkpoint behind a pointer, or `directory` itself; verified.
 
         Raises:
-            FileNotFoundError: where there is no complete checkpoint.
+            FileNotFoundError: there is no checkpoint.
+            DamagedCheckpointError: it is not as it was written.
         """
-        pointer = directory / POINTER_FILE
-        target = Path(json.loads(pointer.read_text())["checkpoint"] or directory) if pointer.is_file() else directory
-        if not (target / FACTS_FILE).is_file():
-            raise FileNotFoundError(
-                f"{target}: no complete checkpoint here ({FACTS_FILE} is missing); give a directory like runs/NAME/checkpoints/iteration_000005"
-            )
+        target = directory
+        if (directory / POINTER_FILE).is_file():
+            target = read_pointer(directory) or directory
+        if not (target / FACTS_FILE).is_file() and not (target / FILES_FILE).is_file():
+            raise FileNotFoundError(f"{target}: no checkpoint here; give a directory like runs/NAME/checkpoints/iteration_000005")
+        verify(target)
         return target
 
     @staticmethod
-    def write_facts(directory: Path, *, iteration: int, policy_version: int, settings: dict[str, Any], algorithm: dict[str, Any]) -> None:
+    def write_facts(
+        directory: Path, *, iteration: int, policy_version: int, settings: dict[str, Any], models: dict[str, str], algorithm: dict[str, Any]
+    ) -> None:
         """What is not the learners': counters, settings, and what the Algorithm keeps: RLlib's running metrics, the curriculum's record.
 
-        Written last: `facts.json` says that all is there.
+        Args:
+            models: fingerprints of the models that the run began with, by the settings' key.
         """
         (directory / ALGORITHM_FILE).write_text(json.dumps(algorithm, default=_plain_number))
-        facts = {"iteration": iteration, "policy_version": policy_version, "settings": settings}
+        facts = {"iteration": iteration, "policy_version": policy_version, "settings": settings, "models": models}
         (directory / FACTS_FILE).write_text(json.dumps(facts, indent=2))
 
     @staticmethod
     def read_algorithm(directory: Path) -> dict[str, Any]:
-        """What the Algorithm kept."""
-        return json.loads((directory / ALGORITHM_FILE).read_text())
+        """What the Algorithm kept. Raises DamagedCheckpointError."""
+        return _read_object(directory / ALGORITHM_FILE, {"metrics": dict, "successes": list, "rates": dict})
 
     @staticmethod
     def read_facts(directory: Path) -> dict[str, Any]:
-        return json.loads((directory / FACTS_FILE).read_text())
+        """`iteration`, `policy_version`, `settings`, `models`. Raises DamagedCheckpointError."""
+        return _read_object(directory / FACTS_FILE, {"iteration": int, "policy_version": int, "settings": dict, "models": dict})
+
+
+def seal(directory: Path) -> None:
+    """Write `files.json`: the size and SHA-256 of every file below `directory`, which is then complete."""
+    names = _files_below(directory)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        digests = list(threads.map(lambda name: _digest(directory / name), names))
+    files = {name: {"bytes": (directory / name).stat().st_size, "sha256": digest} for name, digest in zip(names, digests, strict=True)}
+    (directory / FILES_FILE).write_text(json.dumps(files, indent=2))
+    _verified[directory.name.removeprefix(".").removesuffix(".partial")] = _signature(directory)
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A directory to write a checkpoint into, which takes the place of `directory` when it is whole.
+
+    Raises:
+        SettingsError: `directory` holds something that is no checkpoint.
+    """
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / FILES_FILE).is_file():
+        raise SettingsError(f"{directory} holds something else than a checkpoint; give a new directory")
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        seal(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+_verified: dict[str, tuple[tuple[str, int, int], ...]] = {}
+"""By name of the directory, what its files looked like when this process last wrote or read all of them: they need not be read again."""
+
+
+def verify(directory: Path) -> None:
+    """Read a checkpoint and compare it with its `files.json`; one that has not changed since this process last did so is not read again.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, cut or changed, or the checkpoint was not written to its end.
+    """
+    remedy = "give or keep an older one"
+    if not (directory / FILES_FILE).is_file():
+        raise DamagedCheckpointError(f"{directory} was not written to its end ({FILES_FILE} is missing); {remedy}")
+    signature = _signature(directory)
+    if _verified.get(directory.name) == signature:
+        return
+    files = _read_object(directory / FILES_FILE)
+    for name, facts in files.items():
+        path = directory / name
+        if ".." in Path(name).parts or not path.is_file() or not isinstance(facts, dict):
+            raise DamagedCheckpointError(f"{directory} is damaged: {name} is missing; {remedy}")
+        if path.stat().st_size != facts.get("bytes"):
+            raise DamagedCheckpointError(f"{directory} is damaged: {name} has {path.stat().st_size:,} bytes of {facts.get('bytes')}; {remedy}")
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for name, digest in zip(files, threads.map(lambda name: _digest(directory / name), files), strict=True):
+            if digest != files[name].get("sha256"):
+                raise DamagedCheckpointError(f"{directory} is damaged: {name} is not what was written; {remedy}")
+    _verified[directory.name] = signature
+
+
+def read_pointer(directory: Path) -> Path | None:
+    """Where the pointer in `directory` leads; None where the run had no checkpoint yet. Raises DamagedCheckpointError where it is damaged."""
+    target = _read_object(directory / POINTER_FILE).get("checkpoint")
+    if target is not None and not isinstance(target, str):
+        raise DamagedCheckpointError(f"{directory / POINTER_FILE} is damaged; give the checkpoint itself")
+    return Path(os.path.normpath(directory.resolve() / target)) if target else None
+
+
+def _read_object(file: Path, required: dict[str, type] | None = None) -> dict[str, Any]:
+    """A JSON object with these keys of these types."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{file} cannot be read ({error}); give or keep an older checkpoint") from None
+    if not isinstance(values, dict):
+        raise DamagedCheckpointError(f"{file} holds {type(values).__name__}, must hold an object; give or keep an older checkpoint")
+    for key, kind in (required or {}).items():
+        if not isinstance(values.get(key), kind):
+            raise DamagedCheckpointError(f"{file}: {key} is {values.get(key)!r:.40}, must be {kind.__name__}; give or keep an older checkpoint")
+    return values
+
+
+def _files_below(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file() and path.name != FILES_FILE)
+
+
+def _signature(directory: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of change of all files; the last ones are kept by a rename."""
+    stats = ((name, (directory / name).stat()) for name in (*_files_below(directory), FILES_FILE))
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def number_of(checkpoint: Path) -> int:

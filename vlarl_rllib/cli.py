@@ -33,7 +33,8 @@ def train(
     resume_from: Annotated[Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.")] = None,
 ) -> None:
     """Train a policy: one run through ray.tune.Tuner."""
-    from vlarl_rllib.run_directory import check_unfinished, new_run_directory, open_run_directory
+    from vlarl_rllib.continuation import check_resume, check_resume_from
+    from vlarl_rllib.run_directory import check_unfinished, find_checkpoint, new_run_directory, open_run_directory
 
     if resume:
         if run_dir is None or config is not None or resume_from is not None or overrides:
@@ -45,10 +46,11 @@ def train(
     else:
         settings, name = _load(config, overrides, "configs/libero_smoke_cpu.yaml")
         run = new_run_directory(run_dir, name, resume_from)
-    checkpoint = run.newest_checkpoint() if resume else resume_from
-    if checkpoint is not None:
-        check_unfinished(checkpoint, settings)
+    checkpoint = run.newest_checkpoint() if resume else resume_from and find_checkpoint(resume_from)
     _preflight(settings)
+    if checkpoint is not None:
+        (check_resume if resume else check_resume_from)(checkpoint, settings)
+        check_unfinished(checkpoint, settings)
     with run.claimed(settings):
         from vlarl_rllib.training import run_training
 

@@ -1,7 +1,8 @@
 """VLAPPOConfig: the settings as RLlib's AlgorithmConfig.
 
 All of our settings live in ONE attribute, `vla`, a plain nested dict as in the YAML file. That is what Tune samples (dotted keys of
-`vla`), what is pickled to actors, and what every actor validates again. `_apply` maps it to RLlib's own fields; nothing else does.
+`vla`), what is pickled to actors, and what every actor validates again. RLlib's own fields are derived from it; what its setters or
+Tune write into them afterwards reaches `vla` when the config is validated, or is refused (`rllib_fields`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,30 @@ from typing import Any
 
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.utils import force_list
 from ray.util.debug import log_once
 
+from vlarl_rllib import rllib_fields
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 ENVIRONMENT_NAME = "vlarl_rllib"
 """Name under which RLlib knows the environment; the runners build the real one from the settings."""
+
+
+def resolved(settings: Settings) -> Settings:
+    """The settings with what depends on this machine filled in, once for all actors: where models lie, how many cores there are.
+
+    A model preset is written to disk.
+    """
+    from vlarl_rllib.models.presets import resolve_model
+
+    model, judge = settings.model, settings.rewards.judge
+    return settings.replaced(
+        model={key: resolve_model(path) for key, path in (("path", model.path), ("critic_path", model.critic_path)) if path},
+        rewards={"judge": str(Path(judge).expanduser().absolute())} if judge else {},
+        env={"num_processes": calculate_runtime_args(settings).num_processes},
+    )
 
 
 class VLAPPOConfig(PPOConfig):
@@ -30,9 +48,15 @@ class VLAPPOConfig(PPOConfig):
 
     def __init__(self, algo_class: Any = None) -> None:
         from vlarl_rllib.algorithm import VLAPPO
+        from vlarl_rllib.rollout.env_runner import VLAEnvRunner
 
         super().__init__(algo_class=algo_class or VLAPPO)
-        self.vla: dict[str, Any] = Settings().to_dict()
+        self.vla: dict[str, Any]
+        """The settings, nested as in the YAML file."""
+        self.derived_fields: dict[str, Any]
+        """RLlib's fields as they were derived from the settings, and"""
+        self.derived_from: dict[str, Any]
+        """those settings: what is different now was written by RLlib's setters, or by Tune."""
         self.run_dir: str | None = None
         """Where checkpoints go; None = into the directory that Tune names."""
         self.restore_from: str | None = None
@@ -41,7 +65,18 @@ class VLAPPOConfig(PPOConfig):
         """Faults of earlier starts of the same run, by kind (`observability.metrics.FAULTS`)."""
         self.policy_version = 0
         """Newest version that earlier starts of the same run have used, also after the checkpoint that this one begins with."""
-        self._apply(Settings())
+        self.framework("torch")
+        self.fault_tolerance(
+            restart_failed_env_runners=True,
+            delay_between_env_runner_restarts_s=0.0,  # sleeps inside the dying runner
+            restart_failed_sub_environments=False,
+        )
+        self.env_runners(env_runner_cls=VLAEnvRunner)
+        self.reporting(min_time_s_per_iteration=0)
+        self.debugging(log_level="WARN")
+        self.resources(num_cpus_for_main_process=1)
+        self.placement_strategy = "PACK"
+        self._derive(Settings())
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> VLAPPOConfig:
@@ -51,24 +86,24 @@ class VLAPPOConfig(PPOConfig):
     @classmethod
     def from_settings(cls, settings: Settings, run_dir: str | Path | None = None) -> VLAPPOConfig:
         """Take validated settings. A model preset is written to disk here, so that every actor finds it."""
-        from vlarl_rllib.models.presets import resolve_model
-
         config = cls()
-        config.vla = settings.to_dict()
-        for key in ("path", "critic_path"):
-            if config.vla["model"][key]:
-                config.vla["model"][key] = resolve_model(config.vla["model"][key])
-        if settings.rewards.judge:
-            config.vla["rewards"]["judge"] = str(Path(settings.rewards.judge).expanduser().absolute())
-        # Once for all, since other nodes may have other numbers of cores.
-        config.vla["env"]["num_processes"] = calculate_runtime_args(settings).num_processes
         config.run_dir = str(run_dir) if run_dir else None
-        config._apply(Settings.from_dict(config.vla))
+        config._derive(resolved(settings))
         return config
 
     def settings(self) -> Settings:
-        """The typed settings. Raises `SettingsError` where Tune sampled something impossible."""
-        return Settings.from_dict(self.vla)
+        """The typed settings, with what RLlib's setters or Tune have written into RLlib's fields.
+
+        Raises:
+            SettingsError: that is impossible, or contradicts itself.
+        """
+        settings = Settings.from_dict(self.vla)
+        if self._is_frozen:
+            return settings
+        return rllib_fields.honour(settings, self._written_fields(), Settings.from_dict(self.derived_from))
+
+    def _written_fields(self) -> dict[str, Any]:
+        return rllib_fields.written(rllib_fields.fields_of(self), self.derived_fields)
 
     def engine_spec(self) -> EngineSpec:
         """How to start an engine."""
@@ -85,10 +120,16 @@ class VLAPPOConfig(PPOConfig):
         )
 
     def validate(self) -> None:
-        if not self._is_frozen:
-            self._apply(self.settings())
+        written_by_user = not self._is_frozen and not self.in_evaluation  # RLlib derives a config for evaluations, which is not used
+        if written_by_user:
+            settings = self.settings()
+            rllib_fields.refuse(self._written_fields(), self.derived_fields)
+            rllib_fields.refuse_callbacks(force_list(self.callbacks_class))
+            self._derive(settings)
         log_once(f"{self.algo_class.__name__}_on_new_api_stack")  # or RLlib explains its new API stack to users, who did not choose it
         super().validate()
+        if written_by_user:
+            self.derived_fields = rllib_fields.fields_of(self)  # RLlib fills in some of its own
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         from vlarl_rllib.policy.rl_module import OpenVLARLModule
@@ -111,16 +152,14 @@ class VLAPPOConfig(PPOConfig):
             bundles=range(first, first + settings.learners.num),
         )
 
-    def _apply(self, settings: Settings) -> None:
-        """Set RLlib's fields from ours."""
-        from vlarl_rllib.rollout.env_runner import VLAEnvRunner
-
+    def _derive(self, settings: Settings) -> None:
+        """Take these settings, and set RLlib's fields from them."""
         plan = calculate_runtime_args(settings)
         training, learners = settings.training, settings.learners
-        self.framework("torch")
+        self.vla = settings.to_dict()
+        self.env_config: dict[str, Any] = {}
         self.environment(env=ENVIRONMENT_NAME, normalize_actions=False, clip_actions=False)
         self.env_runners(
-            env_runner_cls=VLAEnvRunner,
             num_env_runners=settings.rollout.num_runners,
             num_envs_per_env_runner=settings.env.num_envs,
             num_cpus_per_env_runner=settings.rollout.cpus_per_runner,
@@ -141,20 +180,17 @@ class VLAPPOConfig(PPOConfig):
             gamma=training.gamma,
             lambda_=training.gae_lambda,
             train_batch_size_per_learner=-(-plan.num_slots * settings.rollout.quota // max(1, learners.num)),
-            minibatch_size=None,
+            minibatch_size=None,  # RLlib's is a learner's and must not exceed its batch; ours is global
             num_epochs=training.num_epochs,
             grad_clip=training.grad_clip,
+            clip_param=training.clip_high if training.clip_high == training.clip_low else None,
+            vf_clip_param=training.vf_clip,
+            vf_loss_coeff=training.vf_coeff,
+            entropy_coeff=training.entropy_coeff,
             use_kl_loss=False,
         )
         model = settings.model.model_dump(mode="json")
         self.rl_module(model_config={"model": model, "seed": settings.run.seed, "device": "cuda" if learners.gpus else "cpu"})
-        self.fault_tolerance(
-            restart_failed_env_runners=True,
-            delay_between_env_runner_restarts_s=0.0,  # sleeps inside the dying runner
-            restart_failed_sub_environments=False,
-        )
-        self.evaluation(evaluation_interval=None)
-        self.reporting(min_time_s_per_iteration=0)
-        self.debugging(seed=settings.run.seed, log_level="WARN")
-        self.resources(num_cpus_for_main_process=1)
-        self.placement_strategy = "PACK"
+        self.evaluation(evaluation_interval=None, evaluation_duration=settings.evaluation.episodes)
+        self.debugging(seed=settings.run.seed)
+        self.derived_fields, self.derived_from = rllib_fields.fields_of(self), self.vla

@@ -19,7 +19,8 @@ from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from vlarl_rllib.curriculum import Start
 from vlarl_rllib.engines.pool import EnginePool
-from vlarl_rllib.engines.protocol import INITIAL_VERSION
+from vlarl_rllib.engines.protocol import INITIAL_VERSION, NOT_FINITE
+from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.rewards.worker import RewardService
 from vlarl_rllib.rollout.env_runner import Attached, Contribution
@@ -133,6 +134,14 @@ class Rollout:
         self.slots = told_apart + uniform[: max(0, enough - len(told_apart))]
 
 
+def require_runners(runners: EnvRunnerGroup) -> None:
+    """Raise RuntimeError, with the traceback, where a runner could not make its environments: another start would fail alike."""
+    answers = runners.foreach_env_runner(partial(_numbered, "failure"), local_env_runner=False)
+    for index, failure in answers:
+        if failure:
+            raise RuntimeError(f"runner {index} cannot start:\n{failure}")
+
+
 class RunnerCalls:
     """Calls to the runners that go on through failures of engines and runners, and the evaluation that is made of them.
 
@@ -143,6 +152,7 @@ class RunnerCalls:
         reward_service: None without a judge.
         restore_runners: brings restarted runners back into the group.
         timeout_seconds: a runner that takes longer for a call is frozen; it is killed and started anew.
+        if_diverged: what to do where the weights give no finite numbers.
     """
 
     def __init__(
@@ -154,12 +164,16 @@ class RunnerCalls:
         reward_service: RewardService | None = None,
         restore_runners: Callable[[], Any],
         timeout_seconds: float,
+        if_diverged: str = "check the model's weights",
     ) -> None:
+        self._if_diverged = if_diverged
         self._runners, self._sync, self._pool, self._reward_service = runners, sync, pool, reward_service
         self._restore_runners, self._timeout_seconds = restore_runners, timeout_seconds
         self.num_restarts = 0
         """Runners that came back as a new process. RLlib counts only those that it saw dead: Ray may be faster than the next call."""
         self._runner_pids: dict[int, int] = {}
+        self._last_words: dict[int, str] = {}
+        """Why a runner could not start, by runner."""
 
     def evaluate(
         self, starts: Sequence[Start], *, change_tasks: bool = False, seconds: float | None = None, record: Collection[Start] = ()
@@ -214,6 +228,9 @@ class RunnerCalls:
             self._reward_service.ensure_alive()
             attach["reward_worker"] = self._reward_service.handle
         attached: dict[int, Attached] = self._foreach("attach", dict.fromkeys(self._runners.healthy_worker_ids(), attach))
+        for index in [index for index, runner in attached.items() if runner.failure]:  # one that was started anew; it may work the next time
+            self._last_words[index] = str(attached.pop(index).failure).strip().splitlines()[-1]
+            self._kill(index)
         pids = {index: runner.pid for index, runner in attached.items()}
         self.num_restarts += sum(self._runner_pids.get(index, pid) != pid for index, pid in pids.items())
         self._runner_pids.update(pids)
@@ -239,13 +256,20 @@ class RunnerCalls:
     def _end(self, index: int, method: str) -> None:
         """Kill a frozen runner. Ray starts another, and RLlib takes it for dead until that answers."""
         logger.warning("runner %d: no answer to %s within rollout.timeout_seconds = %g; it is killed", index, method, self._timeout_seconds)
+        self._kill(index)
+
+    def _kill(self, index: int) -> None:
         manager = self._runners._worker_manager
         ray.kill(manager.actors()[index], no_restart=False)
         manager.set_actor_state(index, healthy=False)
 
     def _check(self, fruitless: int, errors: list[str | None]) -> None:
+        if errors and all(error and NOT_FINITE in error for error in errors):
+            raise DivergedError(f"policy version {self._sync.version} gives log-probabilities that are not finite; {self._if_diverged}")
         if fruitless >= MAX_FRUITLESS_ROUNDS:
-            reasons = ", ".join(error or "no error, and nothing played" for error in errors) or "no runner answered"
+            said = [error or "no error, and nothing played" for error in errors]
+            said += [f"runner {index} cannot start: {words}" for index, words in self._last_words.items()]
+            reasons = ", ".join(said) or "no runner answered"
             raise RuntimeError(
                 f"sampling brought no step {fruitless} times in a row; the runners' last words: {reasons}; "
                 "their own logs are in Ray's session directory under logs/"
@@ -269,7 +293,7 @@ class RolloutCollector(RunnerCalls):
     """Has the runners sample until the learners have an iteration's steps, through failures of engines and runners.
 
     Args:
-        runners, sync, pool, reward_service, restore_runners, timeout_seconds: see `RunnerCalls`.
+        runners, sync, pool, calls: see `RunnerCalls`.
         learners: receive what was sampled.
         filter_groups: whether uniform groups are left out.
     """
@@ -281,12 +305,10 @@ class RolloutCollector(RunnerCalls):
         pool: EnginePool | None,
         learners: VLALearnerGroup,
         *,
-        reward_service: RewardService | None = None,
-        restore_runners: Callable[[], Any],
-        timeout_seconds: float,
         filter_groups: bool = False,
+        **calls: Any,
     ) -> None:
-        super().__init__(runners, sync, pool, reward_service=reward_service, restore_runners=restore_runners, timeout_seconds=timeout_seconds)
+        super().__init__(runners, sync, pool, **calls)
         self._learners, self._filter_groups = learners, filter_groups
 
     def collect(self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float]) -> Rollout:

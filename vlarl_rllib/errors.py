@@ -7,6 +7,16 @@ class SettingsError(ValueError):
     """A mistake in the settings; the text is one line fit to be shown to the user."""
 
 
+class DivergedError(RuntimeError):
+    """Training has left the finite numbers; from the same checkpoint it would again, so nothing is started anew."""
+
+
+def lower_the_rates(rates: dict[str, float]) -> str:
+    """What to do where training has diverged; the learning rates by their settings' keys."""
+    named = " or ".join(f"{key} ({value:g})" for key, value in rates.items())
+    return f"lower {named}, or use float32, and start anew or from an earlier checkpoint with --resume-from"
+
+
 def one_line(error: BaseException) -> str:
     """Type and message of what went wrong, without Ray's traceback around it."""
     from ray.exceptions import RayActorError, RayTaskError

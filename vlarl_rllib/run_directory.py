@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from vlarl_rllib.checkpoints import CheckpointStore, Unit, write_atomically
+from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, Unit, write_atomically
 from vlarl_rllib.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,9 @@ class RunDirectory:
     def checkpoints(self, keep: int = 1, unit: Unit = "iteration") -> CheckpointStore:
         return CheckpointStore(self.path / "checkpoints", keep, unit)
 
-    def newest_checkpoint(self, unit: Unit = "iteration") -> Path | None:
-        return self.checkpoints(unit=unit).newest()
+    def newest_checkpoint(self, unit: Unit = "iteration", passed_over: Callable[[str], None] | None = None) -> Path | None:
+        """See `CheckpointStore.newest`."""
+        return self.checkpoints(unit=unit).newest(passed_over)
 
     def read_summary(self) -> dict[str, Any] | None:
         """`summary.json`, None before the end."""
@@ -166,11 +167,18 @@ def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) ->
     if run.read_rows() or run.newest_checkpoint():  # a run that failed before its first iteration may be started again in place
         raise SettingsError(f"--run-dir: {path} holds a run already; continue it with --resume, or give another directory")
     if resume_from is not None:
-        try:
-            CheckpointStore.resolve(resume_from)
-        except FileNotFoundError as error:
-            raise SettingsError(f"--resume-from: {error}") from None
+        find_checkpoint(resume_from)
     return run
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`, behind a pointer there, or the newest one of the run there. Raises `SettingsError` where there is none."""
+    if (newest := RunDirectory(path).newest_checkpoint(passed_over=logger.warning)) is not None:
+        return newest
+    try:
+        return CheckpointStore.resolve(path)
+    except (FileNotFoundError, DamagedCheckpointError) as error:
+        raise SettingsError(f"--resume-from: {error}") from None
 
 
 def open_run_directory(path: Path, unit: Unit = "iteration") -> RunDirectory:
@@ -181,10 +189,15 @@ def open_run_directory(path: Path, unit: Unit = "iteration") -> RunDirectory:
     run = RunDirectory(path.resolve())  # runs/latest is a link, which `claimed` sets anew
     if not (run.path / "config.yaml").is_file():
         raise SettingsError(f"--run-dir: {path} holds no run (config.yaml is missing); give the directory of one, for example runs/latest")
-    if run.newest_checkpoint(unit) is None:
+    damages: list[str] = []
+    newest = run.newest_checkpoint(unit, damages.append)
+    if newest is None:
+        damage = f" ({'; '.join(damages)})" if damages else ""
         raise SettingsError(
-            f"--resume: {path} has no complete checkpoint of {COMMANDS[unit]} to continue from; start the run again in another directory"
+            f"--resume: {path} has no complete checkpoint of {COMMANDS[unit]} to continue from{damage}; start the run again in another directory"
         )
+    for damage in damages:
+        logger.warning("%s; going on from %s", damage, newest.name)
     return run
 
 

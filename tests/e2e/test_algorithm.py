@@ -17,6 +17,7 @@ import ray
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.observability.metrics import iteration_row
 from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
 from vlarl_rllib.rewards.worker import RewardService
 from vlarl_rllib.settings import Settings
@@ -75,7 +76,7 @@ def faulty_worker_class() -> type:
 
 def train(algorithm: VLAPPO) -> dict[str, Any]:
     """One iteration, whole and with the weights that were pushed last."""
-    row = algorithm.train()["vlarl"]
+    row = iteration_row(algorithm.train())
     assert row["logprob_gap_max"] < 1e-4, "the engine sampled with other weights than the learner's"
     return row
 

@@ -23,6 +23,10 @@ LOG_PROB_TOLERANCE = 1e-4
 """How far above 0 rounding may lift the log-probability of a near-certain token."""
 
 
+NOT_FINITE = "the weights may not be finite"
+"""In the text of an `EngineError` that another engine would raise too."""
+
+
 class EngineError(RuntimeError):
     """The engine cannot answer any more: it is to be killed, replaced and given the current weights."""
 
@@ -109,7 +113,7 @@ def checked_reply(token_ids: Sequence[int], log_probs: Sequence[float], action_t
         if token_id not in action_token_ids:
             raise EngineError(f"the engine sampled id {token_id}, which is not an action token {action_token_ids}")
         if not (math.isfinite(log_prob) and log_prob <= LOG_PROB_TOLERANCE):
-            raise EngineError(f"the engine reported log-probability {log_prob}; the weights may not be finite")
+            raise EngineError(f"the engine reported log-probability {log_prob}; {NOT_FINITE}")
     return SampleReply(
         tokens=np.asarray(token_ids, dtype=np.int64),
         log_probs=np.asarray(log_probs, dtype=np.float32),

@@ -53,7 +53,9 @@ def save_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
 
 
 def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """Read what `save_sharded` wrote, also into another number of ranks. Collective.
+    """Read what `save_sharded` wrote, also into another number of ranks: weights and moments. Learning rates and the like stay as they are.
+
+    Collective.
 
     Raises:
         FileNotFoundError: where `directory` holds no complete checkpoint.
@@ -71,7 +73,10 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
         raise OSError(f"{directory}: {_first_failure(error)}") from None
     for name, optimizer in optimizers.items():
         if name in stepped:
+            settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
             set_optimizer_state_dict(model, optimizer, state[name])
+            for group, own in zip(optimizer.param_groups, settings, strict=True):
+                group.update(own)  # learning rate, weight decay and the like are the new run's
         else:
             optimizer.state.clear()
 

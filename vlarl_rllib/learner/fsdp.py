@@ -70,6 +70,11 @@ def _device_mesh(device: torch.device, shape: tuple[int, int]) -> DeviceMesh:
     return init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
 
 
+def local_shard(parameter: Tensor) -> Tensor:
+    """The part of a parameter that lies on this rank."""
+    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()  # type: ignore[attr-defined]
+
+
 def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
     """Scale the gradients to a global norm of at most `max_norm`; the norm before that, the same on all ranks."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)

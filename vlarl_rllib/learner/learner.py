@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,11 +31,11 @@ from ray.rllib.utils.metrics import (
 )
 from torch import Tensor, nn
 
+from vlarl_rllib.errors import DivergedError, lower_the_rates
 from vlarl_rllib.learner import fsdp
+from vlarl_rllib.learner.advantages import advantages_and_targets
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
-from vlarl_rllib.learner.gae import gae, next_values, shaped_rewards
-from vlarl_rllib.learner.group_advantages import group_advantages
 from vlarl_rllib.learner.loss import LossInputs, LossSettings, ppo_loss
 from vlarl_rllib.policy.rl_module import ACTION_LOGITS, VALUES
 from vlarl_rllib.settings import Settings, calculate_runtime_args
@@ -61,27 +63,35 @@ class VLALearner(PPOTorchLearner):
         self._batch: RolloutBatch | None = None
         self._skipped_in_a_row = 0
         self._publisher: Any = None
+        self._store_socket: socket.socket | None = None
 
     # Start and end
 
-    def rendezvous(self) -> tuple[str, int]:
-        """Address and free port of this actor's node, where rank 0 opens the process group's store."""
-        import socket
+    def node(self) -> str:
+        """Which node this actor is on."""
+        return ray.get_runtime_context().get_node_id()
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+    def rendezvous(self, one_node: bool) -> tuple[str, int]:
+        """Open the socket of the process group's store on rank 0; its address and port.
+
+        The store takes commands from whoever connects, so it listens to this machine alone where all learners are on it.
+        """
+        address = "127.0.0.1" if one_node else ray.util.get_node_ip_address()
+        self._store_socket = socket.create_server((address, 0))
+        return address, self._store_socket.getsockname()[1]
 
     def ping(self) -> None:
         """Answers as long as the actor lives and is not busy."""
 
     def join(self, rank: int, world_size: int, address: str, port: int) -> int:
         """Join the process group of all learners; call it on all of them at once, before `build`. Returns the process id."""
-        from datetime import timedelta
-
         self._rank, self._world_size = rank, world_size
         timeout = self.settings.learners.timeout_seconds
-        store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timedelta(seconds=timeout))
+        if address == "127.0.0.1":  # the backends' own sockets too
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(variable, "lo")
+        listening = {"master_listen_fd": self._store_socket.detach()} if self._store_socket else {}
+        store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timedelta(seconds=timeout), use_libuv=False, **listening)
         fsdp.init_process_group(self._choose_device(), rank, world_size, store, timeout)
         return os.getpid()
 
@@ -193,6 +203,7 @@ class VLALearner(PPOTorchLearner):
         self._weights_seq_no += 1
         targets = self._targets(batch)
         self._optimize(batch, targets, plan, warm_up=iteration < self.settings.training.critic_warmup_iterations)
+        self._require_finite_weights()
         self._log_steps(sum(plan.steps))
         self.after_gradient_based_update(timesteps=timesteps or {})
         return self.metrics.reduce()
@@ -202,27 +213,11 @@ class VLALearner(PPOTorchLearner):
         training = self.settings.training
         values, log_probs = self._score(batch)
         old_values = values[: batch.num_steps]
-        bootstrap = torch.zeros(len(batch.chunk_terminated))
-        alive = batch.chunk_bootstrap >= 0
-        bootstrap[alive] = values[batch.chunk_bootstrap[alive]]
-        ones = batch.rows(torch.ones(batch.num_steps)).bool()
-        rewards = batch.rows(fsdp.whiten(batch.rewards) if training.whiten_rewards else batch.rewards)
-        rows = batch.rows(old_values)
-        terminated, truncated = ones & torch.from_numpy(batch.chunk_terminated)[:, None] & _is_last(ones), torch.zeros_like(ones)
-        behind = bootstrap[:, None].expand(ones.shape)
-        if weight := self.settings.rewards.value_shaping:
-            rewards = shaped_rewards(rewards, rows, next_values(rows, terminated, truncated, behind, ones), training.gamma, weight)
-        of_critic, value_targets = gae(rewards, rows, terminated, truncated, behind, training.gamma, training.gae_lambda, ones)
-        if training.advantages == "gae":
-            advantages = batch.flat(of_critic)
-        else:
-            groups = torch.from_numpy(batch.chunk_contribution)
-            advantages = group_advantages(rewards.sum(1), groups, training.advantages)[batch.chunk]
-        flat_targets = batch.flat(value_targets)
-        self._log_targets(batch, old_values, flat_targets, advantages, log_probs)
+        advantages, value_targets = advantages_and_targets(batch, values, self.settings)
+        self._log_targets(batch, old_values, value_targets, advantages, log_probs)
         return {
             "old_values": old_values,
-            "value_targets": flat_targets,
+            "value_targets": value_targets,
             "advantages": fsdp.normalize(advantages) if training.advantages == "gae" and training.normalize_advantages else advantages,
             "old_log_probs": log_probs if training.old_log_probs == "recompute" else batch.behaviour_log_probs,
         }
@@ -315,10 +310,22 @@ class VLALearner(PPOTorchLearner):
         logger.warning("non-finite gradient norm %s: optimiser step skipped (%d in a row)", norms, self._skipped_in_a_row)
         limit = self.settings.training.max_skipped_updates
         if self._skipped_in_a_row > limit:
-            raise RuntimeError(
-                f"{self._skipped_in_a_row} optimiser steps in a row had a non-finite gradient, more than training.max_skipped_updates = {limit}; "
-                "lower training.lr or training.value_lr, or use float32"
-            )
+            steps = self._skipped_in_a_row
+            raise self._diverged(f"{steps} optimiser steps in a row had a non-finite gradient, more than training.max_skipped_updates = {limit}")
+
+    def _require_finite_weights(self) -> None:
+        """Before engines or a checkpoint get them; all ranks take part. Raises DivergedError."""
+        shards = [fsdp.local_shard(parameter) for optimizer in self.optimizers().values() for parameter in _parameters(optimizer)]
+        finite = all(bool(norm.isfinite()) for norm in torch._foreach_norm([shard for shard in shards if shard.numel()], float("inf")))
+        if fsdp.all_reduce_max(float(not finite)):
+            raise self._diverged("the update left weights that are not finite")
+
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(f"{what}; {lower_the_rates(self._rates())}")
+
+    def _rates(self) -> dict[str, float]:
+        """The learning rates by their settings' keys."""
+        return {"training.lr": self.settings.training.lr, "training.value_lr": self.settings.training.value_lr}
 
     # Weights and checkpoints
 
@@ -394,8 +401,23 @@ class VLALearner(PPOTorchLearner):
             **means,
             **{f"first_{name}": history[0][name] for name in FIRST_MINIBATCH},
             optimizer_steps=float(len(history)),
+            **self._applied(),
             skipped_updates=sum(entry["skipped"] for entry in history),
         )
+
+    def _applied(self) -> dict[str, float]:
+        """What the update was made with, read from what made it."""
+        training = self.settings.training
+        (policy,), (critic,) = (optimizer.param_groups for optimizer in self.optimizers().values())
+        return {
+            "applied_lr": policy["lr"],
+            "applied_value_lr": critic["lr"],
+            "applied_weight_decay": policy["weight_decay"],
+            "applied_clip_low": training.clip_low,
+            "applied_clip_high": training.clip_high,
+            "applied_minibatch_size": float(training.minibatch_size),
+            "applied_temperature": self.settings.temperature,
+        }
 
     def _log(self, **values: float) -> None:
         for name, value in values.items():
@@ -406,11 +428,6 @@ class VLALearner(PPOTorchLearner):
         self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_TRAINED), share, reduce="sum")
         self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_TRAINED_LIFETIME), share, reduce="lifetime_sum")
         self.metrics.log_value((ALL_MODULES, NUM_MODULE_STEPS_TRAINED_LIFETIME), share, reduce="lifetime_sum")
-
-
-def _is_last(mask: Tensor) -> Tensor:
-    """[C, T] True at the last valid step of each row."""
-    return mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
 
 
 def _is_critics(name: str) -> bool:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.rllib.core import COMPONENT_LEARNER
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.utils.actor_manager import RemoteCallResults, ResultOrError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from vlarl_rllib.errors import one_line
+from vlarl_rllib.errors import DivergedError, one_line
 from vlarl_rllib.learner.collate import UpdatePlan, assign_owners
 from vlarl_rllib.malloc import KEEP_FREED_MEMORY
 from vlarl_rllib.settings import LearnerSettings, Settings
@@ -77,7 +77,8 @@ class VLALearnerGroup(LearnerGroup):
             if group is not None and self._bundles is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, self._bundles[index])
             self._workers.append(actor_class.options(**options).remote(config=self.config, module_spec=self._module_spec))
-        address, port = self._wait([self._workers[0].rendezvous.remote()])[0]
+        nodes = self._wait([worker.node.remote() for worker in self._workers])
+        address, port = self._wait([self._workers[0].rendezvous.remote(one_node=len(set(nodes)) == 1)])[0]
         self.pids = self._wait([w.join.remote(rank, learners.num, address, port) for rank, w in enumerate(self._workers)])
         self._wait([w._set_learner_index_and_placement_group.remote(learner_index=i, placement_group=None) for i, w in enumerate(self._workers)])
         self._wait([w.build.remote() for w in self._workers])
@@ -104,6 +105,7 @@ class VLALearnerGroup(LearnerGroup):
         Raises:
             LearnerGroupError: as soon as one rank dies, or where one takes longer than `timeout_seconds`.
             LearnerError: as soon as one rank raises.
+            DivergedError: where that is because the numbers are no longer finite.
         """
         extra = per_rank if per_rank is not None else [()] * max(1, len(self))
         if self.is_local:
@@ -128,6 +130,8 @@ class VLALearnerGroup(LearnerGroup):
 
     def _blame(self, rank: int, error: RayError) -> None:
         """Raise what befell a rank: its own mistake, or a collective that broke because another one is gone."""
+        if isinstance(error, RayTaskError) and isinstance(error.cause, DivergedError):
+            raise error.cause from error
         pings = [w.ping.remote() for w in self._workers]
         _, silent = ray.wait(pings, num_returns=len(pings), timeout=PING_SECONDS)
         dead = [pings.index(ref) for ref in silent]

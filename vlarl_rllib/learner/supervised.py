@@ -115,6 +115,9 @@ class SupervisedLearner(VLALearner):
         counts = {"samples": float(samples), "steps": float(num_steps), "grad_norm": norms, "skipped": float(skipped)}
         return fsdp.all_reduce_sums(sums) | counts
 
+    def _rates(self) -> dict[str, float]:
+        return {"sft.lr": self.settings.sft.lr}
+
     def _accumulate(self, batch: DemonstrationBatch) -> dict[str, float]:
         """Forward and backward passes of one optimiser step; sums over this rank's demonstrations."""
         sums = dict.fromkeys(("loss", "correct", "l1"), 0.0)

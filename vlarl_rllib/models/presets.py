@@ -356,11 +356,15 @@ def write_tokenizer(preset: Preset, directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def cache_name(preset_name: str) -> str:
+    """Name of a preset's directory: it changes with this file, so that a checkpoint made by other code is not taken for the current one."""
+    source = Path(__file__).read_bytes() + json.dumps(asdict(PRESETS[preset_name])).encode()
+    return f"{preset_name}-{hashlib.sha256(source).hexdigest()[:12]}"
+
+
 def _cached_checkpoint(preset_name: str, cache_dir: Path) -> Path:
     """Directory of the preset's checkpoint below `cache_dir`; written aside and renamed, so never seen half-made."""
-    # The name changes with this file, so that a checkpoint made by other code is not taken for the current one.
-    source = Path(__file__).read_bytes() + json.dumps(asdict(PRESETS[preset_name])).encode()
-    target = cache_dir / f"{preset_name}-{hashlib.sha256(source).hexdigest()[:12]}"
+    target = cache_dir / cache_name(preset_name)
     if target.is_dir():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)

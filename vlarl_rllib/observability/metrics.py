@@ -1,4 +1,4 @@
-"""The numbers of one iteration, flat and few: `result["vlarl"]`, which the live table and `summary.json` are made of.
+"""The numbers of one iteration, flat and few: `result["vlarl"]`, and `result["vlarl_details"]` for what is not always there.
 
 docs/metrics.md gives the formula of each.
 """
@@ -6,6 +6,7 @@ docs/metrics.md gives the formula of each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ LEARNER_METRICS = (
     "skipped_updates",
 )
 """What `VLALearner` logs for its policy."""
+APPLIED = ("lr", "value_lr", "weight_decay", "clip_low", "clip_high", "minibatch_size", "temperature")
+"""What the update was made with, as the learner's optimisers and loss had it; logged as `applied_...`."""
 RUNNER_SUMS = (
     "env_seconds",
     "sampler_seconds",
@@ -62,45 +65,82 @@ FAULTS = (
     "reward_cpu_retries",
     "repeated_iterations",
     "failed_checkpoints",
+    "damaged_checkpoints",
 )
 """What can go wrong and was mended, counted since the run began."""
 
 
+@dataclass
+class LastRates:
+    """Success as it was known last, so that there is a number in every iteration: Tune's `stop`, schedulers and CSV need one."""
+
+    training: float = 0.0
+    """Of the last iteration in which an episode ended; 0 before the first."""
+    evaluation: float = 0.0
+    """Of the last evaluation; 0 before the first."""
+    best_evaluation: float = 0.0
+
+    def add(self, details: dict[str, Any]) -> None:
+        """Take what `iteration_details` has."""
+        if details["success_rate"] is not None:
+            self.training = details["success_rate"]
+        for evaluation in (details["initial_evaluation"], details["evaluation"]):
+            if evaluation:
+                self.evaluation = evaluation["success_rate"]
+                self.best_evaluation = max(self.best_evaluation, self.evaluation)
+
+
+def iteration_details(
+    episodes: Sequence[EpisodeResult], initial_evaluation: dict[str, Any] | None, evaluation: dict[str, Any] | None
+) -> dict[str, Any]:
+    """`result["vlarl_details"]`: what is not there in every iteration.
+
+    Args:
+        episodes: those that ended in the iteration; None is the success rate of none.
+        initial_evaluation: what `evaluation_metrics` made before the first iteration, else None.
+        evaluation: the same behind this iteration, None where none was due.
+    """
+    return {**_success(episodes), "initial_evaluation": initial_evaluation, "evaluation": evaluation}
+
+
+def iteration_row(result: dict[str, Any]) -> dict[str, Any]:
+    """An iteration's line of `metrics.jsonl`, from Tune's or `Algorithm.train`'s result: the numbers, and over them the details."""
+    return result["vlarl"] | result["vlarl_details"]
+
+
 def iteration_metrics(
     results: dict[str, Any],
-    episodes: Sequence[EpisodeResult],
     *,
+    num_episodes: int,
+    rates: LastRates,
     iteration: int,
     seconds: dict[str, float],
     policy_version: int,
     manifest: WeightManifest | None,
     faults: dict[str, int],
-    initial_evaluation: dict[str, Any] | None,
-    evaluation: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Pick the numbers out of RLlib's result of an iteration.
+    """Pick the numbers out of RLlib's result of an iteration: the same keys every time, each of them a number.
 
     Args:
-        episodes: those that ended in the iteration.
+        num_episodes: that ended in the iteration.
         faults: see `FAULTS`.
-        initial_evaluation: what `evaluation_metrics` made before the first iteration, else None.
-        evaluation: the same behind this iteration, None where none was due.
     """
     runners = results["env_runners"]
     learner = results["learners"]["default_policy"]
     return {
         "iteration": iteration,
         "env_steps": int(runners["num_env_steps_sampled_lifetime"]),
-        "episodes": len(episodes),
-        **_success(episodes),
+        "episodes": num_episodes,
+        "success_rate": rates.training,
+        "evaluation_success_rate": rates.evaluation,
+        "best_evaluation_success_rate": rates.best_evaluation,
         **{name: float(learner[name]) for name in LEARNER_METRICS},
         **{name: float(runners[name]) for name in RUNNER_SUMS},
         "seconds": {name: float(seconds.get(name, 0.0)) for name in SECONDS},
         "policy_version": policy_version,
         "sync_bytes": manifest.num_bytes if manifest else 0,
         "faults": faults,
-        "initial_evaluation": initial_evaluation,
-        "evaluation": evaluation,
+        "applied": {name: float(learner[f"applied_{name}"]) for name in APPLIED},
     }
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from ray.tune import Callback
 from rich.console import Console
 
+from vlarl_rllib.observability.metrics import iteration_row
+
 COLUMNS = (
     ("iter", 8), ("steps", 9), ("success", 8), ("policy", 9), ("value", 8), ("kl", 9),
     ("sample", 8), ("update", 8), ("sync", 7), ("eta", 9),
@@ -33,7 +35,7 @@ class LiveTable(Callback):
         return {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        row = result["vlarl"]
+        row = iteration_row(result)
         if not self._has_header:
             self._has_header = True
             self._console.print(f"[dim]ready after {row['seconds']['startup']:.0f} s[/dim]")

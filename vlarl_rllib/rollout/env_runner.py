@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 import time
+import traceback
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import ray
+from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
@@ -77,6 +80,13 @@ class Attached(NamedTuple):
     """Of each slot, as it begins with."""
     evaluating: tuple[Start, ...]
     """Starts of the evaluation episodes that go on here."""
+    failure: str | None = None
+    """Traceback of what kept it from making its environments; it cannot sample then."""
+
+
+def slot_spaces(image_size: int) -> tuple[gym.Space, gym.Space]:
+    """What a slot shows, and what it takes."""
+    return gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8), gym.spaces.MultiDiscrete([NUM_ACTION_BINS] * NUM_ACTION_TOKENS)
 
 
 class SlotVectorEnv(gym.vector.VectorEnv):
@@ -85,8 +95,7 @@ class SlotVectorEnv(gym.vector.VectorEnv):
     def __init__(self, processes: SlotProcesses, num_envs: int, image_size: int) -> None:
         self.processes = processes
         self.num_envs = num_envs
-        self.single_observation_space = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.single_action_space = gym.spaces.MultiDiscrete([NUM_ACTION_BINS] * NUM_ACTION_TOKENS)
+        self.single_observation_space, self.single_action_space = slot_spaces(image_size)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
@@ -104,11 +113,26 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self._version = 0
         self._iteration = -1
         self._evaluation: Evaluation | None = None
+        self._failure: str | None = None
         super().__init__(config=config, **kwargs)
 
     # RLlib's surface
 
     def make_env(self) -> None:
+        """Start the environments. What goes wrong is kept for `failure`: of an actor that raises while it is made, Ray makes the next one."""
+        try:
+            self._make_env()
+        except Exception:
+            self._failure = traceback.format_exc()
+            return
+        context = EnvContext(self.config.env_config, self.worker_index or 0, num_workers=self.num_workers)
+        self._call_back("on_environment_created", env=self.env, env_context=context)
+
+    def failure(self) -> str | None:
+        """Traceback of what kept this runner from making its environments."""
+        return self._failure
+
+    def _make_env(self) -> None:
         self.stop()
         model = read_checkpoint_facts(self._engine_spec.model_path)
         env, settings = self.settings.env, self.settings
@@ -177,9 +201,15 @@ class VLAEnvRunner(SingleAgentEnvRunner):
 
     def get_spaces(self) -> Any:
         if self.env is None:
-            return self.spaces
-        single = (self.env.single_observation_space, self.env.single_action_space)
-        return {"__env__": (self.env.observation_space, self.env.action_space), "__env_single__": single, DEFAULT_MODULE_ID: single}
+            single = both = slot_spaces(1)  # of a runner that failed: RLlib asks before anybody hears of that
+        else:
+            single = (self.env.single_observation_space, self.env.single_action_space)
+            both = (self.env.observation_space, self.env.action_space)
+        return {"__env__": both, "__env_single__": single, DEFAULT_MODULE_ID: single}
+
+    def make_module(self) -> None:
+        if self._failure is None:
+            super().make_module()
 
     def sample(self, *, num_timesteps: int | None = None, **kwargs: Any) -> list[SingleAgentEpisode]:  # type: ignore[override]
         """Play an iteration's share and return the episodes themselves; `num_timesteps` divided over the slots where steps are counted."""
@@ -189,7 +219,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         return [episode for ref in contribution.refs for episode in ray.get(ref)]
 
     def assert_healthy(self) -> None:
-        assert self.env is not None and self.env.processes.pids(), "the runner has no environment processes"
+        assert self._failure or (self.env is not None and self.env.processes.pids()), "the runner has no environment processes"
 
     def stop(self) -> None:
         if self._sampler is not None:
@@ -201,6 +231,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
 
     def attach(self, engines: list[Any], version: int, manifest: WeightManifest | None, reward_worker: Any = None) -> Attached:
         """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`; and this reward worker."""
+        if self._failure:
+            return Attached(os.getpid(), (), (), self._failure)
         self._rewards.attach(reward_worker)
         if self.settings.engines.num:
             if not isinstance(self._sampler, RemoteSampler):
@@ -291,13 +323,26 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             runner=self.worker_index,
             pids={"runner": os.getpid(), "environments": self.env.processes.pids()},
         )
-        for player in self._players.values() if not contribution.missing else ():
+        for slot, player in self._players.items() if not contribution.missing else ():
             for chunks in player.take():
+                self._tell_of(chunks, slot)
                 contribution.refs.append(ray.put(chunks))
                 contribution.num_steps.append(sum(map(len, chunks)))
                 contribution.uniform.append(self.settings.rollout.group_size > 1 and is_uniform(chunks))
                 contribution.token_checksum += sum(zlib.crc32(tokens.tobytes()) for chunk in chunks for tokens in chunk.get_actions())
         return contribution
+
+    def _tell_of(self, chunks: list[SingleAgentEpisode], slot: int) -> None:
+        """RLlib's callbacks for what is handed over; of an episode that ends they see the last chunk, and `custom_data` of the whole."""
+        shared = {"env": self.env, "rl_module": self.module, "env_index": slot, "prev_episode_chunks": []}
+        for chunk in chunks:
+            if chunk.is_done:
+                self._call_back("on_episode_end", episode=chunk, **shared)
+        self._call_back("on_sample_end", samples=chunks)
+
+    def _call_back(self, name: str, **arguments: Any) -> None:
+        functions = getattr(self.config, f"callbacks_{name}")
+        make_callback(name, self._callbacks, functions, kwargs={"env_runner": self, "metrics_logger": self.metrics, **arguments})
 
     def _log_rollout(self, contribution: Contribution, seconds: float) -> None:
         """Metrics since the last call; RLlib adds up or averages them over runners."""

@@ -154,6 +154,7 @@ class TrainingPlayer:
         if ended:
             self._episodes_ended += 1
             length, total = chunk.custom_data["length"], chunk.custom_data["reward"]
+            chunk.custom_data["success"] = event.success
             self.results.append(EpisodeResult(event.task_id, event.initial_state, length, event.success, total))
             self._done_chunks.append(chunk)
             self._chunk = None

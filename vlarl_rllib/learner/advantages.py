@@ -1,0 +1,46 @@
+"""From a rollout's rewards and values to what the update learns from.
+
+N = steps, K = frames behind the last step of a chunk that goes on, C = chunks, T = longest chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlarl_rllib.learner import fsdp
+from vlarl_rllib.learner.collate import RolloutBatch
+from vlarl_rllib.learner.gae import gae, next_values, shaped_rewards
+from vlarl_rllib.learner.group_advantages import group_advantages
+from vlarl_rllib.settings import Settings
+
+
+def advantages_and_targets(batch: RolloutBatch, values: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Advantages, not yet normalised, and value targets, [N] each. Collective where rewards are whitened.
+
+    Args:
+        values: [N+K] of all frames, before the first optimiser step.
+    """
+    training = settings.training
+    bootstrap = torch.zeros(len(batch.chunk_terminated))
+    alive = batch.chunk_bootstrap >= 0
+    bootstrap[alive] = values[batch.chunk_bootstrap[alive]]
+    ones = batch.rows(torch.ones(batch.num_steps)).bool()
+    rewards = batch.rows(fsdp.whiten(batch.rewards) if training.whiten_rewards else batch.rewards)
+    rows = batch.rows(values[: batch.num_steps])
+    terminated, truncated = ones & torch.from_numpy(batch.chunk_terminated)[:, None] & _is_last(ones), torch.zeros_like(ones)
+    behind = bootstrap[:, None].expand(ones.shape)
+    if weight := settings.rewards.value_shaping:
+        rewards = shaped_rewards(rewards, rows, next_values(rows, terminated, truncated, behind, ones), training.gamma, weight)
+    of_critic, value_targets = gae(rewards, rows, terminated, truncated, behind, training.gamma, training.gae_lambda, ones)
+    if training.advantages == "gae":
+        advantages = batch.flat(of_critic)
+    else:
+        groups = torch.from_numpy(batch.chunk_contribution)
+        advantages = group_advantages(rewards.sum(1), groups, training.advantages)[batch.chunk]
+    return advantages, batch.flat(value_targets)
+
+
+def _is_last(mask: Tensor) -> Tensor:
+    """[C, T] True at the last valid step of each row."""
+    return mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
