@@ -11,6 +11,8 @@ import pytest
 from vlarl_rllib import coordination
 from vlarl_rllib.coordination import LoadedWeights, Rollout, RunnerCalls
 from vlarl_rllib.curriculum import Start
+from vlarl_rllib.engines.protocol import NOT_FINITE
+from vlarl_rllib.errors import DivergedError, lower_the_rates
 from vlarl_rllib.rollout.env_runner import Attached
 from vlarl_rllib.rollout.evaluation import EvaluationRound, StartQueue
 from vlarl_rllib.rollout.players import EpisodeResult
@@ -25,9 +27,15 @@ class Runner:
         self.worker_index, self.pid, self.rng, self.tasks = worker_index, pid, rng, tasks
         self.queue: StartQueue | None = None
         self.engine_error: str | None = None
+        self.broken: str | None = None
         self.steps = 1
 
+    def failure(self) -> str | None:
+        return self.broken
+
     def attach(self, engines: list[Any], version: int, manifest: Any) -> Attached:
+        if self.broken:
+            return Attached(self.pid, (), (), self.broken)
         return Attached(self.pid, self.tasks, tuple(self.queue.playing.values()) if self.queue else ())
 
     def begin_new_episodes(self) -> None:
@@ -77,7 +85,11 @@ class Runners:
     def restore(self) -> None:
         self.healthy = set(self.runners)
 
-    def foreach_env_runner(self, functions: list[Any], *, kwargs: list[Any], remote_worker_ids: list[int], **options: Any) -> list[Any]:
+    def foreach_env_runner(
+        self, functions: Any, *, kwargs: list[Any] | None = None, remote_worker_ids: list[int] | None = None, **options: Any
+    ) -> list[Any]:
+        if remote_worker_ids is None or kwargs is None:
+            return [functions(runner) for runner in self.runners.values()]
         answers = []
         for function, arguments, index in zip(functions, kwargs, remote_worker_ids, strict=True):
             when = self.fail(function.args[0])
@@ -131,6 +143,37 @@ def test_engines_that_fail_time_and_again_end_the_evaluation() -> None:
     runners.runners[1].engine_error, runners.runners[1].steps = "the engine is out", 0
     with pytest.raises(RuntimeError, match="the engine is out"):
         list(calls(runners).evaluate(EVERYTHING, change_tasks=True, seconds=1.0))
+
+
+def test_weights_that_give_no_finite_numbers_end_it_at_once_and_say_what_to_do() -> None:
+    """Another engine would say the same: so no five rounds, no new engine, and no new trial."""
+    runners = Runners(1, random.Random(0))
+    runners.runners[1].engine_error, runners.runners[1].steps = f"log-probability nan; {NOT_FINITE}", 0
+    diverged = RunnerCalls(
+        runners, LoadedWeights(None), None, restore_runners=runners.restore, timeout_seconds=1.0, if_diverged=lower_the_rates({"training.lr": 0.5})
+    )
+    with pytest.raises(DivergedError, match=r"policy version \d+ gives .* not finite; lower training.lr \(0.5\)"):
+        list(diverged.evaluate(EVERYTHING, change_tasks=True, seconds=1.0))
+    assert runners.deaths == 0
+
+
+def test_a_runner_that_cannot_start_says_why() -> None:
+    runners = Runners(2, random.Random(0))
+    coordination.require_runners(runners)
+    runners.runners[2].broken = "Traceback ...\nValueError: no such scene"
+    with pytest.raises(RuntimeError, match=r"runner 2 cannot start:\nTraceback \.\.\.\nValueError: no such scene"):
+        coordination.require_runners(runners)
+
+
+def test_a_runner_that_does_not_come_back_is_killed_and_its_last_words_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordination.time, "sleep", lambda seconds: None)
+    runners = Runners(1, random.Random(0))
+    runners.runners[1].broken = "Traceback ...\nMemoryError: no room for a model"
+    killed: list[int] = []
+    monkeypatch.setattr(RunnerCalls, "_kill", lambda self, index: killed.append(index))
+    with pytest.raises(RuntimeError, match=r"5 times in a row; .*runner 1 cannot start: MemoryError: no room for a model"):
+        list(calls(runners).evaluate(EVERYTHING, change_tasks=True, seconds=1.0))
+    assert killed == [1] * coordination.MAX_FRUITLESS_ROUNDS
 
 
 def test_rounds_without_a_step_are_patience_where_nothing_failed() -> None:

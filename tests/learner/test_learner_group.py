@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -16,6 +17,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from torch.distributed.tensor import DTensor
 
 from vlarl_rllib.config import VLAPPOConfig
+from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.collate import INSTRUCTION_KEY, LOG_PROBS_KEY, collate
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError, VLALearnerGroup
@@ -132,6 +134,10 @@ def test_0_1_and_2_learners_make_the_same_update_and_load_each_others_checkpoint
         assert largest_difference(after, weights(group, 2)) <= 1e-5
         for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm", "explained_variance"):
             assert other[name] == pytest.approx(metrics[name], abs=1e-4), name
+
+    # The store of the process group takes commands from whoever connects: it listens to this machine alone.
+    port = two.call("apply", lambda learner: torch.distributed.distributed_c10d._get_default_store().underlying_store.port)[0]
+    assert [c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port] == ["127.0.0.1"]
 
     # Adam's moments travel too: after loading what the local learner saved, all three make the same second update.
     local_second = (update(local, 1), weights(local, 3))[1]
@@ -315,8 +321,15 @@ def test_a_non_finite_gradient_is_skipped_counted_and_at_last_fatal(make_group: 
     metrics = update(group)
     assert metrics["skipped_updates"] == 6
     assert largest_difference(before, weights(group, 2)) == 0.0
-    with pytest.raises(RuntimeError, match=r"max_skipped_updates = 8; lower"):
+    with pytest.raises(DivergedError, match=r"max_skipped_updates = 8; lower training.lr \(2e-05\) or training.value_lr \(0.001\)"):
         update(group, 1)
+
+
+def test_weights_that_are_not_finite_reach_neither_engines_nor_a_checkpoint(make_group: Callable[..., VLALearnerGroup]) -> None:
+    group = make_group(0)
+    group._learner.optimizers()["policy"].param_groups[0]["lr"] = float("inf")
+    with pytest.raises(DivergedError, match=r"the update left weights that are not finite; lower training.lr"):
+        update(group)
 
 
 def test_a_lost_contribution_is_left_out_and_a_dead_learner_is_noticed_at_once(make_group: Callable[..., VLALearnerGroup]) -> None:

@@ -53,6 +53,9 @@ FEW_PATCHES = 64
 """Up to so many image tokens the CPU goes without PyTorch's fused attention: slower with 16, faster with 256 (see below), even in between."""
 
 
+LOOPBACK = "127.0.0.1"
+
+
 class VLALearner(PPOTorchLearner):
     """One FSDP rank. `config.vla` holds the settings; see `config.VLAPPOConfig`."""
 
@@ -76,9 +79,8 @@ class VLALearner(PPOTorchLearner):
 
         The store takes commands from whoever connects, so it listens to this machine alone where all learners are on it.
         """
-        address = "127.0.0.1" if one_node else ray.util.get_node_ip_address()
-        self._store_socket = socket.create_server((address, 0))
-        return address, self._store_socket.getsockname()[1]
+        self._store_socket = socket.create_server((LOOPBACK if one_node else ray.util.get_node_ip_address(), 0))
+        return self._store_socket.getsockname()
 
     def ping(self) -> None:
         """Answers as long as the actor lives and is not busy."""
@@ -87,7 +89,7 @@ class VLALearner(PPOTorchLearner):
         """Join the process group of all learners; call it on all of them at once, before `build`. Returns the process id."""
         self._rank, self._world_size = rank, world_size
         timeout = self.settings.learners.timeout_seconds
-        if address == "127.0.0.1":  # the backends' own sockets too
+        if address == LOOPBACK:  # the backends' own sockets too
             for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(variable, "lo")
         listening = {"master_listen_fd": self._store_socket.detach()} if self._store_socket else {}
