@@ -1,0 +1,175 @@
+"""An algorithm in a script or notebook, without engines and learner actors: RLlib's own calls, and what a checkpoint brings along."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.tune.utils import flatten_dict
+
+from vlarl_rllib import VLAPPO, VLAPPOConfig
+from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.errors import DivergedError, SettingsError
+from vlarl_rllib.settings import Settings
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 2, "num_processes": 1, "models_per_process": 2, "max_steps": 8},
+    "rollout": {"steps_per_iteration": 6},  # too short for an episode to end in the first iteration
+    "engines": {"num": 0},
+    "learners": {"num": 0, "micro_batch_size": 16},
+    "training": {"minibatch_size": 12, "lr": 1e-4},
+    "evaluation": {"episodes": 4},
+}
+
+
+class Callbacks(RLlibCallback):
+    """Notes what is called, in the runners too."""
+
+    def on_train_result(self, *, result: dict[str, Any], **kwargs: Any) -> None:
+        result["noted"] = True
+
+    def on_evaluate_end(self, *, algorithm: Any, evaluation_metrics: dict[str, Any], **kwargs: Any) -> None:
+        algorithm.noted_evaluation = evaluation_metrics
+
+    def on_checkpoint_loaded(self, *, algorithm: Any, **kwargs: Any) -> None:
+        algorithm.noted_checkpoint = algorithm.iteration
+
+    def on_episode_end(self, *, episode: Any, metrics_logger: Any, env_index: int, **kwargs: Any) -> None:
+        metrics_logger.log_value("noted_length", float(episode.custom_data["length"]), reduce="mean", window=1)
+
+
+def build(**changes: dict[str, Any]) -> VLAPPOConfig:
+    values = GIVEN | {section: GIVEN.get(section, {}) | keys for section, keys in changes.items()}
+    return VLAPPOConfig.from_settings(Settings.from_dict(values)).callbacks(Callbacks)
+
+
+def train_on(algorithm: VLAPPO) -> None:
+    """Until the update has shown in sampling."""
+    for _ in range(3):
+        algorithm.train()
+
+
+@pytest.fixture(scope="module")
+def algorithm(ray_session: None) -> Iterator[VLAPPO]:
+    algorithm = build().build_algo()
+    yield algorithm
+    algorithm.stop()
+
+
+@pytest.fixture(scope="module")
+def results(algorithm: VLAPPO) -> list[dict[str, Any]]:
+    return [algorithm.train() for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def saved(algorithm: VLAPPO, results: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved") / "checkpoint"
+    for _ in range(2):  # a second save replaces the first
+        algorithm.save_to_path(directory)
+    return directory
+
+
+def test_every_iteration_has_the_same_numbers(results: list[dict[str, Any]]) -> None:
+    """Tune's `stop`, schedulers and the CSV's header, which is the first row's, need them."""
+    rows = [flatten_dict({"vlarl": result["vlarl"]}) for result in results]
+    assert results[0]["vlarl_details"]["success_rate"] is None, "an episode ended, so nothing is tested here"
+    assert results[2]["vlarl_details"]["success_rate"] is not None
+    assert rows[0].keys() == rows[1].keys() == rows[2].keys()
+    assert all(isinstance(value, int | float) and value == value for row in rows for value in row.values())
+    assert [row["vlarl/evaluation_success_rate"] for row in rows] == [results[0]["vlarl_details"]["initial_evaluation"]["success_rate"]] * 3
+
+
+def test_rllibs_own_numbers_are_there_from_the_first_iteration(results: list[dict[str, Any]]) -> None:
+    wanted = {"episode_return_mean", "episode_len_mean", "num_episodes"}
+    for result in results:
+        assert wanted <= result["env_runners"].keys()
+
+
+def test_callbacks_are_called(algorithm: VLAPPO, results: list[dict[str, Any]]) -> None:
+    assert all(result["noted"] for result in results)
+    assert algorithm.noted_evaluation == results[0]["vlarl_details"]["initial_evaluation"]
+    assert results[2]["env_runners"]["noted_length"] == 8
+
+
+def test_an_evaluation_can_be_asked_for(algorithm: VLAPPO, results: list[dict[str, Any]]) -> None:
+    found = algorithm.evaluate()
+    assert found["env_runners"]["num_episodes"] == found["vlarl"]["episodes"] == 4
+    assert found["env_runners"]["episode_return_mean"] == found["vlarl"]["success_rate"]
+    assert found["vlarl"]["failures"] == algorithm.noted_evaluation["failures"]
+
+
+def test_rllib_builds_it_from_its_checkpoint_while_the_first_one_lives(algorithm: VLAPPO, saved: Path) -> None:
+    other = Algorithm.from_checkpoint(str(saved))
+    try:
+        assert isinstance(other, VLAPPO) and other.iteration == 3
+        assert other.train()["vlarl"]["env_steps"] == 4 * 12
+        assert algorithm.train()["vlarl"]["logprob_gap_max"] < 1e-4, "the other one's weights came in between"
+    finally:
+        other.stop()
+
+
+def test_a_new_runs_settings_win_over_the_checkpoints_and_divergence_names_the_rate(saved: Path) -> None:
+    training = {"lr": 0.0, "value_lr": 0.0, "weight_decay": 0.125, "clip_low": 0.1, "clip_high": 0.3, "minibatch_size": 4}
+    config = build(training=training, learners={"micro_batch_size": 2})
+    config.restore_from = str(saved)
+    other = config.build_algo()
+    try:
+        assert other.iteration == other.noted_checkpoint == 3
+        row = other.train()["vlarl"]
+        policy, critic = other.learner_group._learner.optimizers().values()
+        assert [(group["lr"], group["weight_decay"]) for optimizer in (policy, critic) for group in optimizer.param_groups] == [
+            (0.0, 0.125),
+            (0.0, 0.0),
+        ]
+        assert policy.state_dict()["state"][0]["step"] > 3, "Adam's moments are the checkpoint's"
+        assert row["applied"] == training | {"temperature": 1.0} and row["optimizer_steps"] == 3
+
+        policy.param_groups[0]["lr"] = 1e30
+        with pytest.raises(DivergedError, match=r"not finite; lower training.lr \(0\) or training.value_lr \(0\).*--resume-from"):
+            train_on(other)
+    finally:
+        other.stop()
+
+
+def test_a_save_goes_to_a_directory_or_is_refused(algorithm: VLAPPO, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("dear")
+    with pytest.raises(SettingsError, match="holds something else than a checkpoint"):
+        algorithm.save_to_path(tmp_path)
+    with pytest.raises(SettingsError, match="s3://bucket/x: checkpoints are written to directories"):
+        algorithm.save_to_path("s3://bucket/x")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_tunes_own_conventions(ray_session: None, tmp_path: Path) -> None:
+    """Stop at a metric that is not there at first, keep the best by evaluation, a CSV with every column, and a moved experiment."""
+    config = build(rollout={"steps_per_iteration": 6}, training={"minibatch_size": 12}, evaluation={"every": 1, "episodes": 2})
+    tuner = tune.Tuner(
+        VLAPPO,
+        param_space=config.to_dict() | {"lr": tune.grid_search([1e-3])},
+        run_config=tune.RunConfig(
+            name="experiment",
+            storage_path=str(tmp_path),
+            stop={"vlarl/success_rate": 2.0, "training_iteration": 4},
+            checkpoint_config=tune.CheckpointConfig(
+                checkpoint_frequency=1, num_to_keep=2, checkpoint_score_attribute="training_iteration", checkpoint_score_order="min"
+            ),
+            verbose=0,
+        ),
+    )
+    grid = tuner.fit()
+    assert not grid.errors
+    result = grid.get_best_result("vlarl/best_evaluation_success_rate", "max")
+    assert result.metrics["vlarl"]["applied"]["lr"] == 1e-3
+    trial = Path(result.path)
+    header, *lines = (trial / "progress.csv").read_text().splitlines()
+    assert {"vlarl/success_rate", "vlarl/evaluation_success_rate", "vlarl/applied/lr"} <= set(header.split(",")) and len(lines) == 4
+    kept = [checkpoint.path for checkpoint, _ in result.best_checkpoints]
+    iterations = sorted(json.loads((CheckpointStore.resolve(Path(path)) / "facts.json").read_text())["iteration"] for path in kept)
+    assert iterations == [1, 2], "Tune keeps the best two, by a score that falls"
+    moved = tmp_path / "moved"
+    (tmp_path / "experiment").rename(moved)
+    assert CheckpointStore.resolve(moved / trial.name / Path(kept[0]).name).parent == moved / trial.name / "checkpoints"
