@@ -152,7 +152,7 @@ def test_weights_that_give_no_finite_numbers_end_it_at_once_and_say_what_to_do()
     diverged = RunnerCalls(
         runners, LoadedWeights(None), None, restore_runners=runners.restore, timeout_seconds=1.0, if_diverged=lower_the_rates({"training.lr": 0.5})
     )
-    with pytest.raises(DivergedError, match=r"policy version \d+ gives .* not finite; lower training.lr \(0.5\)"):
+    with pytest.raises(DivergedError, match=r"the weights give .* not finite; lower training.lr \(0.5\)"):
         list(diverged.evaluate(EVERYTHING, change_tasks=True, seconds=1.0))
     assert runners.deaths == 0
 

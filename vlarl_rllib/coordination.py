@@ -265,7 +265,7 @@ class RunnerCalls:
 
     def _check(self, fruitless: int, errors: list[str | None]) -> None:
         if errors and all(error and NOT_FINITE in error for error in errors):
-            raise DivergedError(f"policy version {self._sync.version} gives log-probabilities that are not finite; {self._if_diverged}")
+            raise DivergedError(f"the weights give log-probabilities that are not finite; {self._if_diverged}")
         if fruitless >= MAX_FRUITLESS_ROUNDS:
             said = [error or "no error, and nothing played" for error in errors]
             said += [f"runner {index} cannot start: {words}" for index, words in self._last_words.items()]
