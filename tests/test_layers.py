@@ -14,8 +14,8 @@ PACKAGE = ROOT / "vlarl_rllib"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("published", "registry", "errors", "console"),
-    ("plan", "overrides"),
+    ("published", "registry", "errors", "console", "import_path"),
+    ("plan", "surroundings"),
     ("types", "settings", "malloc"),
     ("models", "envs", "rewards", "curriculum"),
     ("weights",),

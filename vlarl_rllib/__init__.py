@@ -5,6 +5,11 @@ Importing this package loads none of torch, Ray, vLLM or LIBERO; the two names b
 
 from __future__ import annotations
 
+from vlarl_rllib.import_path import leave_working_directory, run_as_module
+
+if run_as_module():  # before anything is imported that the working directory might hold
+    leave_working_directory()
+
 import logging
 import os
 from typing import TYPE_CHECKING, Any

@@ -54,12 +54,10 @@ class VLAPPOConfig(PPOConfig):
         from vlarl_rllib.models.presets import resolve_model
 
         config = cls()
-        config.vla = settings.to_dict()
+        config.vla = settings.to_dict()  # whose paths are absolute
         for key in ("path", "critic_path"):
             if config.vla["model"][key]:
                 config.vla["model"][key] = resolve_model(config.vla["model"][key])
-        if settings.rewards.judge:
-            config.vla["rewards"]["judge"] = str(Path(settings.rewards.judge).expanduser().absolute())
         # Once for all, since other nodes may have other numbers of cores.
         config.vla["env"]["num_processes"] = calculate_runtime_args(settings).num_processes
         config.run_dir = str(run_dir) if run_dir else None

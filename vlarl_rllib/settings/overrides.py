@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from vlarl_rllib.errors import SettingsError
+from vlarl_rllib.settings.yaml_text import parse_yaml
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -22,7 +21,4 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(below, dict):
             raise SettingsError(f"--set {override}: {parent} is a value, not a section")
         values = below
-    try:
-        values[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+    values[leaf] = parse_yaml(text, f"--set {override}")
