@@ -63,10 +63,9 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
         # Ray opens its directory to everybody, so it is one in a directory that is not open.
         directory = str(user_directory() / "ray")
         options |= {"address": "local", "num_cpus": cpus, "include_dashboard": settings.run.dashboard, "_temp_dir": directory}
-        if not home_is_writable() and not has_ray_token():  # where Ray would write one
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        _make_token()
     else:
-        what = f"the Ray cluster at {address}"
+        what = "the Ray cluster of this machine" if address == "auto" else f"the Ray cluster at {address}"
         if address != "auto":
             _ping(address)
     with _saying_so(f"waiting for {what}"):
@@ -81,6 +80,20 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
                 f"resources: the plan needs {needed:g} {kind} but the Ray cluster has {available.get(kind, 0.0):g}; "
                 "lower engines.*, learners.* or rollout.*, or add nodes (`vlarl doctor CONFIG` prints the plan)"
             )
+
+
+def _make_token() -> None:
+    """Ray would write the token of a Ray that it starts for everybody to read, and fail without a home directory to write it to."""
+    if has_ray_token() or os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return
+    token = secrets.token_hex(32)
+    if not home_is_writable():
+        os.environ["RAY_AUTH_TOKEN"] = token
+        return
+    file = Path.home() / ".ray" / "auth_token"
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+        stream.write(token)
 
 
 def _keep_secrets_out_of_runtime_environments() -> None:

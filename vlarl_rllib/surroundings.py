@@ -81,10 +81,10 @@ def cache_directory() -> Path:
 
 
 def keep_caches_where_they_can_be_written() -> None:
-    """Numba compiles the observation path once and keeps it beside the source or in the home directory; without both it refuses to compile."""
-    beside = Path(__file__).parent / "envs" / "__pycache__"
-    if not os.environ.get("NUMBA_CACHE_DIR") and not os.access(beside if beside.is_dir() else beside.parent, os.W_OK) and not home_is_writable():
-        os.environ["NUMBA_CACHE_DIR"] = str(user_directory() / "numba")
+    """Without a home to write to: Numba refuses to compile where its cache cannot be kept, and Matplotlib makes a new directory each time."""
+    if not home_is_writable():
+        for name, folder in (("NUMBA_CACHE_DIR", "numba"), ("MPLCONFIGDIR", "matplotlib")):
+            os.environ.setdefault(name, str(user_directory() / folder))
 
 
 def home_is_writable() -> bool:
