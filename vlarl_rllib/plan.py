@@ -175,7 +175,7 @@ def _too_many_tasks(s: Settings) -> Iterator[str]:
 def _impossible_resources(s: Settings) -> Iterator[str]:
     """Ray counts CPUs and GPUs in ten-thousandths, divides no more than one GPU, and places nothing that reserves nothing."""
     requests = [("rollout.cpus_per_runner", s.rollout.cpus_per_runner, "", 0.0)]
-    requests += [("learners.cpus", s.learners.cpus, "learners.gpus", s.learners.gpus)] * bool(s.learners.num)
+    requests += [("learners.cpus", s.learners.cpus if s.learners.num else max(1.0, s.learners.cpus), "learners.gpus", s.learners.gpus)]
     requests += [("engines.cpus", s.engines.cpus, "engines.gpus", s.engines.gpus)] * bool(s.engines.num)
     requests += [("rewards.judge_cpus", s.rewards.judge_cpus, "rewards.judge_gpus", s.rewards.judge_gpus)] * bool(s.rewards.process)
     for cpu_key, cpus, gpu_key, gpus in requests:

@@ -25,12 +25,13 @@ NOT_YET = {
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Natural = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Processes = Annotated[int, Field(ge=1, le=1024)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+"""What a float32 can be compared with."""
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 """Of a term of the loss or the reward, which are float32."""
 LearningRate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0.01, le=1e6, allow_inf_nan=False)]
 """The system's own time-outs are milliseconds in 32 bits: 24 days."""
 CPUs = Annotated[float, Field(ge=0, le=4096, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -128,8 +129,10 @@ class EnvSettings(Section):
 
 class RolloutSettings(Section):
     num_runners: Processes = Field(1, description="EnvRunner actors.")
-    steps_per_iteration: PositiveInt = Field(128, description="Environment steps that each slot contributes to an iteration.")
-    episodes_per_iteration: PositiveInt | None = Field(
+    steps_per_iteration: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        128, description="Environment steps that each slot contributes to an iteration."
+    )
+    episodes_per_iteration: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
         None, description="Whole episodes that each slot contributes to an iteration, in place of steps; null = steps_per_iteration."
     )
     group_size: PositiveInt = Field(1, description="So many of a slot's whole episodes, one after the other, have the same start: a group.")
@@ -199,7 +202,7 @@ class TrainingSettings(Section):
     kl_coeff: Weight = Field(0.0, description="Weight of the k3 estimate of KL(old, new).")
     grad_clip: PositiveFloat = Field(1.0, description="Largest global gradient norm.")
     minibatch_size: PositiveInt = Field(64, description="Steps per optimiser step, over all learners.")
-    num_epochs: PositiveInt = Field(1, description="Passes over an iteration's steps.")
+    num_epochs: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="Passes over an iteration's steps.")
     ratio: Literal["action", "token"] = Field("action", description="Importance ratio per action (product over its 7 tokens) or per token.")
     old_log_probs: Literal["behaviour", "recompute"] = Field(
         "behaviour",
@@ -287,7 +290,7 @@ class SFTSettings(Section):
     data: DirectoryPath | None = Field(None, description="Directory of an RLDS data set for `vlarl sft`.")
     split: str = Field("train", min_length=1, description="TFDS split of it, also a part such as train[:95%].")
     steps: PositiveInt = Field(1000, description="Optimiser steps.")
-    batch_size: PositiveInt = Field(32, description="Demonstrated steps per optimiser step, over all learners.")
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = Field(32, description="Demonstrated steps per optimiser step, over all learners.")
     lr: LearningRate = Field(5e-4, description="AdamW learning rate; OpenVLA's for LoRA on LIBERO, 2e-5 for all weights.")
     schedule: Literal["constant", "cosine"] = Field("constant", description="Of the learning rate: as OpenVLA's, or falling to 0 over sft.steps.")
     warmup_steps: Natural = Field(0, description="First steps, over which the learning rate rises from 0.")
