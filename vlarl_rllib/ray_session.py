@@ -27,7 +27,7 @@ from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
 from vlarl_rllib.surroundings import check_ray, cluster_address, has_ray_token, home_is_writable, user_directory
 from vlarl_rllib.weights.shared_memory import reap_stale
 
-PING_SECONDS = 10.0
+PING_SECONDS = 4.0
 """Something that takes connections and has not answered as Ray does by then is no Ray."""
 PATIENCE_SECONDS = 10.0
 """Between two lines that say that Ray is still being started."""

@@ -8,8 +8,7 @@ from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
-MAX_VALUE_CHARACTERS = 120
-"""Of a wrong value, in its message."""
+from vlarl_rllib.settings.yaml_text import shortened
 
 
 def known_keys(settings: type[BaseModel]) -> dict[str, str]:
@@ -40,7 +39,7 @@ def one_line(error: ValidationError, settings: type[BaseModel]) -> str:
         return message
     rule = message[0].lower() + message[1:]
     description = known_keys(settings).get(key)
-    return f"{key}: {_shortened(first['input'])} is not allowed: {rule}" + (f" ({description.rstrip('.')})" if description else "")
+    return f"{key}: {shortened(repr(first['input']))} is not allowed: {rule}" + (f" ({description.rstrip('.')})" if description else "")
 
 
 def _nearest(key: str, known: dict[str, str]) -> str:
@@ -53,8 +52,3 @@ def _nearest(key: str, known: dict[str, str]) -> str:
     elsewhere = [name for name in known if name.rsplit(".", 1)[1] == leaf]
     close = elsewhere or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]
     return f"did you mean {close[0]}?" if close else f"keys of {section} are {', '.join(siblings)}"
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[:MAX_VALUE_CHARACTERS]}..."

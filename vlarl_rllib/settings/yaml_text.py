@@ -17,6 +17,8 @@ MAX_DEPTH = 20
 """Of sections and lists in each other; ours are 3 deep."""
 MAX_DIGITS = 100
 """Of one value that is a number: Python reads longer ones, but in quadratic time, and refuses them at 4,300."""
+MAX_CHARACTERS = 120
+"""Of a wrong value, in its message."""
 TEXT_TAG, INT_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 
 
@@ -107,4 +109,9 @@ def _problem(text: str, mark: Any) -> ConstructorError:
 
 
 def _shown(node: Node) -> str:
-    return repr(node.value)[:60] if isinstance(node, ScalarNode) else "this"
+    return shortened(repr(node.value)) if isinstance(node, ScalarNode) else "this"
+
+
+def shortened(text: str) -> str:
+    """At most `MAX_CHARACTERS` of it, for a message."""
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
