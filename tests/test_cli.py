@@ -163,7 +163,7 @@ def test_a_mistake_leaves_nothing_behind(place: Path) -> None:
 def test_no_answer_loads_ray_or_torch(place: Path) -> None:
     code = (
         "import json, os, sys\n"
-        "from vlarl_rllib.__main__ import main\n"
+        "from vlarl_rllib.cli import main\n"
         "for arguments in json.loads(sys.argv[1]):\n"
         "    sys.argv = ['vlarl', *arguments]\n"
         "    try:\n"

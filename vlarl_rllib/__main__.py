@@ -1,15 +1,5 @@
-"""The `vlarl` command, which `python -m vlarl_rllib` is too."""
+"""`python -m vlarl_rllib` is `vlarl`."""
 
-from vlarl_rllib.import_path import leave_working_directory
+from vlarl_rllib.cli import main
 
-
-def main() -> None:
-    """Run it, importing nothing from the working directory."""
-    leave_working_directory()
-    from vlarl_rllib.cli import main
-
-    main()
-
-
-if __name__ == "__main__":
-    main()
+main()

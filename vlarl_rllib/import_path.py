@@ -28,9 +28,10 @@ def is_import_path(directory: str) -> bool:
     return any(os.path.realpath(entry) == os.path.realpath(directory) for entry in sys.path)
 
 
-def run_as_module() -> bool:
-    """Whether Python is about to run this package: `python -m vlarl_rllib`, and the environments' processes."""
-    return sys.argv[:1] == ["-m"] and any(argument.removeprefix("-m").partition(".")[0] == "vlarl_rllib" for argument in sys.orig_argv[1:])
+def is_our_command() -> bool:
+    """Whether this process is `vlarl`, `python -m vlarl_rllib`, or one of the environments' (`python -m vlarl_rllib.envs.worker`)."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return name == "vlarl" or (name == "-m" and any(argument.removeprefix("-m").partition(".")[0] == "vlarl_rllib" for argument in sys.orig_argv[1:]))
 
 
 def _wanted() -> set[str]:
