@@ -49,6 +49,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(psutil, "process_iter", lambda attributes: [])
+    if "ray" in sys.modules:  # other tests may have started one in this process
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
     return tmp_path
 
 
@@ -214,6 +216,13 @@ def test_a_full_disk(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("vlarl_rllib.run_directory.write_atomically", refuse)
     line = told(["train", "good.yaml", "--run-dir", "runs/new"], monkeypatch, capsys)
     assert "runs/new/config.yaml: No space left on device; make room, or give a directory that can be written to" in line
+
+
+def test_too_little_shared_memory(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 64e6 if path == "/dev/shm" else 1e12}))
+    assert "/dev/shm: 64 MB are left, and Ray's object store needs 100 MB; make room, or raise its size" in told(
+        ["train", "good.yaml"], monkeypatch, capsys
+    )
 
 
 def test_a_full_disk_for_ray(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

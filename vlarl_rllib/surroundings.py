@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 import threading
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,6 +24,8 @@ SOCKET_EXAMPLE = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma
 """What Ray puts behind the directory that it is given."""
 MIN_FREE_BYTES = 100_000_000
 """Ray's logs, and what its start writes beside them."""
+MIN_SHARED_MEMORY_BYTES = 100_000_000
+"""Ray starts no object store below 75 MB, and leaves a twentieth of what is free."""
 OWN_RAY = "unset RAY_ADDRESS for a Ray of vlarl's own"
 HUB = "https://huggingface.co"
 
@@ -100,11 +103,18 @@ def cluster_address() -> str | None:
 
 
 def check_ray() -> None:
-    """Raise `SettingsError` where no Ray can be joined or started."""
+    """Raise `SettingsError` where no Ray can be joined or started; not where this process works in one already."""
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
     _check_auth()
     address = cluster_address()
     if address is None:
         user_directory()
+        if (free := shutil.disk_usage("/dev/shm").free) < MIN_SHARED_MEMORY_BYTES:
+            raise SettingsError(
+                f"/dev/shm: {free / 1e6:.0f} MB are left, and Ray's object store needs {MIN_SHARED_MEMORY_BYTES / 1e6:.0f} MB; "
+                "make room, or raise its size (docker run --shm-size=2g)"
+            )
     elif address == "auto":
         _check_local_cluster()
     else:
