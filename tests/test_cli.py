@@ -60,9 +60,9 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a wrong key": (["train", "wrong_key.yaml"], ("training.lrr: unknown key", "did you mean training.lr?")),
     "a wrong type": (["train", "wrong_type.yaml"], ("training.lr: 'fast'", "valid number")),
     "a wrong override": (["train", "good.yaml", "--set", "training.lr"], ("--set training.lr:", "section.key=value")),
-    "no such model": (["train", "good.yaml", "--set", "model.path=./absent"], ("model.path: './absent'", "presets are tiny")),
+    "no such model": (["train", "good.yaml", "--set", "model.path=./absent"], ("model.path: no such directory", "/absent'", "presets are tiny")),
     "a directory without a model": (["train", "good.yaml", "--set", "model.path=runs"], ("model.path:", "has no config.json")),
-    "an adapter that is none": (["train", "good.yaml", "--set", "model.lora.adapter=runs"], ("model.lora.adapter: runs", "PEFT adapter")),
+    "an adapter that is none": (["train", "good.yaml", "--set", "model.lora.adapter=runs"], ("model.lora.adapter: ", "/runs has no", "PEFT adapter")),
     "a critic of another size": (
         ["train", "good.yaml", "--set", "model.critic=separate", "--set", "model.critic_path=mini"],
         ("model.critic_path: mini sees 112 pixels, the policy 28", "choose one of that size"),
@@ -70,16 +70,16 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "another kind of model": (["train", "good.yaml", "--set", "model.path=other_model"], ("model.path:", "must be 'openvla'")),
     "a model without sizes": (
         ["train", "good.yaml", "--set", "model.path=no_sizes"],
-        ("model.path:", "config.json of no_sizes has no 'image_sizes'"),
+        ("model.path:", "/no_sizes has no 'image_sizes'"),
     ),
     "half a model": (["train", "good.yaml", "--set", "model.path=cut_short"], ("model.path:", "cut_short cannot be read")),
     "a judge that is nowhere": (
         ["train", "good.yaml", "--set", "rewards.process=1", "--set", "rewards.judge=absent"],
-        ("rewards.judge: absent has no config.json", "vlarl reward-model"),
+        ("rewards.judge: ", "/absent has no config.json", "vlarl reward-model"),
     ),
     "a judge that cannot judge": (
         ["train", "good.yaml", "--set", "rewards.process=1", "--set", "rewards.judge=other_model"],
-        ("rewards.judge: other_model holds a model of type 'llama'", "vision-language model"),
+        ("rewards.judge: ", "/other_model holds a model of type 'llama'", "vision-language model"),
     ),
     "a wrong unnorm_key": (["train", "good.yaml", "--set", "model.unnorm_key=bridge"], ("model.unnorm_key: 'bridge'", "choose from libero_10")),
     "resume without a run": (["train", "--resume"], ("--resume: needs --run-dir",)),
@@ -102,7 +102,10 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a task that is not in the suite": (["eval", "tiny", "--suite", "libero_goal", "--tasks", "0,10"], ("--tasks: 10", "0 to 9")),
     "tasks that are no numbers": (["eval", "tiny", "--suite", "libero_goal", "--tasks", "all"], ("--tasks: 'all'", "such as 0,3")),
     "too many trials": (["eval", "tiny", "--suite", "libero_goal", "--trials", "51"], ("--trials: 51", "between 1 and 50")),
-    "no checkpoint to evaluate": (["eval", "./absent", "--suite", "libero_goal"], ("CHECKPOINT: './absent'", "presets are tiny")),
+    "no checkpoint to evaluate": (
+        ["eval", "./absent", "--suite", "libero_goal"],
+        ("CHECKPOINT: no such run or directory", "/absent'"),
+    ),
     "a run without a checkpoint to evaluate": (["eval", "runs/without_checkpoint", "--env", "synthetic"], ("CHECKPOINT:", "has no config.json")),
     "results over other things": (["eval", "tiny", "--env", "synthetic", "--out", "other_model"], ("--out: other_model holds other things",)),
     "results over a file": (["eval", "tiny", "--env", "synthetic", "--out", "good.yaml"], ("--out: good.yaml cannot be made",)),

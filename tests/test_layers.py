@@ -14,8 +14,8 @@ PACKAGE = ROOT / "vlarl_rllib"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("published", "registry", "errors"),
-    ("plan", "overrides"),
+    ("published", "registry", "errors", "console", "import_path"),
+    ("plan", "surroundings"),
     ("types", "settings", "malloc"),
     ("models", "envs", "rewards", "curriculum", "rllib_fields", "rllib_checkpoint"),
     ("weights",),

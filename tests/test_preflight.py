@@ -94,9 +94,9 @@ def test_too_few_episodes_and_a_split_that_is_not_there(tmp_path: Path, monkeypa
     ("sections", "message"),
     [
         ({}, "sft.data: missing; give the directory of an RLDS data set"),
-        ({"sft": {"data": "absent"}}, "sft.data: absent: no data set below it"),
+        ({"sft": {"data": "/absent"}}, "sft.data: /absent: no data set below it"),
         ({"sft": {"batch_size": 32}, "learners": {"num": 3}}, "sft.batch_size: 32 does not divide over 3 learners; use a multiple"),
-        ({"model": {"path": "./absent"}}, "model.path: './absent' is no directory"),
+        ({"model": {"path": "./absent"}}, "model.path: no such directory '/"),
     ],
 )
 def test_mistakes_before_supervised_fine_tuning(sections: dict[str, Any], message: str) -> None:

@@ -122,7 +122,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "not a number": ({"training": {"lr": float("nan")}}, ("training.lr: nan", "finite")),
     "above vLLM's limit": ({"rollout": {"temperature": 2.5}}, ("rollout.temperature: 2.5", "less than or equal to 2")),
     "a misspelt choice": ({"env": {"suite": "libero_spatail"}}, ("env.suite: 'libero_spatail'", "'libero_spatial'", "'libero_90'")),
-    "more tasks than there are": ({"env": {"tasks": 11}}, ("env.tasks: 10 is not a task", "libero_spatial", "0 to 9")),
+    "more tasks than there are": ({"env": {"tasks": 11}}, ("env.tasks: 11 is more than the 10 tasks", "libero_spatial", "null for all")),
     "a task out of range": ({"env": {"tasks": [10]}}, ("env.tasks: 10", "libero_spatial", "0 to 9")),
     "a task of no environment": ({"env": {"name": "synthetic", "tasks": [4]}}, ("env.tasks: 4", "synthetic", "0 to 3")),
     "a negative task": ({"env": {"tasks": [-1]}}, ("env.tasks.0: -1", "greater than or equal to 0")),
@@ -151,7 +151,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "values of no critic": ({**GROUPS, "rewards": {"value_shaping": 1.0}}, ("rewards.value_shaping: 1", "a trained critic")),
     "a process reward without a judge": ({"rewards": {"process": 0.5}}, ("rewards.process: 0.5 needs a judge", "set rewards.judge")),
-    "a judge without a weight": ({"rewards": {"judge": "judge"}}, ("rewards.judge: 'judge'", "rewards.process 0", "set a weight")),
+    "a judge without a weight": ({"rewards": {"judge": "judge"}}, ("rewards.judge: '/", "/judge'", "rewards.process 0", "set a weight")),
     "a copy of no judge": ({"rewards": {"judge_cpu_copy": True}}, ("rewards.judge_cpu_copy: True has no effect", "set a weight and a judge")),
     "GPUs without a judge": ({"rewards": {"judge_gpus": 0.5}}, ("rewards.judge_gpus: 0.5", "no judge", "set rewards.process and rewards.judge")),
     "a judge without CPUs": ({"rewards": {"process": 1, "judge": "judge", "judge_cpus": 0}}, ("rewards.judge_cpus: 0", "greater than 0")),
@@ -380,10 +380,10 @@ THROUGH_PLAN: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def attributes_read_outside_settings() -> set[tuple[str, str]]:
-    """(`x`, `y`) of every `x.y` and `....x.y` in the package, `settings.py` apart."""
+    """(`x`, `y`) of every `x.y` and `....x.y` in the package, the settings themselves apart."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())) if file.name not in ("settings.py", "plan.py") else ():
+        for node in ast.walk(ast.parse(file.read_text())) if file.parent.name != "settings" and file.name != "plan.py" else ():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = node.value
                 found.add((owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else "", node.attr))

@@ -5,6 +5,11 @@ Importing this package loads none of torch, Ray, vLLM or LIBERO; the two names b
 
 from __future__ import annotations
 
+from vlarl_rllib.import_path import is_our_command, leave_working_directory
+
+if is_our_command():  # before anything is imported that the working directory might hold
+    leave_working_directory()
+
 import logging
 import os
 from typing import TYPE_CHECKING, Any

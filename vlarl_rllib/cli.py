@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vlarl_rllib.settings import Settings, SettingsError
+from vlarl_rllib.surroundings import keep_caches_where_they_can_be_written
 
 app = typer.Typer(
     name="vlarl",
@@ -20,7 +22,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigPath = Annotated[Path | None, typer.Argument(help="YAML file, for example configs/libero_smoke_cpu.yaml.", show_default=False)]
+
+def _expanded(text: str) -> Path:
+    """A path from the command line; shells leave `--run-dir=~/x` as it is."""
+    return Path(os.path.expanduser(text))
+
+
+PATH: dict[str, Any] = {"parser": _expanded, "metavar": "PATH"}
+ConfigPath = Annotated[
+    Path | None,
+    typer.Argument(help="YAML file, for example configs/libero_smoke_cpu.yaml.", show_default=False, parser=_expanded, metavar="CONFIG"),
+]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one key; may be repeated.")]
 
 
@@ -28,9 +40,9 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE
 def train(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config.")] = False,
-    resume_from: Annotated[Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.")] = None,
+    resume_from: Annotated[Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.", **PATH)] = None,
 ) -> None:
     """Train a policy: one run through ray.tune.Tuner."""
     from vlarl_rllib.continuation import check_resume, check_resume_from
@@ -63,7 +75,7 @@ def train(
 def sft(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config.")] = False,
 ) -> None:
     """Fine-tune a policy on demonstrations (RLDS); leaves a checkpoint that train and eval take."""
@@ -101,7 +113,7 @@ def doctor(config: ConfigPath = None, overrides: Overrides = None) -> None:
 @app.command(name="make-checkpoint")
 def make_checkpoint(
     preset: Annotated[str, typer.Argument(help="tiny, small or mini.")],
-    directory: Annotated[Path, typer.Argument(help="Where to write it.")],
+    directory: Annotated[Path, typer.Argument(help="Where to write it.", parser=_expanded, metavar="DIRECTORY")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a small random OpenVLA checkpoint with its own tokenizer, for trying things out."""
@@ -119,7 +131,7 @@ def make_checkpoint(
 def quickstart(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where everything goes; default runs/<config>-<time>.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where everything goes; default runs/<config>-<time>.", **PATH)] = None,
 ) -> None:
     """Collect demonstrations, fine-tune on them and improve the policy with PPO, one after the other."""
     from vlarl_rllib.preflight import check_quickstart, doubts, sft_doubts
@@ -142,7 +154,7 @@ def quickstart(
 def collect(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The data set goes into OUT/<environment>/1.0.0.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="The data set goes into OUT/<environment>/1.0.0.", show_default=False, **PATH)] = None,
 ) -> None:
     """Have a scripted expert play, and keep what succeeds as an RLDS data set (env, collect)."""
     settings, _ = _load(config, overrides, "configs/quickstart.yaml")
@@ -159,8 +171,8 @@ def collect(
 
 @app.command(name="reward-model")
 def reward_model(
-    data: Annotated[Path, typer.Option(help="RLDS data set of successful demonstrations.")],
-    out: Annotated[Path, typer.Option(help="A new directory, for rewards.judge.")],
+    data: Annotated[Path, typer.Option(help="RLDS data set of successful demonstrations.", **PATH)],
+    out: Annotated[Path, typer.Option(help="A new directory, for rewards.judge.", **PATH)],
     split: Annotated[str, typer.Option(help="TFDS split of the data, also a part such as train[:95%].")] = "train",
     image_size: Annotated[int, typer.Option(help="Side that frames are brought to, in pixels.")] = 56,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
@@ -186,7 +198,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(metavar="0,3", help="Tasks of the suite; default all.", show_default=False)] = None,
     trials: Annotated[int, typer.Option(help="Initial states of each task, from the first.")] = 50,
     out: Annotated[
-        Path | None, typer.Option(help="Where results go, or are continued; default runs/eval-<suite>-<time>.", show_default=False)
+        Path | None, typer.Option(help="Where results go, or are continued; default runs/eval-<suite>-<time>.", show_default=False, **PATH)
     ] = None,
     engine: Annotated[str, typer.Option(help="vllm, or hf = Hugging Face inside each runner.")] = "vllm",
     unnorm_key: Annotated[str | None, typer.Option(help="Action statistics; default the run's, else the suite's.", show_default=False)] = None,
@@ -224,15 +236,21 @@ def _task_numbers(text: str | None) -> tuple[int, ...] | None:
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's directory (its newest checkpoint), or one checkpoint.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's directory (its newest checkpoint), or one checkpoint.", parser=_expanded)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.", parser=_expanded)],
     adapter: Annotated[bool, typer.Option("--adapter/--merge", help="Only the PEFT adapter, or a whole checkpoint with it merged.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the type that the run's engines used.")] = None,
 ) -> None:
     """Write a run's policy as a Hugging Face checkpoint, or its adapter."""
     from vlarl_rllib.export import find_training_checkpoint
 
-    if (checkpoint := find_training_checkpoint(source)) is None:
+    try:
+        checkpoint = find_training_checkpoint(source)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"RUN_OR_CHECKPOINT: {error}") from None
+    if checkpoint is None:
         raise SettingsError(f"RUN_OR_CHECKPOINT: {source} is neither a run with a checkpoint nor one; give a directory such as runs/latest")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise SettingsError(f"OUT: {out} exists and is not empty; give a new directory")
@@ -240,25 +258,25 @@ def export(
         raise SettingsError(f"--dtype: {dtype!r} must be float32 or bfloat16")
     if adapter and dtype:
         raise SettingsError("--dtype: an adapter is always float32; leave it out")
-    from rich.console import Console
+    from rich.text import Text
 
+    from vlarl_rllib.console import make_console
     from vlarl_rllib.export import export_adapter, export_merged
 
-    console = Console(highlight=False, soft_wrap=True)
-    with console.status(f"exporting iteration {checkpoint.iteration} of {source}"):
+    console = make_console()
+    with console.status(Text(f"exporting iteration {checkpoint.iteration} of {source}")):
         export_adapter(checkpoint, out) if adapter else export_merged(checkpoint, out, dtype)
     console.print(f"wrote {out}: the {'adapter' if adapter else 'merged checkpoint'} of iteration {checkpoint.iteration}")
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.")]) -> None:
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.", parser=_expanded)]) -> None:
     """Write curves.png and report.html of runs, and print one line for each."""
-    from rich.console import Console
-
+    from vlarl_rllib.console import make_console
     from vlarl_rllib.report import compare, write_report
 
     written = [write_report(run) for run in runs]
-    Console(highlight=False, soft_wrap=True).print(compare(runs))
+    make_console().print(compare(runs))
     for file in written:
         typer.echo(f"wrote {os.path.relpath(file)}")
 
@@ -292,12 +310,21 @@ def _remark(doubts: list[str]) -> None:
         typer.echo(f"note: {doubt}", err=True)
 
 
+FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the system says of a disk or directory that a person has to see to."""
+
+
 def main() -> None:
     """Entry point. A user's mistake is one line on stderr and exit code 2; nothing at all is a question for help."""
+    keep_caches_where_they_can_be_written()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except SettingsError as error:
         _fail(str(error))
+    except OSError as error:
+        if error.errno not in FULL_OR_FORBIDDEN:
+            raise
+        _fail(f"{error.filename or 'a file'}: {error.strerror}; make room, or give a directory that can be written to")
     except typer.TyperException as error:  # an unknown command or option, a value of the wrong type
         _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
@@ -308,7 +335,3 @@ def main() -> None:
 def _fail(message: str) -> None:
     typer.echo(f"vlarl: {' '.join(message.split())}", err=True)
     sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

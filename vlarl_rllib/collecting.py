@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vlarl_rllib.console import make_console
 from vlarl_rllib.data.collect import CollectRequest, collect
 from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.data.tfds_process import VERSION
@@ -31,7 +31,7 @@ def run_collect(settings: Settings, out: Path) -> int:
         seed=settings.run.seed,
         num_processes=plan.num_processes,
     )
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -42,7 +42,7 @@ def run_collect(settings: Settings, out: Path) -> int:
 
             path = collect(request, show)
     except (RuntimeError, ValueError) as error:  # ValueError: an environment that cannot be made so
-        console.print(f"[red]{error}[/red]")
+        console.print(str(error), style="red")
         return 1
     except KeyboardInterrupt:
         kept = out / env.name / VERSION

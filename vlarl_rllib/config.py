@@ -18,6 +18,7 @@ from ray.util.debug import log_once
 
 from vlarl_rllib import rllib_fields
 from vlarl_rllib.engines.protocol import EngineSpec
+from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 ENVIRONMENT_NAME = "vlarl_rllib"
@@ -29,12 +30,9 @@ def resolved(settings: Settings) -> Settings:
 
     A model preset is written to disk.
     """
-    from vlarl_rllib.models.presets import resolve_model
-
-    model, judge = settings.model, settings.rewards.judge
+    model = settings.model
     return settings.replaced(
         model={key: resolve_model(path) for key, path in (("path", model.path), ("critic_path", model.critic_path)) if path},
-        rewards={"judge": str(Path(judge).expanduser().absolute())} if judge else {},
         env={"num_processes": calculate_runtime_args(settings).num_processes},
     )
 

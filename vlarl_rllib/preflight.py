@@ -11,9 +11,11 @@ from pathlib import Path
 from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
 from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
 from vlarl_rllib.plan import num_training_starts
+from vlarl_rllib.published import absolute_unless_name
 from vlarl_rllib.registry import ENVIRONMENTS, expert_class, experts
 from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
+from vlarl_rllib.surroundings import check_ray, check_wandb, cluster_address, forgo_the_hub_where_it_is_not_reached
 
 MANY_STARTS = 1000
 """More than a run plays often enough to tell the hard ones."""
@@ -28,7 +30,10 @@ def check(settings: Settings) -> None:
     _check_rewards(settings)
     check_environment(settings.env.name)
     plan = calculate_runtime_args(settings)
-    if plan.total_gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
+    if settings.run.wandb:
+        check_wandb(settings.run.wandb)
+    check_ray()
+    if plan.total_gpus and not cluster_address() and not count_gpus():
         raise SettingsError(
             f"engines.gpus, learners.gpus, rewards.judge_gpus: the plan needs {plan.total_gpus:g} GPU(s) but this machine shows none; "
             "set them to 0 to run on the CPU"
@@ -38,7 +43,7 @@ def check(settings: Settings) -> None:
 def _check_rewards(settings: Settings) -> None:
     if settings.rewards.judge:
         try:
-            check_judge(Path(settings.rewards.judge).expanduser())
+            check_judge(settings.rewards.judge)
         except ValueError as error:
             raise SettingsError(f"rewards.judge: {error}") from error
 
@@ -63,6 +68,8 @@ def check_collect(settings: Settings, out: Path) -> None:
 
 def check_quickstart(settings: Settings, run: Path) -> None:
     """The same for all stages of a quickstart in the directory `run`."""
+    if settings.run.wandb:
+        check_wandb(settings.run.wandb)
     if not settings.evaluation.episodes:
         raise SettingsError("evaluation.episodes: 0 would leave nothing to show; set it to at least 1")
     _check_rewards(settings)
@@ -88,7 +95,8 @@ def check_sft(settings: Settings, *, data_to_come: bool = False) -> None:
     if not data_to_come:
         _check_data(settings.sft, max(1, settings.learners.num))
     check_tensorflow_datasets("sft.data")
-    if settings.learners.gpus and not os.environ.get("RAY_ADDRESS") and not count_gpus():
+    check_ray()
+    if settings.learners.gpus and not cluster_address() and not count_gpus():
         raise SettingsError(f"learners.gpus: {settings.learners.gpus:g} needs a GPU but this machine shows none; set it to 0 to run on the CPU")
 
 
@@ -181,17 +189,33 @@ def check_model(path: str, unnorm_key: str, *, path_name: str = "model.path", ke
 
 def _read_facts(path: str, path_name: str) -> CheckpointFacts:
     """Of a directory or hub id. Raises `SettingsError` where it is no OpenVLA checkpoint."""
-    directory = Path(path).expanduser()
-    if not directory.is_dir() and path not in HUB_MODELS and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise SettingsError(f"{path_name}: {path!r} is no directory, preset or hub id; presets are {', '.join([*PRESETS, *HUB_MODELS])}")
+    path = absolute_unless_name(path)
+    local = Path(path).is_dir()
+    presets = f"presets are {', '.join([*PRESETS, *HUB_MODELS])}"
+    if not local and path.startswith("/"):
+        raise SettingsError(f"{path_name}: no such {'run or directory' if path_name == 'CHECKPOINT' else 'directory'} {path!r}; {presets}")
+    if not local and path not in HUB_MODELS and path.count("/") != 1:
+        raise SettingsError(f"{path_name}: {path!r} is no directory, preset or hub id; {presets}")
+    offline = not local and not forgo_the_hub_where_it_is_not_reached()
     try:
-        return read_checkpoint_facts(str(directory) if directory.is_dir() else HUB_MODELS.get(path, path))
+        return read_checkpoint_facts(HUB_MODELS.get(path, path))
     except json.JSONDecodeError as error:
         raise SettingsError(f"{path_name}: a JSON file of {path} cannot be read ({error}); copy the checkpoint again") from error
     except KeyError as error:
         raise SettingsError(f"{path_name}: config.json of {path} has no {error}; give an OpenVLA checkpoint") from error
     except (OSError, ValueError) as error:  # missing, not to be fetched, or another kind of model
-        raise SettingsError(f"{path_name}: {error}") from error
+        raise SettingsError(f"{path_name}: {path}: {_hub_problem(error)}" if not local and not offline else f"{path_name}: {error}") from error
+
+
+def _hub_problem(error: OSError | ValueError) -> str:
+    """What the hub said, in one line."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "is gated; accept its terms on the hub, and log in with `hf auth login` or HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "is not on the hub, or private; check the name, or log in with `hf auth login` or HF_TOKEN"
+    return str(error).strip().splitlines()[0]
 
 
 def _check_additions(model: ModelSettings) -> None:

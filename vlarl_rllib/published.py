@@ -1,7 +1,8 @@
-"""The published OpenVLA checkpoints, and what fits each of them where the settings say nothing."""
+"""The names that models go by: presets, the published OpenVLA checkpoints, and what fits each of those where the settings say nothing."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 FINE_TUNED_TEMPERATURE = 1.5
@@ -37,8 +38,35 @@ PUBLISHED_MODELS = {
 }
 """By the name that `model.path` takes; the hub id does too."""
 
+PRESET_NAMES = ("tiny", "small", "mini")
+"""Of `models.presets.PRESETS`: small models that are made from a seed, for trying things out."""
+
 
 def published_model(path: str) -> PublishedModel | None:
     """The checkpoint that `model.path` names by its name or hub id; None for any other model."""
     by_id = {model.hub_id: model for model in PUBLISHED_MODELS.values()}
     return PUBLISHED_MODELS.get(path) or by_id.get(path)
+
+
+def absolute_path(path: str) -> str:
+    """`~` expanded, relative to the working directory, links followed: what a name like runs/latest means today it means tomorrow."""
+    return os.path.realpath(os.path.expanduser(path))
+
+
+def is_model_name(text: str) -> bool:
+    """Whether `text` is the name of a model rather than of a directory.
+
+    A preset's or published name always is, whatever lies in the working directory (`./tiny` is the directory). Of the others, owner/name is
+    one unless it reads like a path: there is such a directory or one called owner, or it begins with `runs/`.
+    """
+    if text in PRESET_NAMES or published_model(text):
+        return True
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        return False
+    owner, slash, _ = text.partition("/")
+    return owner != "runs" and not os.path.isdir(owner) if slash else not os.path.isdir(text)
+
+
+def absolute_unless_name(text: str) -> str:
+    """What `model.path` means wherever it is read: a name, or an absolute path."""
+    return text if is_model_name(text) else absolute_path(text)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import secrets
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +17,20 @@ os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")  # Ray rem
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # runners reserve no GPU but render on one
 
 import ray
+from ray.exceptions import RayError
+from ray.job_config import JobConfig
+from ray.tune.execution import class_cache
 
+from vlarl_rllib.console import make_console
+from vlarl_rllib.import_path import is_import_path
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
+from vlarl_rllib.surroundings import check_ray, cluster_address, has_ray_token, home_is_writable, user_directory
 from vlarl_rllib.weights.shared_memory import reap_stale
+
+PING_SECONDS = 4.0
+"""Something that takes connections and has not answered as Ray does by then is no Ray."""
+PATIENCE_SECONDS = 10.0
+"""Between two lines that say that Ray is still being started."""
 
 
 @contextmanager
@@ -36,14 +51,28 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a Ray of our own that is large enough for the plan.
 
     Raises:
-        SettingsError: where the plan can never be placed.
+        SettingsError: it cannot be joined or started, or the plan can never be placed.
     """
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-    else:
+    check_ray()
+    _keep_secrets_out_of_runtime_environments()
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "job_config": _job_config()}
+    address = cluster_address()
+    if address is None:
+        what = "Ray"
         cpus = max(os.cpu_count() or 1, int(-(-plan.total_cpus // 1)))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=settings.run.dashboard, **options)
+        # Ray opens its directory to everybody, so it is one in a directory that is not open.
+        directory = str(user_directory() / "ray")
+        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": settings.run.dashboard, "_temp_dir": directory}
+        _make_token()
+    else:
+        what = "the Ray cluster of this machine" if address == "auto" else f"the Ray cluster at {address}"
+        if address != "auto":
+            _ping(address)
+    with _saying_so(f"waiting for {what}"):
+        try:
+            ray.init(**options)
+        except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise SettingsError(f"{what} cannot be {'started' if address is None else 'joined'}: {' '.join(str(error).split())}") from error
     available = ray.cluster_resources()
     for kind, needed in (("CPU", plan.total_cpus), ("GPU", plan.total_gpus)):
         if needed > available.get(kind, 0.0):
@@ -51,3 +80,75 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
                 f"resources: the plan needs {needed:g} {kind} but the Ray cluster has {available.get(kind, 0.0):g}; "
                 "lower engines.*, learners.* or rollout.*, or add nodes (`vlarl doctor CONFIG` prints the plan)"
             )
+
+
+def _make_token() -> None:
+    """Ray would write the token of a Ray that it starts for everybody to read, and fail without a home directory to write it to."""
+    if has_ray_token() or os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return
+    token = secrets.token_hex(32)
+    if not home_is_writable():
+        os.environ["RAY_AUTH_TOKEN"] = token
+        return
+    file = Path.home() / ".ray" / "auth_token"
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+        stream.write(token)
+
+
+def _keep_secrets_out_of_runtime_environments() -> None:
+    """Tune hands AWS keys to a trial as its runtime environment, which Ray writes into logs and sends to its dashboard.
+
+    A trial of ours reads and writes directories only, and on this machine it has the driver's environment variables anyway.
+    """
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
+
+
+def _job_config() -> JobConfig:
+    """Workers look for modules where this process does: Ray would add the working directory for them, unless told that it is a client's."""
+    return JobConfig(_client_job=not is_import_path(os.getcwd()))
+
+
+def _ping(address: str) -> None:
+    """Raise `SettingsError` unless a Ray of this version answers, to our token; `ray.init` tries for minutes to find out."""
+    answer: list[str | BaseException] = []
+
+    def ask() -> None:
+        try:
+            metadata = ray._raylet.GcsClient(address=address).internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=PING_SECONDS)
+            answer.append(json.loads(metadata)["ray_version"])
+        except Exception as error:  # whatever it is that answers there
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PING_SECONDS)
+    found = answer[0] if answer else TimeoutError(f"no answer in {PING_SECONDS:g} s; is it Ray's port?")
+    if isinstance(found, ray.exceptions.AuthenticationError):
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        raise SettingsError(
+            f"RAY_ADDRESS: the cluster at {address} does not take this token; set RAY_AUTH_MODE to token (it is {mode}) and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the cluster's"
+        )
+    if isinstance(found, BaseException):
+        raise SettingsError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({' '.join(str(found).split())})")
+    if found != ray.__version__:
+        raise SettingsError(f"RAY_ADDRESS: the cluster at {address} runs Ray {found}, this is {ray.__version__}; install the same version on both")
+
+
+@contextmanager
+def _saying_so(what: str) -> Iterator[None]:
+    """A line on stderr every `PATIENCE_SECONDS`."""
+    over, began = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not over.wait(PATIENCE_SECONDS):
+            make_console(stderr=True).print(f"{what} ... {time.monotonic() - began:.0f} s")
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -7,14 +7,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from vlarl_rllib.console import make_console
 from vlarl_rllib.data.rlds import RLDSDataset, find_dataset, fingerprint
 from vlarl_rllib.preflight import check_tensorflow_datasets
 from vlarl_rllib.settings import SettingsError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vlarl_rllib.rewards.fitting import DemonstrationFrames, FitOptions, HeldOutQuality
 
 MIN_IMAGE_SIZE = 16
@@ -30,9 +33,9 @@ def run_reward_model(
     _check(data, out, image_size, steps, batch_size, lr, near, held_out)
     from vlarl_rllib.rewards.fitting import FitOptions
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     try:
-        with console.status(f"reading {data}"):
+        with console.status(Text(f"reading {data}")):
             frames = read_frames(data, split, image_size)
         num_episodes = int(frames.episode_of.max()) + 1
         what = f"{num_episodes} episodes, {len(frames.images):,} frames, {len(frames.instructions)} instruction(s)"

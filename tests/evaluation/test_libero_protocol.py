@@ -114,7 +114,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "more processes than slots": ({"num_envs": 2, "num_processes": 3}, "--num-processes: 3 is more than --num-envs 2"),
     "a GPU for hf": ({"engine": "hf", "gpus": 1.0}, "--engine: hf samples on the CPU"),
     "no such GPU": ({"gpus": 1.0}, r"--gpus: 1 GPU\(s\) are needed but this machine shows none"),
-    "no such checkpoint": ({"checkpoint": "./absent"}, "CHECKPOINT: './absent' is no directory, preset or hub id"),
+    "no such checkpoint": ({"checkpoint": "./absent"}, "CHECKPOINT: no such run or directory '/.*/absent'"),
     "a checkpoint without these statistics": ({"unnorm_key": "bridge"}, "--unnorm-key: 'bridge' is not in preset 'tiny'; choose from libero_10"),
 }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +20,10 @@ from vlarl_rllib import registry
 from vlarl_rllib.curriculum import Start, derive_seed
 from vlarl_rllib.export import TrainingCheckpoint, find_training_checkpoint, resolve_policy
 from vlarl_rllib.preflight import check_environment, check_model, count_gpus
+from vlarl_rllib.published import absolute_unless_name, is_model_name
 from vlarl_rllib.registry import EnvSpec
 from vlarl_rllib.settings import LIBERO_TASKS, Settings, SettingsError, default_statistics
+from vlarl_rllib.surroundings import check_ray, cluster_address
 
 ENGINES = ("vllm", "hf")
 DTYPES = ("float32", "bfloat16")
@@ -93,7 +94,7 @@ class EvaluationRequest:
     @cached_property
     def policy_path(self) -> str:
         """What the engines load. A run or training checkpoint is exported here, once, with torch."""
-        return resolve_policy(self.checkpoint) if _find_training_checkpoint(self.checkpoint) else self.checkpoint
+        return resolve_policy(self.checkpoint) if _find_training_checkpoint(self.checkpoint) else absolute_unless_name(self.checkpoint)
 
     def starts(self) -> list[Start]:
         """Every episode of the evaluation, once."""
@@ -188,6 +189,7 @@ class EvaluationRequest:
         trained = _find_training_checkpoint(self.checkpoint)
         model = trained.settings.model.path if trained else self.checkpoint  # which its export has the statistics of
         check_model(model, self.statistics, path_name="CHECKPOINT", key_name="--unnorm-key")
+        check_ray()
 
     def _check_choices(self) -> None:
         _check_choice("--env", self.env, registry.environments())
@@ -236,7 +238,7 @@ class EvaluationRequest:
         if self.gpus < 0 or self.gpus > 8:
             raise SettingsError(f"--gpus: {self.gpus:g} must be between 0 and 8 for each engine")
         total = self.num_engines * self.gpus
-        if total and not os.environ.get("RAY_ADDRESS") and not count_gpus():
+        if total and not cluster_address() and not count_gpus():
             raise SettingsError(f"--gpus: {total:g} GPU(s) are needed but this machine shows none; use --gpus 0 to run on the CPU")
 
 
@@ -248,9 +250,12 @@ def _check_choice(option: str, value: str, choices: Collection[str]) -> None:
 
 
 def _find_training_checkpoint(checkpoint: str) -> TrainingCheckpoint | None:
+    """Of a run or of itself; None for a model. Raises `SettingsError`."""
+    if is_model_name(checkpoint):
+        return None
     try:
-        return find_training_checkpoint(Path(checkpoint).expanduser())
-    except FileNotFoundError as error:
+        return find_training_checkpoint(Path(absolute_unless_name(checkpoint)))
+    except (OSError, ValueError) as error:
         raise SettingsError(f"CHECKPOINT: {error}") from None
 
 

@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vlarl_rllib.console import make_console
 from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
 from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
 from vlarl_rllib.evaluation.report import INCOMPLETE, EvaluationResult, summarize, to_table, write_reports
 from vlarl_rllib.settings import SettingsError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vlarl_rllib.curriculum import Start
     from vlarl_rllib.rollout.evaluation import EvaluationRound
 
@@ -70,7 +72,7 @@ def run_evaluation(request: EvaluationRequest, out: Path) -> int:
 
     0 = done, 128 + signal = ended by a signal (130 for Ctrl-C), 1 = failed. What was finished is kept in each case.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     request.check()
     where = os.path.relpath(out)
     with open_evaluation(out, request.question()) as directory:
@@ -78,7 +80,7 @@ def run_evaluation(request: EvaluationRequest, out: Path) -> int:
         before = f", {len(directory.episodes)} of them played before" if directory.episodes else ""
         console.print(f"evaluation directory {where}: {watch.total} episodes{before}")
         if directory.versions_before:
-            console.print(f"[yellow]versions have changed since it began: {_changes(directory.versions_before)}[/yellow]")
+            console.print(f"versions have changed since it began: {_changes(directory.versions_before)}", style="yellow")
         try:
             result = _evaluate(request, directory, watch)
         except KeyboardInterrupt:
@@ -89,18 +91,18 @@ def run_evaluation(request: EvaluationRequest, out: Path) -> int:
         except Exception as error:  # the boundary to the user; actors have died or a disk is full
             from vlarl_rllib.errors import one_line
 
-            console.print(f"[red]the evaluation failed: {one_line(error)}[/red]")
+            console.print(f"the evaluation failed: {one_line(error)}", style="red")
             console.print(f"{len(directory.episodes)} of {watch.total} episodes are kept; the same command goes on from there")
             return 1
     if result.episodes:
         console.print(to_table(result))
     if not result.complete:
         if result.episodes:
-            console.print(f"[yellow]{INCOMPLETE}[/yellow]")
+            console.print(INCOMPLETE, style="yellow")
         console.print(f"stopped; the same command with --out {where} plays the other {result.num_planned - len(result.episodes)} episodes")
         return 128 + (watch.signal or signal.SIGINT)
     if result.deviations:
-        console.print(f"[dim]not the published protocol: {'; '.join(result.deviations)}[/dim]")
+        console.print(f"not the published protocol: {'; '.join(result.deviations)}", style="dim")
     console.print(f"done: {where}/report.md")
     return 0
 

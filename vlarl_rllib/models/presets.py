@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlarl_rllib.published import PUBLISHED_MODELS
+from vlarl_rllib.published import PUBLISHED_MODELS, absolute_unless_name
+from vlarl_rllib.surroundings import cache_directory
 
 if TYPE_CHECKING:
     from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
@@ -115,10 +116,6 @@ LIBERO_QUANTILES: dict[str, dict[str, Any]] = {
 }
 
 
-DEFAULT_CACHE_DIR = Path.home() / ".cache" / "vlarl" / "models"
-"""Where `resolve_model` writes presets."""
-
-
 @dataclass(frozen=True)
 class Preset:
     """Sizes of a small model that is made from a seed."""
@@ -177,26 +174,24 @@ PRESETS = {
 }
 
 
-def resolve_model(path_or_preset: str | Path, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> str:
+def resolve_model(path_or_preset: str | Path, cache_dir: str | Path | None = None) -> str:
     """Directory or Hub id that `from_pretrained` can load.
 
     Args:
-        path_or_preset: a checkpoint directory, a preset (`tiny`, `mini`), a published name (`openvla-7b`, ...), or a
-            Hub id of the form owner/name.
+        path_or_preset: a preset (`tiny`, `mini`), a published name (`openvla-7b`, ...), a checkpoint directory, or a
+            Hub id of the form owner/name. A name means the same whatever lies in the working directory; `./tiny` is a directory.
         cache_dir: where a preset's checkpoint is written, once; another process doing the same at the same time is
-            harmless.
+            harmless. None = `surroundings.cache_directory`.
 
     Raises:
         ValueError: none of these.
     """
-    name = str(path_or_preset)
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser())
+    name = absolute_unless_name(str(path_or_preset))
+    if name in PRESETS:
+        return str(_cached_checkpoint(name, Path(cache_dir) if cache_dir else cache_directory() / "models"))
     if name in HUB_MODELS:
         return HUB_MODELS[name]
-    if name in PRESETS:
-        return str(_cached_checkpoint(name, Path(cache_dir)))
-    if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
+    if Path(name).is_dir() or (name.count("/") == 1 and not name.startswith("/")):
         return name
     choices = ", ".join([*PRESETS, *HUB_MODELS])
     raise ValueError(f"model '{name}' is no directory, preset or Hub id (owner/name); presets are: {choices}")

@@ -1,26 +1,20 @@
-"""Every setting of a run: typed, documented, validated before anything starts.
-
-`Settings.from_yaml(path, overrides)` is the one way in. A mistake is a `SettingsError` whose text is one line with the key,
-the value, the rule and the remedy. Neither Ray nor torch is imported here, so that a wrong key is answered in well under a second.
-"""
+"""The sections and keys of the settings: types, ranges, descriptions."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vlarl_rllib.errors import SettingsError
-from vlarl_rllib.overrides import apply_override
-from vlarl_rllib.plan import LIBERO_TASKS, RuntimeArgs, calculate_runtime_args, chosen_tasks, impossible_combinations
-from vlarl_rllib.published import published_model
+from vlarl_rllib.plan import chosen_tasks, impossible_combinations
+from vlarl_rllib.published import absolute_path, absolute_unless_name, published_model
 from vlarl_rllib.registry import ENVIRONMENTS, environments
-
-__all__ = ["LIBERO_TASKS", "RuntimeArgs", "Settings", "SettingsError", "calculate_runtime_args", "known_keys"]
+from vlarl_rllib.settings import messages
+from vlarl_rllib.settings.overrides import apply_override
+from vlarl_rllib.settings.yaml_text import read_yaml
 
 NOT_YET = {
     "rollout.async_mode": False,
@@ -28,33 +22,55 @@ NOT_YET = {
 }
 """Keys of the documented layout that have one possible value so far: accepted at that value, refused at any other."""
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Natural = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Processes = Annotated[int, Field(ge=1, le=1024)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+"""What a float32 can be compared with."""
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+"""Of a term of the loss or the reward, which are float32."""
+LearningRate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0.01, le=1e6, allow_inf_nan=False)]
+"""The system's own time-outs are milliseconds in 32 bits: 24 days."""
+CPUs = Annotated[float, Field(ge=0, le=4096, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DType = Literal["float32", "bfloat16"]
+DirectoryPath = Annotated[str, Field(min_length=1), AfterValidator(absolute_path)]
+ModelPath = Annotated[str, Field(min_length=1), AfterValidator(absolute_unless_name)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=False, validate_default=True, frozen=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, no, on and off as truth values, which pydantic would take for 1 and 0."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        items = value if isinstance(value, list) else [value]
+        if bool not in (annotation, *get_args(annotation)) and any(isinstance(item, bool) for item in items):
+            raise ValueError("true and false are no value of this key")
+        return value
+
 
 class LoraSettings(Section):
-    rank: PositiveInt = Field(32, description="Rank of the adapters.")
+    rank: Annotated[int, Field(ge=1, le=4096)] = Field(32, description="Rank of the adapters.")
     alpha: PositiveInt | None = Field(None, description="The update is scaled by alpha / rank; null = the rank, at most 16.")
     targets: Literal["published", "frozen_vision", "language_model"] | Annotated[list[str], Field(min_length=1)] = Field(
         "published",
         description="Adapted modules: published = all that OpenVLA's fine-tuning adapts; frozen_vision = projector, language model and head; "
         "language_model = its decoder layers; or a list of module names such as [q_proj, v_proj].",
     )
-    adapter: str | None = Field(
+    adapter: DirectoryPath | None = Field(
         None, description="Directory of a PEFT adapter to train on; rank, alpha and targets are its own then. null = new adapters."
     )
 
 
 class ModelSettings(Section):
-    path: str = Field("tiny", min_length=1, description="Preset name (tiny, small, mini), checkpoint directory, or hub id.")
+    path: ModelPath = Field(
+        "tiny", description="Preset name (tiny, small, mini), checkpoint directory (as all paths: relative to the working directory), or hub id."
+    )
     unnorm_key: str | None = Field(
         None,
         min_length=1,
@@ -74,7 +90,7 @@ class ModelSettings(Section):
     critic: Literal["shared_head", "separate"] = Field(
         "shared_head", description="shared_head = a value head on the policy's last prompt token; separate = on an OpenVLA of its own."
     )
-    critic_path: str | None = Field(None, description="Checkpoint, preset or hub id that a separate critic starts from; null = model.path.")
+    critic_path: ModelPath | None = Field(None, description="Checkpoint, preset or hub id that a separate critic starts from; null = model.path.")
 
 
 class EnvSettings(Section):
@@ -89,13 +105,13 @@ class EnvSettings(Section):
     tasks: Annotated[list[Natural], Field(min_length=1)] | PositiveInt | None = Field(
         [0], description="Tasks of the suite: a list of indices, or how many of the first; null = all. Runners and slots share them out."
     )
-    num_envs: PositiveInt = Field(4, description="Slots (independent episode streams) of each runner.")
-    num_processes: PositiveInt | None = Field(None, description="Subprocesses that share a runner's slots; null = cores, at most num_envs.")
+    num_envs: Processes = Field(4, description="Slots (independent episode streams) of each runner.")
+    num_processes: Processes | None = Field(None, description="Subprocesses that share a runner's slots; null = cores, at most num_envs.")
     models_per_process: PositiveInt = Field(
         1, description="MuJoCo models a subprocess may hold; slots with the same task share one. See README for the memory of each."
     )
     max_steps: PositiveInt | None = Field(None, description="Steps after which an episode is cut off; null = the suite's published horizon.")
-    timeout_seconds: PositiveFloat = Field(600.0, description="A reset or step that takes longer ends its subprocess, which is then started anew.")
+    timeout_seconds: Seconds = Field(600.0, description="A reset or step that takes longer ends its subprocess, which is then started anew.")
     max_resets_per_process: PositiveInt | None = Field(
         1000, description="Resets after which a subprocess is replaced, at the next checkpoint or evaluation; null = never."
     )
@@ -112,9 +128,11 @@ class EnvSettings(Section):
 
 
 class RolloutSettings(Section):
-    num_runners: PositiveInt = Field(1, description="EnvRunner actors.")
-    steps_per_iteration: PositiveInt = Field(128, description="Environment steps that each slot contributes to an iteration.")
-    episodes_per_iteration: PositiveInt | None = Field(
+    num_runners: Processes = Field(1, description="EnvRunner actors.")
+    steps_per_iteration: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        128, description="Environment steps that each slot contributes to an iteration."
+    )
+    episodes_per_iteration: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
         None, description="Whole episodes that each slot contributes to an iteration, in place of steps; null = steps_per_iteration."
     )
     group_size: PositiveInt = Field(1, description="So many of a slot's whole episodes, one after the other, have the same start: a group.")
@@ -123,18 +141,17 @@ class RolloutSettings(Section):
     )
     temperature: PositiveFloat | None = Field(
         None,
+        ge=0.01,
         le=2.0,
-        description="Softmax temperature over the 256 action ids (vLLM's limit is 2); null = 1.5 for the published LIBERO checkpoints, else 1.",
+        description="Softmax temperature over the 256 action ids (vLLM: 0.01 to 2); null = 1.5 for the published LIBERO checkpoints, else 1.",
     )
     lockstep: bool | None = Field(
         None,
         description="true = half of a runner's slots wait for each other at each step: the engine gets large batches, the run repeats to the token; "
         "false = every slot runs its own loop; null = true for CPU engines, which share the cores with the environments, false for GPU engines.",
     )
-    timeout_seconds: PositiveFloat = Field(
-        3600.0, description="A runner that takes longer for its part of an iteration is frozen and is started anew."
-    )
-    cpus_per_runner: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each runner and its subprocesses.")
+    timeout_seconds: Seconds = Field(3600.0, description="A runner that takes longer for its part of an iteration is frozen and is started anew.")
+    cpus_per_runner: CPUs = Field(1.0, description="CPUs that Ray reserves for each runner and its subprocesses.")
 
     @property
     def quota(self) -> int:
@@ -143,14 +160,14 @@ class RolloutSettings(Section):
 
 
 class EngineSettings(Section):
-    num: Natural = Field(1, description="vLLM engine actors; 0 = sample with Hugging Face inside each runner.")
+    num: Annotated[int, Field(ge=0, le=1024)] = Field(1, description="vLLM engine actors; 0 = sample with Hugging Face inside each runner.")
     gpus: NonNegativeFloat = Field(0.0, le=8.0, description="GPUs of each engine; a fraction shares a GPU, 0 = CPU.")
-    cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each engine.")
+    cpus: CPUs = Field(1.0, description="CPUs that Ray reserves for each engine.")
     dtype: DType = Field("float32", description="Weights and compute type of the engine.")
-    max_batch: PositiveInt = Field(64, description="Sequences that an engine decodes at once.")
+    max_batch: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="Sequences that an engine decodes at once.")
     enforce_eager: bool = Field(False, description="Do without CUDA graphs: starts faster, samples slower. CPU engines are always eager.")
-    start_timeout_seconds: PositiveFloat = Field(600.0, description="Longest wait for an engine to start.")
-    request_timeout_seconds: PositiveFloat = Field(120.0, description="Longest wait for one action before the engine counts as dead.")
+    start_timeout_seconds: Seconds = Field(600.0, description="Longest wait for an engine to start.")
+    request_timeout_seconds: Seconds = Field(120.0, description="Longest wait for one action before the engine counts as dead.")
 
 
 class FSDPSettings(Section):
@@ -165,27 +182,27 @@ class FSDPSettings(Section):
 class LearnerSettings(Section):
     num: Annotated[int, Field(ge=0, le=1024)] = Field(1, description="Learner actors (FSDP ranks); 0 = learn inside the Algorithm's process.")
     gpus: NonNegativeFloat = Field(0.0, le=1.0, description="GPUs of each learner; a fraction shares a GPU, 0 = CPU.")
-    cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each learner.")
+    cpus: CPUs = Field(1.0, description="CPUs that Ray reserves for each learner.")
     micro_batch_size: PositiveInt = Field(16, description="Steps in one forward and backward pass of a learner; gradients add up over a minibatch.")
-    timeout_seconds: PositiveFloat = Field(600.0, description="A collective or call that takes longer means that a learner is dead or frozen.")
+    timeout_seconds: Seconds = Field(600.0, description="A collective or call that takes longer means that a learner is dead or frozen.")
     fsdp: FSDPSettings = FSDPSettings()
 
 
 class TrainingSettings(Section):
-    lr: NonNegativeFloat = Field(1e-5, description="AdamW learning rate of the policy.")
-    value_lr: NonNegativeFloat = Field(1e-4, description="AdamW learning rate of the value head.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay of the policy.")
+    lr: LearningRate = Field(1e-5, description="AdamW learning rate of the policy.")
+    value_lr: LearningRate = Field(1e-4, description="AdamW learning rate of the value head.")
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="AdamW weight decay of the policy.")
     gamma: Fraction = Field(0.99, description="Discount factor; grpo and rloo sum up without one.")
     gae_lambda: Fraction = Field(0.95, description="Lambda of generalised advantage estimation (arXiv 1506.02438).")
     clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: PositiveFloat = Field(0.28, description="The ratio is clipped above at 1 + clip_high (clip-higher: DAPO, arXiv 2503.14476).")
     vf_clip: PositiveFloat | None = Field(0.2, description="Values move at most this far from the old ones in one update; null = no clipping.")
-    vf_coeff: NonNegativeFloat = Field(0.5, description="Weight of the value loss.")
-    entropy_coeff: NonNegativeFloat = Field(0.0, description="Weight of the entropy bonus.")
-    kl_coeff: NonNegativeFloat = Field(0.0, description="Weight of the k3 estimate of KL(old, new).")
+    vf_coeff: Weight = Field(0.5, description="Weight of the value loss.")
+    entropy_coeff: Weight = Field(0.0, description="Weight of the entropy bonus.")
+    kl_coeff: Weight = Field(0.0, description="Weight of the k3 estimate of KL(old, new).")
     grad_clip: PositiveFloat = Field(1.0, description="Largest global gradient norm.")
     minibatch_size: PositiveInt = Field(64, description="Steps per optimiser step, over all learners.")
-    num_epochs: PositiveInt = Field(1, description="Passes over an iteration's steps.")
+    num_epochs: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="Passes over an iteration's steps.")
     ratio: Literal["action", "token"] = Field("action", description="Importance ratio per action (product over its 7 tokens) or per token.")
     old_log_probs: Literal["behaviour", "recompute"] = Field(
         "behaviour",
@@ -216,23 +233,21 @@ class WeightSettings(Section):
 
 
 class RewardSettings(Section):
-    success: float = Field(1.0, allow_inf_nan=False, description="Reward of the step that solves the task.")
-    malformed: NonNegativeFloat = Field(0.0, description="Penalty of a reply that is not seven action tokens.")
-    length: NonNegativeFloat = Field(0.0, description="Penalty of every step.")
-    smoothness: NonNegativeFloat = Field(0.0, description="Penalty per mean squared change of the normalised arm action from step to step.")
-    value_shaping: NonNegativeFloat = Field(
-        0.0, description="Weight of gamma V(next) - V(now), the critic's own values as a potential (Ng et al. 1999)."
-    )
-    process: NonNegativeFloat = Field(0.0, description="Weight of what a step adds to the score that rewards.judge gives the frame, in [0, 1].")
-    judge: str | None = Field(
-        None, min_length=1, description="Directory that vlarl reward-model wrote, or of a Hugging Face vision-language model; null = none."
+    success: float = Field(1.0, ge=-1e6, le=1e6, allow_inf_nan=False, description="Reward of the step that solves the task.")
+    malformed: Weight = Field(0.0, description="Penalty of a reply that is not seven action tokens.")
+    length: Weight = Field(0.0, description="Penalty of every step.")
+    smoothness: Weight = Field(0.0, description="Penalty per mean squared change of the normalised arm action from step to step.")
+    value_shaping: Weight = Field(0.0, description="Weight of gamma V(next) - V(now), the critic's own values as a potential (Ng et al. 1999).")
+    process: Weight = Field(0.0, description="Weight of what a step adds to the score that rewards.judge gives the frame, in [0, 1].")
+    judge: DirectoryPath | None = Field(
+        None, description="Directory that vlarl reward-model wrote, or of a Hugging Face vision-language model; null = none."
     )
     judge_gpus: NonNegativeFloat = Field(0.0, le=1.0, description="GPUs of the judge's worker; a fraction shares a GPU, 0 = CPU.")
-    judge_cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for the judge's worker.")
+    judge_cpus: CPUs = Field(1.0, gt=0, description="CPUs that Ray reserves for the judge's worker.")
     judge_cpu_copy: bool | None = Field(
         None, description="Each runner judges by itself, on the CPU, while the worker fails; null = a classifier yes, a vision-language model no."
     )
-    timeout_seconds: PositiveFloat = Field(10.0, description="A reward that takes longer for a chunk of an episode counts as failed: zero.")
+    timeout_seconds: Seconds = Field(10.0, description="A reward that takes longer for a chunk of an episode counts as failed: zero.")
 
 
 class CurriculumSettings(Section):
@@ -255,7 +270,9 @@ class EvaluationSettings(Section):
 class CollectSettings(Section):
     episodes: PositiveInt = Field(100, description="Successful demonstrations that `vlarl collect` keeps, the tasks in turn.")
     noise: NonNegativeFloat = Field(
-        0.0, description="Standard deviation of what pushes the arm off the expert's way, in full actions; what is recorded is the expert's answer."
+        0.0,
+        le=10,
+        description="Standard deviation of what pushes the arm off the expert's way, in full actions; what is recorded is the expert's answer.",
     )
     paces: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
         [1.0], description="Shares of full speed; each episode is played at one of them, drawn at random (tabletop). Twice = twice as often."
@@ -264,18 +281,20 @@ class CollectSettings(Section):
         None, description="Tasks that are shown: as env.tasks, or all; null = those of env.tasks."
     )
     max_steps: PositiveInt | None = Field(None, description="Demonstrations that take longer are not kept; null = as in training.")
-    image_size: PositiveInt | None = Field(None, description="Side of the frames in pixels; null = what model.path sees, so that none is resized.")
+    image_size: Annotated[int, Field(ge=16, le=2048)] | None = Field(
+        None, description="Side of the frames in pixels; null = what model.path sees, so that none is resized."
+    )
 
 
 class SFTSettings(Section):
-    data: str | None = Field(None, description="Directory of an RLDS data set for `vlarl sft`.")
+    data: DirectoryPath | None = Field(None, description="Directory of an RLDS data set for `vlarl sft`.")
     split: str = Field("train", min_length=1, description="TFDS split of it, also a part such as train[:95%].")
     steps: PositiveInt = Field(1000, description="Optimiser steps.")
-    batch_size: PositiveInt = Field(32, description="Demonstrated steps per optimiser step, over all learners.")
-    lr: NonNegativeFloat = Field(5e-4, description="AdamW learning rate; OpenVLA's for LoRA on LIBERO, 2e-5 for all weights.")
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = Field(32, description="Demonstrated steps per optimiser step, over all learners.")
+    lr: LearningRate = Field(5e-4, description="AdamW learning rate; OpenVLA's for LoRA on LIBERO, 2e-5 for all weights.")
     schedule: Literal["constant", "cosine"] = Field("constant", description="Of the learning rate: as OpenVLA's, or falling to 0 over sft.steps.")
     warmup_steps: Natural = Field(0, description="First steps, over which the learning rate rises from 0.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay.")
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="AdamW weight decay.")
     augment: bool = Field(True, description="OpenVLA's image augmentation: crops, brightness, contrast, saturation, hue.")
     report_every: PositiveInt = Field(50, description="Optimiser steps between two lines of progress.")
     checkpoint_every: PositiveInt | None = Field(
@@ -293,7 +312,7 @@ class RunSettings(Section):
     )
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints to keep.")
     seed: Natural = Field(0, description="Seeds the model's fresh parts, the environments, sampling and the minibatches.")
-    wandb: str | None = Field(None, description="Weights & Biases project; null = not logged there.")
+    wandb: str | None = Field(None, min_length=1, description="Weights & Biases project; null = not logged there.")
     dashboard: bool = Field(True, description="Start Ray's dashboard with a Ray that vlarl starts itself.")
 
 
@@ -317,13 +336,7 @@ class Settings(Section):
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         """Read a YAML file and apply `a.b=value` overrides (values are YAML). Raises `SettingsError`."""
-        file = Path(path)
-        if not file.is_file():
-            raise SettingsError(f"{path}: no such file; give the path of a YAML file such as configs/libero_smoke_cpu.yaml")
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        values = read_yaml(path) or {}
         if not isinstance(values, dict):
             raise SettingsError(f"{path}: holds {type(values).__name__}, must hold sections such as `model:`")
         for override in overrides:
@@ -336,7 +349,7 @@ class Settings(Section):
         try:
             return cls.model_validate(_without_reserved(values))
         except ValidationError as error:
-            raise SettingsError(_one_line(error)) from None
+            raise SettingsError(messages.one_line(error, Settings)) from None
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
@@ -395,46 +408,10 @@ def _without_reserved(values: Mapping[str, Any]) -> dict[str, Any]:
         section, key = dotted.split(".")
         keys = result.get(section)
         if isinstance(keys, dict) and key in keys and (value := keys.pop(key)) != only:
-            raise SettingsError(f"{dotted}: {value!r} is not available yet; leave the key out or set it to {yaml.safe_dump(only).split()[0]}")
+            raise SettingsError(f"{dotted}: {value!r} is not available yet; leave the key out or set it to {str(only).lower()}")
     return result
 
 
 def known_keys() -> dict[str, str]:
     """Every dotted key with its description, in file order."""
-
-    def walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
-        for name, field in section.model_fields.items():
-            below = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-            if not below or field.default is None:
-                yield prefix + name, field.description or ""
-            for kind in below:
-                yield from walk(kind, f"{prefix}{name}.")
-
-    return dict(walk(Settings, ""))
-
-
-def _one_line(error: ValidationError) -> str:
-    """The first mistake of a pydantic report as `key: value, rule, remedy`."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))  # without a union's branches
-    if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {_nearest(key)}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    rule = message[0].lower() + message[1:]
-    description = known_keys().get(key)
-    return f"{key}: {first['input']!r} is not allowed: {rule}" + (f" ({description.rstrip('.')})" if description else "")
-
-
-def _nearest(key: str) -> str:
-    known = known_keys()
-    sections = sorted({name.split(".")[0] for name in known})
-    if "." not in key:
-        close = difflib.get_close_matches(key, sections, n=1)
-        return f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections)}"
-    section, leaf = key.rsplit(".", 1)
-    siblings = {name.rsplit(".", 1)[1]: name for name in known if name.rsplit(".", 1)[0] == section}
-    elsewhere = [name for name in known if name.rsplit(".", 1)[1] == leaf]
-    close = elsewhere or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]
-    return f"did you mean {close[0]}?" if close else f"keys of {section} are {', '.join(siblings)}"
+    return messages.known_keys(Settings)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from vlarl_rllib.errors import SettingsError
+from vlarl_rllib.settings.yaml_text import parse_yaml, shortened
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one key in place; the value is YAML. Raises `SettingsError`."""
     key, equals, text = override.partition("=")
+    where = f"--set {shortened(override)}"
     if not equals or not key.strip():
-        raise SettingsError(f"--set {override}: must read section.key=value, for example training.lr=1e-5")
+        raise SettingsError(f"{where}: must read section.key=value, for example training.lr=1e-5")
     *parents, leaf = key.strip().split(".")
     for parent in parents:
         if values.get(parent) is None:
             values[parent] = {}
         below = values[parent]
         if not isinstance(below, dict):
-            raise SettingsError(f"--set {override}: {parent} is a value, not a section")
+            raise SettingsError(f"{where}: {parent} is a value, not a section")
         values = below
-    try:
-        values[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+    values[leaf] = parse_yaml(text, where)
