@@ -14,7 +14,7 @@ PACKAGE = ROOT / "vlarl_rllib"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("published", "registry", "errors", "interpreter"),
+    ("published", "registry", "errors", "interpreter", "model_files"),
     ("plan", "overrides"),
     ("types", "settings", "malloc"),
     ("models", "envs", "rewards", "curriculum"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlarl_rllib.models.checkpoint_files import check_weights, read_json_object, refuse_foreign_code
+from vlarl_rllib.model_files import check_weights, read_json_object, refuse_foreign_code
 from vlarl_rllib.types import NUM_ACTION_TOKENS
 
 CONFIG_FILE, STATISTICS_FILE = "config.json", "dataset_statistics.json"

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlarl_rllib.models.checkpoint_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, check_adapter
+from vlarl_rllib.model_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, check_adapter
 
 if TYPE_CHECKING:
     from vlarl_rllib.settings import LoraSettings

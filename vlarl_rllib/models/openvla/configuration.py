@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.utils import cached_file
 
+from vlarl_rllib.model_files import read_json_object, refuse_foreign_code
 from vlarl_rllib.models.checkpoint_facts import action_statistics
-from vlarl_rllib.models.checkpoint_files import read_json_object, refuse_foreign_code
 
 CONFIG_FILE = "config.json"
 DATASET_STATISTICS_FILE = "dataset_statistics.json"

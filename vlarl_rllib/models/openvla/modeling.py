@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from vlarl_rllib.model_files import ADAPTER_CONFIG_FILE, check_weights
 from vlarl_rllib.models.action_tokenizer import NUM_ACTION_TOKENS, ActionTokenizer
-from vlarl_rllib.models.checkpoint_files import ADAPTER_CONFIG_FILE, check_weights
 from vlarl_rllib.models.critic import ValueHead
 from vlarl_rllib.models.openvla.configuration import (
     CONFIG_FILE,

@@ -1,4 +1,4 @@
-"""The files of a checkpoint as far as they can be checked without torch: weights are whole safetensors, and nothing asks for foreign code.
+"""The files of a model, an adapter or a judge, checked without torch: weights are whole safetensors, and nothing asks for foreign code.
 
 Model code, tokenizer code and pickles beside the weights are never read; what here is refused are settings that would have a library fetch or
 import something, and weights that a library would fail at, or fall back from, later.
@@ -55,7 +55,7 @@ def check_weights(directory: Path) -> None:
         ValueError: in one line, which file is wrong.
     """
     if (directory / ADAPTER_CONFIG_FILE).is_file():
-        raise ValueError(f"{directory} holds an adapter ({ADAPTER_CONFIG_FILE}) beside the model; merge it first, or give it as model.lora.adapter")
+        raise ValueError(f"{directory} holds an adapter ({ADAPTER_CONFIG_FILE}) beside the model; merge it first")
     index = directory / INDEX_FILE
     if (directory / WEIGHTS_FILE).is_file() or not index.is_file():  # transformers prefers it too
         if not (directory / WEIGHTS_FILE).is_file():
