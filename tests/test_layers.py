@@ -15,6 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("published", "registry", "errors", "interpreter", "model_files"),
+    ("own_files",),
     ("plan", "overrides"),
     ("types", "settings", "malloc"),
     ("models", "envs", "rewards", "curriculum"),
@@ -30,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "doctor"),
     ("sft", "collecting", "reward_model"),
     ("evaluation",),
+    ("run_files",),
     ("report",),
     ("quickstart",),
     ("cli",),

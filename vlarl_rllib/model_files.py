@@ -30,7 +30,7 @@ ADAPTER_KEYS = frozenset(
 )  # fmt: skip
 """Fields of an adapter's config that plain LoRA has; `auto_mapping`, `base_model_name_or_path` and `revision` are not followed. Others must be
 unset: they change what is computed, or (`megatron_core`) name a module that PEFT would import."""
-UNSET = (None, False, "none", {}, [], "megatron.core")
+UNSET: tuple[Any, ...] = (None, False, "none", {}, [], "megatron.core")
 """Values of other fields that PEFT writes where a feature is not used, or that have no effect without one that is."""
 HARMLESS = {"qalora_group_size": 16}
 """Further such values, by field."""
@@ -40,7 +40,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """Raises ValueError, in one line, for what is no JSON object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}); {AGAIN}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {type(content).__name__}, must hold an object; {AGAIN}")
@@ -113,11 +113,12 @@ def check_adapter(directory: str | Path) -> dict[str, Any]:
 
 def refuse_foreign_code(config: Mapping[str, Any], where: str) -> None:
     """Raise ValueError where a model's config asks for code or weights from elsewhere. `auto_map` is no such thing: nobody follows it."""
-    for name, values in (("", config), ("text_config.", config.get("text_config")), ("vision_config.", config.get("vision_config"))):
+    for name in ("", "text_config", "vision_config"):
+        values = config.get(name) if name else config
         for key in KERNEL_KEYS if isinstance(values, Mapping) else ():
-            asked = values.get(key)
+            asked = values.get(key) if isinstance(values, Mapping) else None
             if asked is not None and (not isinstance(asked, str) or "/" in asked or os.sep in asked):
-                raise ValueError(f"{where}: {name}{key} is {asked!r}, which would run code from elsewhere; remove it")
+                raise ValueError(f"{where}: {name}{'.' if name else ''}{key} is {asked!r}, which would run code from elsewhere; remove it")
     if config.get("transformers_weights") is not None:
         raise ValueError(
             f"{where}: transformers_weights is {config['transformers_weights']!r}; weights are read from {WEIGHTS_FILE} alone, remove it"

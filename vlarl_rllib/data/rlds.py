@@ -360,7 +360,7 @@ def _stored_statistics(file: Path) -> dict[str, Any]:
         check_action_statistics(entry["action"], "action")
         if entry["num_transitions"] < 1:
             raise ValueError("it counts no steps")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); remove it to compute it anew from the actions") from None
     return entry
 

@@ -67,7 +67,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is missing; {AGAIN}, with TensorFlow Datasets 4.5 or later")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}); {AGAIN}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} cannot be read (it holds {type(content).__name__}, must hold an object); {AGAIN}")
@@ -164,7 +164,7 @@ def _kind(feature: Feature) -> str:
 
 
 def _content(feature: Feature) -> dict[str, Any]:
-    content = next((feature[key] for key in ("tensor", "image") if key in feature), {})
+    content: Any = next((feature[key] for key in ("tensor", "image") if key in feature), {})
     return content if isinstance(content, dict) else {}
 
 

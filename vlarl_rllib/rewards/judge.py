@@ -88,7 +88,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{directory} has no {CONFIG_FILE}; {REMEDY}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{directory}: {CONFIG_FILE} cannot be read ({error}); copy or make the model again") from error
     if not isinstance(config, dict):
         raise ValueError(f"{directory}: {CONFIG_FILE} holds {type(config).__name__}, must hold an object; copy or make the model again")
