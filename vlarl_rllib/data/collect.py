@@ -67,8 +67,11 @@ def collect(request: CollectRequest, progress: Callable[[int, int], None] = lamb
     """
     kept = played = 0
     context = multiprocessing.get_context("spawn")  # a fork would take threads and GL contexts along
-    workers = ProcessPoolExecutor(request.num_processes, mp_context=context, initializer=_prepare_worker)
-    with RLDSWriter(request.out, request.spec.name) as writer, workers as pool:
+    with (
+        safe_path(),
+        RLDSWriter(request.out, request.spec.name) as writer,
+        ProcessPoolExecutor(request.num_processes, mp_context=context, initializer=_prepare_worker) as pool,
+    ):
         try:
             for demonstration in _in_order(pool, request):
                 played += 1
@@ -127,8 +130,7 @@ def _in_order(pool: ProcessPoolExecutor, request: CollectRequest) -> Iterator[De
     # Ctrl-C is for the parent, which cancels what is not begun. The first submit spawns every worker, and a blocked signal is inherited.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with safe_path():
-            futures = [pool.submit(play, request.spec, start, request.noise, request.paces) for start in islice(coming, 2 * request.num_processes)]
+        futures = [pool.submit(play, request.spec, start, request.noise, request.paces) for start in islice(coming, 2 * request.num_processes)]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     while futures:
