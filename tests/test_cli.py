@@ -72,7 +72,7 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["train", "good.yaml", "--set", "model.path=no_sizes"],
         ("model.path:", "/no_sizes has no 'image_sizes'"),
     ),
-    "half a model": (["train", "good.yaml", "--set", "model.path=cut_short"], ("model.path:", "cut_short cannot be read")),
+    "half a model": (["train", "good.yaml", "--set", "model.path=cut_short"], ("model.path:", "cut_short/config.json cannot be read")),
     "a judge that is nowhere": (
         ["train", "good.yaml", "--set", "rewards.process=1", "--set", "rewards.judge=absent"],
         ("rewards.judge: ", "/absent has no config.json", "vlarl reward-model"),

@@ -1,6 +1,7 @@
 """What leaves a run: merged checkpoints and adapters, read back by transformers, by PEFT and by our own loader."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlarl_rllib.checkpoints import CheckpointStore, seal
 from vlarl_rllib.cli import main
-from vlarl_rllib.export import export_adapter, export_merged, find_training_checkpoint, resolve_policy
+from vlarl_rllib.export import export_adapter, export_merged, find_training_checkpoint, load_policy, resolve_policy, write_model
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.checkpoint import save_sharded
 from vlarl_rllib.models.build import build_policy
@@ -120,3 +121,69 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"vlarl: {message.format(tmp=tmp_path)}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("facts.json", "{"),
+        ("facts.json", "[]"),
+        ("facts.json", '{"iteration": "x", "settings": {}}'),
+        ("facts.json", '{"iteration": 3, "settings": {"no_such": {}}}'),
+        ("pointer.json", "[]"),
+        ("pointer.json", '{"checkpoint": 3}'),
+        ("facts.json", "[" * 100_000),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(name, content, tmp_path):
+    directory = tmp_path / "checkpoints" / "iteration_000003"
+    directory.mkdir(parents=True)
+    (directory / name).write_text(content)
+    with pytest.raises(SettingsError) as caught:
+        find_training_checkpoint(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "stepped.json"])
+def test_damaged_shards_are_one_line(file, tmp_path):
+    write_run(tmp_path)
+    shards = tmp_path / "checkpoints" / "iteration_000003" / "learners" / "shards"
+    path = shards / file if file != "stepped.json" else tmp_path / "checkpoints" / "iteration_000003" / "learners" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if file != "stepped.json" else b"{")
+    seal(tmp_path / "checkpoints" / "iteration_000003")  # so that nothing else is wrong
+    checkpoint = find_training_checkpoint(tmp_path)
+    assert checkpoint is not None
+    if file == "stepped.json":
+        assert load_policy(checkpoint) is not None, "an export has no use for optimisers"
+        return
+    with pytest.raises(SettingsError, match=r"iteration_000003: its policy cannot be read \(.*\); give an older checkpoint") as caught:
+        load_policy(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("link", ["exports", "exports/iteration_000003"])
+def test_an_export_is_not_written_through_a_link(link, tmp_path):
+    write_run(tmp_path / "run")
+    victim = tmp_path / "victim"
+    (victim / "iteration_000003").mkdir(parents=True)
+    (victim / "iteration_000003" / "thesis").write_text("years of work")
+    (tmp_path / "run" / link).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / link).symlink_to(victim if link == "exports" else victim / "iteration_000003")
+    with pytest.raises(SettingsError, match=r"^CHECKPOINT: .* is a link that leads out of"):
+        resolve_policy(str(tmp_path / "run"))
+    assert [path.name for path in victim.rglob("*") if path.is_file()] == ["thesis"]
+
+
+def test_an_export_refers_to_the_published_code_whatever_its_base_does(tmp_path):
+    base = shutil.copytree(resolve_model("tiny"), tmp_path / "base")
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        values = json.loads((base / name).read_text())
+        auto_map = {"AutoProcessor": "evil/repo--trap.Processor", "AutoTokenizer": ["trap.Tokenizer", None]}
+        (base / name).write_text(json.dumps(values | {"auto_map": auto_map}))
+    write_model({"x": torch.zeros(1)}, str(base), tmp_path / "out", "float32")
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        exported = json.loads((tmp_path / "out" / name).read_text())["auto_map"]
+        assert exported == {"AutoProcessor": "openvla/openvla-7b--processing_prismatic.PrismaticProcessor"}
+    with pytest.raises(ValueError, match=r"mine: action\.q01 is \[nan"):
+        write_model({}, str(base), tmp_path / "other", "float32", {"mine": {"action": {"q01": [float("nan")] * 7, "q99": [1.0] * 7}}})
+    assert not (tmp_path / "other").exists()

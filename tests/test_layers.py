@@ -14,7 +14,8 @@ PACKAGE = ROOT / "vlarl_rllib"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("published", "registry", "errors", "console", "import_path"),
+    ("published", "registry", "errors", "console", "import_path", "interpreter", "model_files"),
+    ("own_files",),
     ("plan", "surroundings"),
     ("types", "settings", "malloc"),
     ("models", "envs", "rewards", "curriculum", "rllib_fields", "rllib_checkpoint"),
@@ -31,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "doctor"),
     ("sft", "collecting", "reward_model"),
     ("evaluation",),
+    ("run_files",),
     ("report",),
     ("quickstart",),
     ("cli",),

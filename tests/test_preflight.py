@@ -83,6 +83,7 @@ def test_other_pictures_in_learning_than_in_acting_are_worth_a_line(
 def test_too_few_episodes_and_a_split_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlarl_rllib.preflight.check_tensorflow_datasets", lambda what: None)
     (tmp_path / "dataset_info.json").write_text('{"splits": [{"name": "train", "shardLengths": ["1", "2"]}]}')
+    monkeypatch.setattr("vlarl_rllib.data.rlds.check_metadata", lambda path: None)
     check_sft(Settings.from_dict({"sft": {"data": str(tmp_path), "split": "train[:50%]"}, "learners": {"num": 2}}))
     with pytest.raises(SettingsError, match=r"^sft.split: 'trian' is no split of .*, which has train; choose one"):
         check_sft(Settings.from_dict({"sft": {"data": str(tmp_path), "split": "trian"}}))

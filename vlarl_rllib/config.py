@@ -189,6 +189,6 @@ class VLAPPOConfig(PPOConfig):
         )
         model = settings.model.model_dump(mode="json")
         self.rl_module(model_config={"model": model, "seed": settings.run.seed, "device": "cuda" if learners.gpus else "cpu"})
-        self.evaluation(evaluation_interval=None, evaluation_duration=settings.evaluation.episodes)
+        self.evaluation(evaluation_interval=None, evaluation_duration=max(1, settings.evaluation.episodes))
         self.debugging(seed=settings.run.seed)
         self.derived_fields, self.derived_from = rllib_fields.fields_of(self), self.vla

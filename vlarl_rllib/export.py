@@ -6,12 +6,17 @@ A training checkpoint holds what was trained; what was frozen comes from the run
 from __future__ import annotations
 
 import json
+import logging
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlarl_rllib.checkpoints import FACTS_FILE, POINTER_FILE, CheckpointStore
+from vlarl_rllib.model_files import read_json_object
+from vlarl_rllib.models.checkpoint_facts import action_statistics
+from vlarl_rllib.own_files import own_folder, replace_file
 from vlarl_rllib.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -19,12 +24,19 @@ if TYPE_CHECKING:
 
     from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 
+logger = logging.getLogger(__name__)
+
 HUB_CODE = "openvla/openvla-7b"
 """Repository with the published model code; exported files refer to it, for tools that run remote code. Ours do not."""
 AUTO_MAP = {
     "AutoConfig": f"{HUB_CODE}--configuration_prismatic.OpenVLAConfig",
     "AutoModelForVision2Seq": f"{HUB_CODE}--modeling_prismatic.OpenVLAForActionPrediction",
 }
+PROCESSOR_MAP = {
+    "AutoImageProcessor": f"{HUB_CODE}--processing_prismatic.PrismaticImageProcessor",
+    "AutoProcessor": f"{HUB_CODE}--processing_prismatic.PrismaticProcessor",
+}
+"""The same in the processor's files, whatever the base checkpoint's refer to."""
 COPIED_FILES = (
     "preprocessor_config.json", "dataset_statistics.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -32,6 +44,8 @@ COPIED_FILES = (
 """Files of the base checkpoint that training does not change, as far as it has them."""
 MAX_SHARD_SIZE = "5GB"
 PROVENANCE_FILE = "vlarl_export.json"
+MAX_REASON = 300
+"""Characters of what a library says of a damaged file."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +58,25 @@ class TrainingCheckpoint:
 
 
 def find_training_checkpoint(path: Path) -> TrainingCheckpoint | None:
-    """The checkpoint at `path`, or the newest one where `path` is a run's directory; None where it is neither."""
+    """The checkpoint at `path`, or the newest one where `path` is a run's directory; None where it is neither.
+
+    Raises:
+        SettingsError: a pointer to no checkpoint, or damaged ones alone.
+    """
+    damages: list[str] = []
     if (path / FACTS_FILE).is_file() or (path / POINTER_FILE).is_file():
-        directory: Path | None = CheckpointStore.resolve(path)
+        try:
+            directory: Path | None = CheckpointStore.resolve(path)
+        except FileNotFoundError as error:
+            raise SettingsError(str(error)) from None
     else:
-        directory = CheckpointStore(path / "checkpoints", keep=1).newest()
+        directory = CheckpointStore(path / "checkpoints", keep=1).newest(damages.append)
     if directory is None:
+        if damages:
+            raise SettingsError("; ".join(damages))
         return None
+    for damage in damages:
+        logger.warning("%s; %s is taken", damage, directory.name)
     facts = CheckpointStore.read_facts(directory)
     return TrainingCheckpoint(directory, facts["iteration"], Settings.from_dict(facts["settings"]))
 
@@ -71,7 +97,8 @@ def resolve_policy(path: str) -> str:
             return resolve_model(path)
         except ValueError as error:
             raise SettingsError(f"CHECKPOINT: {error}, nor a run with a checkpoint") from None
-    target = checkpoint.directory.parent.parent / "exports" / checkpoint.directory.name
+    exports = own_folder(checkpoint.directory.parent.parent, "exports", "CHECKPOINT")
+    target = own_folder(exports, checkpoint.directory.name, "CHECKPOINT")
     if not (target / PROVENANCE_FILE).is_file():  # written last
         shutil.rmtree(target, ignore_errors=True)
         export_merged(checkpoint, target)
@@ -99,11 +126,17 @@ def write_model(tensors: dict[str, Tensor], base: str, out: Path, dtype: str, no
 
     Args:
         norm_stats: action statistics by data set, instead of the base's, in whose units the weights no longer act; None = the base's.
+
+    Raises:
+        ValueError: statistics that scale no action.
     """
     from huggingface_hub import save_torch_state_dict
 
     from vlarl_rllib.models.openvla import OpenVLAConfig
 
+    if norm_stats:
+        for key, entry in norm_stats.items():
+            action_statistics(entry, key)
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(tensors, out, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
     config = OpenVLAConfig.from_pretrained(base)
@@ -127,7 +160,11 @@ def export_adapter(checkpoint: TrainingCheckpoint, out: Path) -> None:
 
 
 def load_policy(checkpoint: TrainingCheckpoint) -> OpenVLAForActionPrediction:
-    """The policy of a training checkpoint, adapters not yet merged, without its value head; on the CPU unless it is quantised."""
+    """The policy of a training checkpoint, adapters not yet merged, without its value head; on the CPU unless it is quantised.
+
+    Raises:
+        SettingsError: checkpoint or base model are damaged, or hold what is not read.
+    """
     import torch
     from torch import nn
 
@@ -136,8 +173,12 @@ def load_policy(checkpoint: TrainingCheckpoint) -> OpenVLAForActionPrediction:
 
     torch.manual_seed(checkpoint.settings.run.seed)  # adapters that no forward reads are not stored: they are as they were drawn
     settings = checkpoint.settings.model
-    policy = build_policy(settings, "cuda" if settings.quantization and torch.cuda.is_available() else "cpu")
-    load_trained(checkpoint.directory / "learners", nn.ModuleDict({"policy": policy}))
+    try:
+        policy = build_policy(settings, "cuda" if settings.quantization and torch.cuda.is_available() else "cpu")
+        load_trained(checkpoint.directory / "learners", nn.ModuleDict({"policy": policy}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON]
+        raise SettingsError(f"{checkpoint.directory}: its policy cannot be read ({reason}); give an older checkpoint, or mend model.path") from error
     return policy.eval()
 
 
@@ -156,16 +197,11 @@ def _copy_files(base: str, out: Path) -> None:
         source = find_checkpoint_file(base, name)
         if source is None:
             continue
-        if name.endswith("_config.json") and "auto_map" in (values := json.loads(source.read_text(encoding="utf-8"))):
-            values["auto_map"] = {key: _hub_form(reference) for key, reference in values["auto_map"].items()}
-            (out / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if name.endswith("_config.json") and "auto_map" in (values := read_json_object(source)):
+            values["auto_map"] = {key: reference for key, reference in PROCESSOR_MAP.items() if key in (values["auto_map"] or ())}
+            replace_file(out / name, json.dumps(values, indent=2) + "\n")
         else:
             shutil.copyfile(source, out / name)
-
-
-def _hub_form(reference: str) -> str:
-    """`module.Class` beside the checkpoint -> the same in the published repository."""
-    return reference if "--" in reference else f"{HUB_CODE}--{reference}"
 
 
 def _write_provenance(checkpoint: TrainingCheckpoint, out: Path, kind: str) -> None:

@@ -107,13 +107,13 @@ def check_tensorflow_datasets(what: str) -> None:
 
 
 def _check_data(sft: SFTSettings, num_learners: int) -> None:
-    """Whether the data set is there, has the split, and an episode of it for each learner."""
-    from vlarl_rllib.data.rlds import find_dataset, num_episodes
+    """Whether the data set is there, is one that we read, has the split, and an episode of it for each learner."""
+    from vlarl_rllib.data.rlds import check_dataset
 
     if sft.data is None:
         raise SettingsError("sft.data: missing; give the directory of an RLDS data set, for example one that vlarl collect wrote")
     try:
-        splits = num_episodes(find_dataset(sft.data))
+        splits = check_dataset(sft.data)
     except (OSError, ValueError) as error:
         raise SettingsError(f"sft.data: {error}") from None
     name = sft.split.partition("[")[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,51 +11,54 @@ from typing import Any
 
 from rich.table import Table
 
-from vlarl_rllib.checkpoints import write_atomically
 from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.observability.curves import draw_curves, evaluation_points
+from vlarl_rllib.own_files import is_inside, replace_file
 from vlarl_rllib.registry import task_instructions
 from vlarl_rllib.run_directory import RunDirectory
-from vlarl_rllib.settings import SettingsError
+from vlarl_rllib.run_files import STAGES_FILE, RunFiles, read_run
+
+__all__ = ["CURVES_FILE", "REPORT_FILE", "STAGES_FILE", "compare", "stage_cells", "write_report"]
 
 CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
-STAGES_FILE = "stages.json"
-"""What `vlarl quickstart` leaves: a list of {stage, seconds, amount, success}; success = {rate, low, high, episodes, by_task}, or None."""
 MAX_VIDEO_BYTES = 16 * 2**20
 """Of all videos together; further ones stay beside the report."""
 
 
 def write_report(path: Path) -> Path:
-    """Write both files into a run's directory; returns the report's path.
+    """Write both files into a run's directory; returns the report's path. Nothing outside of it is read or written.
 
     Raises:
-        SettingsError: no run there, or one without an iteration.
+        SettingsError: no run there, one without an iteration, or one with a damaged file or a link that leads out.
     """
-    run = RunDirectory(path.resolve())
-    rows = run.read_rows()
-    if not rows:
-        raise SettingsError(f"RUN_DIR: {path} has no finished iteration (metrics.jsonl); give a run's directory such as runs/latest")
-    if "iteration" not in rows[0]:
-        raise SettingsError(f"RUN_DIR: {path} is a run of vlarl sft, which has metrics.jsonl alone; give a run of vlarl train or quickstart")
+    found = read_run(path)
+    run, rows = found.run, found.rows
     names = _task_names(run, rows)
-    curves = draw_curves(rows, wilson_interval, names)
-    (run.path / CURVES_FILE).write_bytes(curves)
-    write_atomically(run.path / REPORT_FILE, _to_html(run, rows, curves, names))
+    curves = _draw(rows, names)
+    replace_file(run.path / CURVES_FILE, curves)
+    replace_file(run.path / REPORT_FILE, _to_html(found, curves, names))
     return run.path / REPORT_FILE
 
 
 def compare(paths: Sequence[Path]) -> Table:
-    """One line for each run."""
+    """One line for each run. Raises as `write_report`."""
     table = Table("run", "iterations", "env steps", "success before", "after", "wall time", "faults")
-    for path in paths:
-        run = RunDirectory(path.resolve())
-        rows, summary = run.read_rows(), run.read_summary()
+    for found in map(read_run, paths):
+        rows, summary = found.rows, found.summary
         points = [evaluation for _, evaluation in evaluation_points(rows)]
         before, after = (_rate(points[0]), _rate(points[-1])) if len(points) > 1 else ("-", "-")
         wall = f"{summary['wall_seconds']:.0f} s" if summary else "running or killed"
-        faults = sum(rows[-1]["faults"].values()) if rows else 0
-        table.add_row(run.path.name, str(len(rows)), f"{rows[-1]['env_steps']:,}" if rows else "0", before, after, wall, str(faults))
+        faults = sum(rows[-1]["faults"].values())
+        table.add_row(found.run.path.name, str(len(rows)), f"{rows[-1]['env_steps']:,}", before, after, wall, str(faults))
     return table
+
+
+def _draw(rows: list[dict[str, Any]], names: dict[str, str]) -> bytes:
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a matplotlibrc in the working directory may ask for LaTeX
+        return draw_curves(rows, wilson_interval, names)
 
 
 def _task_names(run: RunDirectory, rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -71,11 +73,13 @@ def _task_names(run: RunDirectory, rows: list[dict[str, Any]]) -> dict[str, str]
     return {str(task): instructions[task] if task < len(instructions) else f"task {task}" for task in sorted(ids)}
 
 
-def _to_html(run: RunDirectory, rows: list[dict[str, Any]], curves: bytes, task_names: dict[str, str]) -> str:
+def _to_html(found: RunFiles, curves: bytes, task_names: dict[str, str]) -> str:
     import jinja2
 
+    run, rows, summary = found.run, found.rows, found.summary
+
     template = importlib.resources.files("vlarl_rllib").joinpath("templates/report.html.j2").read_text()
-    summary, points = run.read_summary(), evaluation_points(rows)
+    points = evaluation_points(rows)
     faults = [(name, count) for name, count in rows[-1]["faults"].items() if count]
     return (
         jinja2.Environment(autoescape=True)
@@ -84,12 +88,12 @@ def _to_html(run: RunDirectory, rows: list[dict[str, Any]], curves: bytes, task_
             name=run.path.name,
             subtitle=f"{len(rows)} iterations" + ("" if summary else "; no summary.json, so the run goes on or was killed"),
             tiles=_tiles(rows, summary, points),
-            stages=_stages(run),
+            stages=[stage_cells(stage) for stage in found.stages],
             evaluations=_evaluation_table(points, task_names),
             curves=base64.b64encode(curves).decode(),
-            videos=_videos(run.path / "videos", task_names),
+            videos=_videos(run.path, task_names),
             faults=faults,
-            settings=(run.path / "config.yaml").read_text(),
+            settings=found.config,
             versions=", ".join(f"{name} {version}" for name, version in (summary or {}).get("versions", {}).items()),
         )
     )
@@ -105,12 +109,6 @@ def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any] | None, points: l
     if summary:
         tiles.append(("wall time of training", f"{summary['wall_seconds'] / 60:.1f} min"))
     return tiles
-
-
-def _stages(run: RunDirectory) -> list[dict[str, str]]:
-    """Of a quickstart; none for other runs."""
-    file = run.path / STAGES_FILE
-    return [stage_cells(stage) for stage in json.loads(file.read_text())] if file.is_file() else []
 
 
 def stage_cells(stage: dict[str, Any]) -> dict[str, str]:
@@ -145,9 +143,12 @@ def _evaluation_table(points: list[tuple[int, dict[str, Any]]], task_names: dict
     return rows
 
 
-def _videos(directory: Path, task_names: dict[str, str]) -> list[dict[str, str]]:
+def _videos(run: Path, task_names: dict[str, str]) -> list[dict[str, str]]:
+    """Those that lie in the run's directory; links that lead out of it are left out."""
     shown, total = [], 0
-    for file in sorted(directory.glob("*.mp4")):
+    for file in sorted((run / "videos").glob("*.mp4")):
+        if not (is_inside(file, run) and file.is_file()):
+            continue
         total += file.stat().st_size
         if total > MAX_VIDEO_BYTES:
             break

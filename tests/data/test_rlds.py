@@ -230,7 +230,7 @@ def test_damaged_metadata_are_told(directory: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     features = (copy / "features.json").read_text()
     (copy / "features.json").write_text(features[: len(features) // 2])
-    with pytest.raises(ValueError, match=r"its metadata cannot be read \(.*\); copy or collect it again") as caught:
+    with pytest.raises(ValueError, match=r"features\.json cannot be read \(.*\); copy or collect it again") as caught:
         RLDSDataset(copy)
     assert "\n" not in str(caught.value)
 
@@ -296,7 +296,7 @@ def test_episodes_are_counted_without_tensorflow(directory: Path, tmp_path: Path
     assert rlds.num_episodes(rlds.find_dataset(directory)) == {"train": len(LENGTHS)}
     for content in ("{", "[]", '{"splits": ["train"]}'):
         (tmp_path / "dataset_info.json").write_text(content)
-        with pytest.raises(ValueError, match=r"dataset_info.json cannot be read .*; copy or collect the data again"):
+        with pytest.raises(ValueError, match=r"dataset_info.json cannot be read .*; copy or collect it again"):
             rlds.num_episodes(tmp_path)
     (tmp_path / "dataset_info.json").write_text('{"splits": [{"name": "test"}, {"name": "train", "shardLengths": ["2", "3"]}]}')
     assert rlds.num_episodes(tmp_path) == {"test": 0, "train": 5}

@@ -48,3 +48,22 @@ class SlowEnv(SyntheticEnv):
     def step(self, action: np.ndarray) -> Any:
         time.sleep(600)
         return super().step(action)
+
+
+class OddEnv(SyntheticEnv):
+    """Its suite says what a step returns in place of what it should."""
+
+    def step(self, action: np.ndarray) -> Any:
+        observation, reward, terminated, truncated, info = super().step(action)
+        image = observation["image"]
+        changed: dict[str, Any] = {
+            "a float image": ({"image": image / 255.0}, reward, terminated, truncated, info),
+            "another size": ({"image": image[:8, :8]}, reward, terminated, truncated, info),
+            "no image": ({}, reward, terminated, truncated, info),
+            "NaN": (observation, float("nan"), terminated, truncated, info),
+            "two rewards": (observation, np.zeros(2), terminated, truncated, info),
+            "a text": (observation, reward, "no", truncated, info),
+            "no success": (observation, reward, terminated, truncated, {}),
+            "four things": (observation, reward, terminated, info),
+        }
+        return changed[self.env_spec.suite]

@@ -141,6 +141,15 @@ def test_resize_is_the_sum_in_order_to_the_last_bit(source: int, target: int) ->
         np.testing.assert_array_equal(resize_lanczos(image, target), expected)
 
 
+@pytest.mark.parametrize("shape", [(256, 128), (128, 256)])
+def test_resize_of_another_aspect_stretches_each_axis(shape: tuple[int, int]) -> None:
+    image = picture(256)[: shape[0], : shape[1]]
+    tall, wide = (lanczos_weights(size, 64) for size in shape)
+    columns = resample_slowly(image, tall).swapaxes(0, 1)
+    expected = np.clip(np.rint(resample_slowly(columns, wide).swapaxes(0, 1)), 0, 255)
+    np.testing.assert_array_equal(resize_lanczos(image, 64), expected)
+
+
 def test_resize_is_close_to_double_precision() -> None:
     # 60 pictures had at most 5 of 150,528 subpixels on the other side of a half.
     weights = lanczos_weights(256, 224).astype(float)

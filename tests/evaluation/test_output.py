@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
+from vlarl_rllib.evaluation.report import summarize, write_reports
 from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.settings import SettingsError
 
@@ -90,3 +91,57 @@ def test_changed_versions_are_noticed(tmp_path: Path) -> None:
     values["versions"]["mujoco"] = "1.0"
     file.write_text(json.dumps(values))
     assert begin(tmp_path).versions_before["mujoco"] == "1.0"
+
+
+def test_episodes_that_are_none_of_the_question_are_played(tmp_path: Path) -> None:
+    begin(tmp_path)
+    good = {"task": 0, "trial": 1, "success": True, "steps": 4}
+    odd = [
+        {"task": 9},
+        {"trial": 5},
+        {"trial": -1},
+        {"task": "0"},
+        {"task": [0]},
+        {"success": "yes"},
+        {"steps": None},
+        {"steps": 1.5},
+        {"trial": True},
+    ]
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(good | change) + "\n" for change in odd) + json.dumps(good) + "\n[1]\n" + "9" * 5000)
+    assert begin(tmp_path).episodes == [good]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"versions": 3}', '{"versions": {"ray": 1}}'])
+def test_a_damaged_question_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(SettingsError, match=r"^--out: .*evaluation\.json (cannot be read|is not what an evaluation writes).*; give a new directory"):
+        begin(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "episodes.jsonl", "videos"])
+def test_links_that_lead_out_are_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    directory, elsewhere = tmp_path / "evaluation", tmp_path / "elsewhere"
+    begin(directory)
+    (directory / "videos").mkdir()
+    (directory / name).rename(elsewhere)
+    before = elsewhere.read_bytes() if elsewhere.is_file() else b""
+    (directory / name).symlink_to(elsewhere)
+    with pytest.raises(SettingsError, match=rf"^--out: .*{name} is a link that leads out of"):
+        begin(directory).add([EpisodeResult(0, 0, 5, True, 1.0, b"film")])
+    assert (elsewhere.read_bytes() == before) if elsewhere.is_file() else not list(elsewhere.iterdir())
+
+
+def test_reports_and_films_take_the_place_of_links(tmp_path: Path) -> None:
+    directory, victim = begin(tmp_path / "evaluation"), tmp_path / "victim"
+    victim.write_text("years of work")
+    (directory.path / "videos").mkdir()
+    for name in ("results.json", "report.md", ".results.json.partial", ".episodes.jsonl.partial", "videos/task_00_trial_000_success.mp4"):
+        (directory.path / name).symlink_to(victim)
+    directory.add([EpisodeResult(0, 0, 5, True, 1.0, b"film")])
+    question = {**QUESTION, "suite": None, "env": "synthetic"}
+    write_reports(directory.path, summarize(question, directory.episodes, {0: "point"}, {0: frozenset()}, []))
+    begin(directory.path)
+    assert victim.read_text() == "years of work"
+    assert (
+        not (directory.path / "results.json").is_symlink() and (directory.path / "videos" / "task_00_trial_000_success.mp4").read_bytes() == b"film"
+    )

@@ -193,5 +193,19 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
     with pytest.raises(ValueError, match="uses use_dora, which is not supported"):
         add_lora(build_model(PRESETS["tiny"]), LoraSettings(adapter=str(tmp_path)))
+    file.write_text(file.read_text().replace('"use_dora": true', '"megatron_core": "trap"'))  # which PEFT would import
+    with pytest.raises(ValueError, match="uses megatron_core, which is not supported"):
+        add_lora(build_model(PRESETS["tiny"]), LoraSettings(adapter=str(tmp_path)))
+    file.write_text(file.read_text().replace('"trap"', '"megatron.core"'))
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged: its header describes \d+ bytes, it has \d+; copy it again"):
+        add_lora(build_model(PRESETS["tiny"]), LoraSettings(adapter=str(tmp_path)))
+    weights.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors; weights in another format"):
+        add_lora(build_model(PRESETS["tiny"]), LoraSettings(adapter=str(tmp_path)))
+    file.write_text("[")
+    with pytest.raises(ValueError, match=r"adapter_config\.json cannot be read"):
+        add_lora(build_model(PRESETS["tiny"]), LoraSettings(adapter=str(tmp_path)))
     with pytest.raises(ValueError, match="not found in the base model"):
         add_lora(build_model(PRESETS["tiny"]), LoraSettings(targets=["no_such_layer"]))

@@ -253,6 +253,10 @@ def test_settings_choose_it(judge: Path, tmp_path: Path) -> None:
 
 def test_differences_refuse_what_is_no_score() -> None:
     assert differences(np.array([0.25, 1.0, 0.5]), 2).tolist() == [0.75, -0.5]
-    for scores, message in (([0.0, 1.5, 0.0], r"lie in \[0, 1\], got 0 to 1.5"), ([0.0, 1.0], r"shape \(3,\), got \(2,\)")):
+    for scores, message in (
+        ([0.0, 1.5, 0.0], r"lie in \[0, 1\], got 0 to 1.5"),
+        ([0.0, float("nan"), 0.0], r"lie in \[0, 1\], got nan to nan"),
+        ([0.0, 1.0], r"shape \(3,\), got \(2,\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             differences(np.array(scores), 2)

@@ -126,3 +126,19 @@ def test_a_sum_counts_what_failed_and_goes_on(tmp_path: Path) -> None:
     assert total(EPISODE).tolist() == [0.5, 0.5, 2.5]
     assert total(EPISODE).tolist() == [0.5, 0.5, 2.5]
     assert total.failures == {"reward_zeros": 2, "reward_cpu_retries": 2}
+
+
+def test_a_weighted_reward_that_is_too_large_to_add_up_is_zero(tmp_path: Path) -> None:
+    large = Scripted(lambda episode: np.full(3, 1e20))
+    rewards = WeightedRewards(
+        [(1e15, large), (1e30, large), (2.0, Scripted(lambda episode: np.ones(3)))], timeout_seconds=5.0, traceback_dir=tmp_path
+    )
+    assert rewards(EPISODE).tolist() == [2.0] * 3
+    assert rewards.failures["reward_zeros"] == 2
+
+
+@pytest.mark.parametrize("value", [np.array([1.0, np.nan, 0.0]), np.array([1.0, np.inf, 0.0]), [1e300] * 3])
+def test_a_reward_that_is_not_finite_is_zero_and_counted(tmp_path: Path, value) -> None:
+    rewards = WeightedRewards([(1.0, Scripted(lambda episode: value))], timeout_seconds=5.0, traceback_dir=tmp_path)
+    assert rewards(EPISODE).tolist() == [0.0] * 3
+    assert rewards.failures["reward_zeros"] == 1

@@ -24,6 +24,8 @@ import numpy as np
 from vlarl_rllib.curriculum import Start, derive_seed
 from vlarl_rllib.data.experts import make_expert
 from vlarl_rllib.data.rlds import Demonstration, RLDSWriter
+from vlarl_rllib.envs.base import check_action, check_step
+from vlarl_rllib.interpreter import safe_path
 from vlarl_rllib.registry import EnvSpec, make_env, training_and_held_out_states
 
 if TYPE_CHECKING:
@@ -65,8 +67,11 @@ def collect(request: CollectRequest, progress: Callable[[int, int], None] = lamb
     """
     kept = played = 0
     context = multiprocessing.get_context("spawn")  # a fork would take threads and GL contexts along
-    workers = ProcessPoolExecutor(request.num_processes, mp_context=context, initializer=_prepare_worker)
-    with RLDSWriter(request.out, request.spec.name) as writer, workers as pool:
+    with (
+        safe_path(),
+        RLDSWriter(request.out, request.spec.name) as writer,
+        ProcessPoolExecutor(request.num_processes, mp_context=context, initializer=_prepare_worker) as pool,
+    ):
         try:
             for demonstration in _in_order(pool, request):
                 played += 1
@@ -92,7 +97,7 @@ def starts(request: CollectRequest) -> Iterator[Start]:
 
 
 def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) -> Demonstration | None:
-    """One episode of the expert; None where it fails."""
+    """One episode of the expert; None where it fails. Raises ValueError for an action, or a step, that is not what `VLAEnv` says."""
     random = np.random.default_rng(start.seed)
     env, expert = _env(spec), make_expert(spec.name, float(random.choice(paces)))
     _, info = env.reset(seed=start.seed, options={"task_id": start.task_id, "initial_state": start.initial_state})
@@ -104,9 +109,12 @@ def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) ->
         if (state := env.proprioception()) is not None:
             states.append(np.array(state, dtype=np.float32))
         actions.append(expert.act(env))
+        check_action(actions[-1], f"{spec.name} task {start.task_id} start {start.initial_state}: the expert's action")
         played = actions[-1].copy()
         played[:3] += noise * random.standard_normal(3)
-        _, _, terminated, truncated, outcome = env.step(np.clip(played, -1.0, 1.0))
+        result = env.step(np.clip(played, -1.0, 1.0))
+        check_step(result, spec.image_size, f"{spec.name} task {start.task_id} start {start.initial_state}: step")
+        _, _, terminated, truncated, outcome = result
         if terminated or truncated:
             break
     if not outcome["success"]:

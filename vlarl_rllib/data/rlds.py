@@ -22,15 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
+from vlarl_rllib.data.frames import StoredFrame, checked_episode, decoded, frame_size
+from vlarl_rllib.data.schema import INFO_FILE, check_metadata, num_episodes
 from vlarl_rllib.data.tfds_process import JOINT_STATE_SIZE, STATE_SIZE, VERSION, TFDSProcess
+from vlarl_rllib.models.checkpoint_facts import check_action_statistics
 
 STATISTICS_FILE = "dataset_statistics.json"
 INCOMPLETE = ".incomplete"
 """Behind the name of a data set's directory while it is being written."""
-INFO_FILE = "dataset_info.json"
 JPEG_QUALITY = 95
 """As TensorFlow encodes by default, and so the published data."""
 EPISODES_AT_ONCE = 32
@@ -102,14 +103,22 @@ class RLDSWriter:
         """Append an episode.
 
         Raises:
-            ValueError: it has no steps, or numbers of frames, actions and states differ.
+            ValueError: it has no steps, numbers of frames, actions and states differ, or a number is not finite.
             ValueError, ImportError, OSError, RuntimeError: an earlier one could not be written.
         """
         length = len(demonstration.actions)
         if length == 0 or len(demonstration.images) != length:
             raise ValueError(f"a demonstration has {len(demonstration.images)} frames and {length} actions; both must be the same and above 0")
-        if demonstration.states is not None and demonstration.states.shape != (length, STATE_SIZE):
-            raise ValueError(f"a demonstration's states have shape {demonstration.states.shape}, they need ({length}, {STATE_SIZE})")
+        for name, values, size in (
+            ("actions", demonstration.actions, 7),
+            ("states", demonstration.states, STATE_SIZE),
+            ("joint states", demonstration.joint_states, JOINT_STATE_SIZE),
+        ):
+            if values is not None and (values.shape != (length, size) or not np.isfinite(values).all()):
+                raise ValueError(f"a demonstration's {name} have shape {values.shape}; they must be ({length}, {size}), and finite")
+        for image in (*demonstration.images, *(demonstration.wrist_images or ())):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"a demonstration's frames are {image.dtype} {list(image.shape)}; they must be uint8 [H, W, 3]")
         self._waiting.append(_example(demonstration))  # as JPEG: raw frames of a lot would be gigabytes
         self._actions.append(standardized(demonstration.actions))
         if len(self._waiting) >= EPISODES_AT_ONCE:
@@ -159,7 +168,7 @@ class RLDSWriter:
 
 
 class RLDSDataset:
-    """The steps of a data set as single examples, in memory as they are stored: JPEG bytes, a few kB each.
+    """The steps of a data set as single examples, in memory as they are stored: JPEG bytes, a few kB each, PNG or raw frames.
 
     Iterating goes through all of this shard's steps once, and the next time in another order. An example is a dictionary with `image`
     [H, W, 3] uint8, `action` [7] float32 (the policy's convention, not normalised), `instruction`, `episode` and `step`.
@@ -174,7 +183,8 @@ class RLDSDataset:
     Raises:
         FileNotFoundError: no data set there.
         ImportError: TensorFlow Datasets is not installed.
-        ValueError: files are damaged or missing, there is no such split, or the steps lack `observation/image`, `action` or `language_instruction`.
+        ValueError: in one line: files are damaged or missing, there is no such split, metadata name foreign code, or what a feature holds is not
+            what `observation/image`, `action` and `language_instruction` must be.
     """
 
     def __init__(
@@ -190,7 +200,9 @@ class RLDSDataset:
             raise ValueError(f"shard={shard} must be in 0..{num_shards - 1}, below num_shards={num_shards}")
         self.path = find_dataset(directory)
         self._transform, self._seed = transform, shuffle_seed
-        self._images: list[bytes] = []
+        self._images: list[StoredFrame] = []
+        self._numbers: list[int] = []
+        """Of this shard's episodes, in the whole split."""
         self._instructions: list[str] = []
         actions: list[np.ndarray] = []
         episode_of: list[int] = []
@@ -201,6 +213,7 @@ class RLDSDataset:
                 continue
             length = len(episode["action"])
             self._images += episode["image"]
+            self._numbers.append(index)
             self._instructions.append(episode["instruction"])
             actions.append(standardized(episode["action"]))
             episode_of += [self.num_episodes] * length
@@ -217,13 +230,17 @@ class RLDSDataset:
     def __getitem__(self, index: int) -> Any:
         """Step `index` in stored order."""
         episode = int(self._episode_of[index])
+        step = int(self._step_of[index])
+        try:
+            image = decoded(self._images[index])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.path}: the frame of step {step} in episode {self._numbers[episode]} cannot be decoded ({error})") from None
         example = {
-            # As TensorFlow decodes by default: the fast integer DCT, smooth chroma.
-            "image": simplejpeg.decode_jpeg(self._images[index], colorspace="RGB", fastdct=True, fastupsample=False),
+            "image": image,
             "action": self.actions[index],
             "instruction": self._instructions[episode],
             "episode": episode,
-            "step": int(self._step_of[index]),
+            "step": step,
         }
         return example if self._transform is None else self._transform(example)
 
@@ -266,25 +283,34 @@ def find_dataset(directory: str | Path) -> Path:
     raise FileNotFoundError(f"{directory}: {what} below it; give the directory that holds {INFO_FILE}, such as .../libero_spatial_no_noops/1.0.0")
 
 
-def num_episodes(path: Path) -> dict[str, int]:
-    """Episodes of each split, by what `dataset_info.json` says. Raises ValueError where that file is not as TensorFlow Datasets writes it."""
-    try:
-        splits = json.loads((path / INFO_FILE).read_text())["splits"]
-        return {split["name"]: sum(map(int, split.get("shardLengths", []))) for split in splits}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / INFO_FILE} cannot be read ({type(error).__name__}: {error}); copy or collect the data again") from None
+def check_dataset(directory: str | Path) -> dict[str, int]:
+    """Whether a data set is one that can be read, as far as its metadata say; the episodes of each split. Needs no TensorFlow.
+
+    Raises:
+        FileNotFoundError: no data set there.
+        ValueError: in one line, what is wrong with `dataset_info.json`, `features.json` or `dataset_statistics.json`.
+    """
+    path = find_dataset(directory)
+    check_metadata(path)
+    if (path / STATISTICS_FILE).is_file():
+        _stored_statistics(path / STATISTICS_FILE)
+    return num_episodes(path)
 
 
 def read_episodes(path: Path, split: str) -> Iterator[dict[str, Any]]:
-    """Episodes as stored: `image` (T JPEG files), `action` [T, 7] float32, `instruction`.
+    """Episodes as stored: `image` (T JPEG or PNG files, or [T, H, W, 3] uint8), `action` [T, 7] float32, `instruction`.
 
     Raises:
         ValueError, ImportError: as `RLDSDataset`.
     """
+    check_metadata(path)
     process = TFDSProcess("read", path, split)
     try:
+        number, size = 0, None
         while (answer := process.receive())[0]:
-            yield answer[1]
+            episode = checked_episode(answer[1], f"{path}: episode {number}", size)
+            number, size = number + 1, frame_size(episode["image"][0])
+            yield episode
     finally:
         process.close()
 
@@ -331,11 +357,10 @@ def _stored_statistics(file: Path) -> dict[str, Any]:
     """Under whatever name the folder had when it was written. Raises ValueError where the file is damaged."""
     try:
         (entry,) = json.loads(file.read_text()).values()
-        action = entry["action"]
-        whole = all(np.isfinite(np.asarray(action[name], dtype=np.float64)).all() and len(action[name]) == 7 for name in ("q01", "q99"))
-        if not whole or np.less(action["q99"], action["q01"]).any() or entry["num_transitions"] < 1:
-            raise ValueError("its quantiles are not those of 7 numbers")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        check_action_statistics(entry["action"], "action")
+        if entry["num_transitions"] < 1:
+            raise ValueError("it counts no steps")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); remove it to compute it anew from the actions") from None
     return entry
 

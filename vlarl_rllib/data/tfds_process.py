@@ -1,4 +1,4 @@
-"""TensorFlow Datasets, in a process of its own that `data/rlds.py` starts.
+"""TensorFlow Datasets, in a process of its own that `data/rlds.py` starts: this file is its program, and imports nothing of this package there.
 
 TensorFlow carries an LLVM whose symbols Mesa's software rasteriser then finds: drawing a LIBERO frame crashes in a process that has
 imported TensorFlow before. It would also cost a learner 0.4 GB and some seconds.
@@ -26,6 +26,8 @@ ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "CUDA_
 VERSION = "1.0.0"
 EPISODES_PER_FILE = 64
 MAX_EPISODE_STEPS = 2**20
+EMPTY = "Dataset was empty"
+"""What TensorFlow says of an episode without steps."""
 STATE_SIZE, JOINT_STATE_SIZE = 8, 7
 RAISED = {kind.__name__: kind for kind in (ValueError, ImportError, OSError)}
 """What a command may end with, in the caller too."""
@@ -37,17 +39,16 @@ class TFDSProcess:
     def __init__(self, *command: Any) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            program = "import sys; from vlarl_rllib.data.tfds_process import main; main(sys.argv[1:])"  # -m would warn: the package imports this
-            # features.json names modules that are imported: -P, so that a file in the working directory, which may hold a download, is none.
-            search_path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+            from vlarl_rllib.interpreter import given_path, python_command
+
             # Ctrl-C is the caller's to handle, who closes the socket; a blocked signal is inherited, so that not even importing sees it.
             unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", program, str(theirs.fileno())],
+                    python_command(__file__, str(theirs.fileno())),
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    env=os.environ | ENVIRONMENT | {"PYTHONPATH": search_path},
+                    env=os.environ | ENVIRONMENT | {"PYTHONPATH": given_path()},
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
@@ -105,39 +106,40 @@ def main(arguments: list[str]) -> None:
 
 
 def read(connection: Connection, path: Path, split: str) -> Iterator[dict[str, Any]]:
-    """Episodes as stored: `image` (T JPEG files), `action` [T, 7] float32, `instruction`."""
+    """Episodes as stored: `image` (T files, or [T, H, W, 3] of raw frames), `action` [T, ...] and `instruction` (bytes), none of which is checked.
+
+    `path` is one whose metadata `data.schema.check_metadata` has passed.
+    """
     tfds = _tfds()
     import tensorflow as tf
 
     try:
         builder = tfds.builder_from_directory(str(path))
-        steps = builder.info.features["steps"].feature
-    except Exception as error:  # parsers of several kinds; features.json names the classes that are called
+        observation = builder.info.features["steps"].feature["observation"]
+    except Exception as error:  # parsers of several kinds
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its metadata cannot be read ({type(error).__name__}: {reason}); copy or collect it again") from None
-    missing = [name for name in ("observation", "action", "language_instruction") if name not in steps]
-    if not missing and "image" not in steps["observation"]:
-        missing = ["observation/image"]
-    if missing:
-        raise ValueError(f"{path}: its steps lack {', '.join(missing)}; the layout must be that of openvla/modified_libero_rlds")
     if split.partition("[")[0] not in builder.info.splits:
         raise ValueError(f"{path}: has no split {split!r}; it has {', '.join(builder.info.splits)}")
-    cameras = [name for name, feature in steps["observation"].items() if isinstance(feature, tfds.features.Image)]
+    cameras = [name for name, feature in observation.items() if isinstance(feature, tfds.features.Image)]
     as_stored = {"steps": {"observation": {name: tfds.decode.SkipDecoding() for name in cameras}}}
-    episodes = builder.as_dataset(split=split, decoders=as_stored, shuffle_files=False)
+    number = 0
 
     def columns(episode: Any) -> tuple[Any, Any, Any]:
         """In TensorFlow's graph: 800 episodes of 11 steps in 1.3 s, where an iterator for each took 25 s (2 busy cores)."""
         steps = episode["steps"].batch(MAX_EPISODE_STEPS).get_single_element()
         return steps["observation"]["image"], steps["action"], steps["language_instruction"][0]
 
-    number = 0
     try:
+        episodes = builder.as_dataset(split=split, decoders=as_stored, shuffle_files=False)
         for images, actions, instruction in episodes.map(columns, num_parallel_calls=tf.data.AUTOTUNE).as_numpy_iterator():
-            yield {"image": [bytes(image) for image in images], "action": actions, "instruction": instruction.decode()}
+            encoded = images.dtype == object
+            yield {"image": [bytes(image) for image in images] if encoded else images, "action": actions, "instruction": instruction}
             number += 1
-    except (tf.errors.OpError, OSError) as error:
-        reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", str(error).strip().splitlines()[0])
+    except (tf.errors.OpError, OSError, ValueError) as error:
+        reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", (str(error).strip() or type(error).__name__).splitlines()[0])
+        if EMPTY in reason:
+            raise ValueError(f"{path}: episode {number} has no steps, must have at least 1; collect it again without that episode") from None
         raise ValueError(f"{path}: damaged or incomplete after {number} episodes ({reason}); copy or collect it again") from None
 
 
@@ -194,3 +196,7 @@ def _tfds() -> Any:
     except ImportError as error:
         raise ImportError(f"RLDS data need TensorFlow Datasets ({error}); run: pip install 'vlarl-rllib[data]'") from None
     return tensorflow_datasets
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

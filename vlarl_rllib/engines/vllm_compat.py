@@ -168,6 +168,7 @@ def build_llm(spec: EngineSpec, config: OpenVLAConfig, architecture: str, transf
     llm = LLM(
         model=spec.model_path,
         hf_overrides={"architectures": [architecture]},
+        load_format="safetensors",  # "auto" would fall back to pickles
         dtype=spec.dtype,  # type: ignore[arg-type]
         seed=spec.seed,
         enforce_eager=on_cpu or spec.enforce_eager,

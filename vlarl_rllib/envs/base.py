@@ -33,8 +33,7 @@ class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
         stretched to [-1, 1], reduced to its sign and negated, as OpenVLA's LIBERO evaluation does.
         """
         converted = np.array(action, dtype=np.float64)
-        if converted.shape != (7,):
-            raise ValueError(f"the policy's action has shape {converted.shape}; expected (7,)")
+        check_action(converted, "the policy's action")
         converted[6] = -np.sign(2.0 * converted[6] - 1.0)
         return converted
 
@@ -64,3 +63,47 @@ class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
     @abstractmethod
     def horizon(suite: str) -> int:
         """Policy steps after which an episode is cut off."""
+
+
+# What passes between an environment and the policy; environments may be somebody else's code
+
+
+def check_action(action: np.ndarray, where: str) -> None:
+    """Raise ValueError unless it is 7 finite numbers."""
+    if np.shape(action) != (7,):
+        raise ValueError(f"{where} has shape {np.shape(action)}; expected (7,)")
+    if not np.isfinite(action).all():
+        raise ValueError(f"{where} is {np.asarray(action).tolist()}, must be finite; see the action statistics and the weights of the policy")
+
+
+def check_step(result: Any, image_size: int, where: str) -> None:
+    """Raise ValueError unless `step` returned what `VLAEnv` says: a frame, a finite reward, two flags and `success`."""
+    if not isinstance(result, tuple) or len(result) != 5:
+        raise ValueError(f"{where} returned {type(result).__name__}, must be (observation, reward, terminated, truncated, info)")
+    observation, reward, terminated, truncated, info = result
+    check_observation(observation, image_size, where)
+    if np.ndim(reward) != 0 or not np.isreal(reward) or not np.isfinite(reward):
+        raise ValueError(f"{where} returned the reward {reward!r}, must be a finite number")
+    success = info.get("success") if isinstance(info, dict) else None
+    for name, flag in (("terminated", terminated), ("truncated", truncated), ("info['success']", success)):
+        if not isinstance(flag, bool | np.bool_):
+            raise ValueError(f"{where} returned {name} = {flag!r}, must be True or False")
+
+
+def check_observation(observation: Any, image_size: int, where: str) -> None:
+    """Raise ValueError unless its `image` is [S, S, 3] uint8: copied into a frame's memory, another type would lose its values silently."""
+    image = observation.get("image") if isinstance(observation, dict) else None
+    expected = (image_size, image_size, 3)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != expected:
+        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"{where} returned an image of {found}, must be uint8 {list(expected)}")
+
+
+def check_start(info: Any, where: str) -> None:
+    """Raise ValueError unless the info of `reset` says what is to be done, and of which task and start."""
+    instruction = info.get("instruction") if isinstance(info, dict) else None
+    if not isinstance(instruction, str):
+        raise ValueError(f"{where} returned the instruction {instruction!r}, must be a text")
+    for name in ("task_id", "initial_state"):
+        if not isinstance(info.get(name), int | np.integer):
+            raise ValueError(f"{where} returned {name} = {info.get(name)!r}, must be a whole number")

@@ -70,7 +70,7 @@ def jpeg_round_trip(raw: np.ndarray) -> np.ndarray:
 
 
 def resize_lanczos(image: np.ndarray, side: int) -> np.ndarray:
-    """Resize square [H, H, 3] uint8 to [side, side, 3] uint8 like `tf.image.resize(..., "lanczos3", antialias=True)`.
+    """Resize [H, W, 3] uint8 to [side, side, 3] uint8, whatever the aspect, like `tf.image.resize(..., "lanczos3", antialias=True)`.
 
     Separable: all rows, then all columns, in float32 without rounding in between; at the end round half to even and clip.
     """
@@ -101,13 +101,12 @@ def _resize_by_column(image: np.ndarray, side: int) -> np.ndarray:
     """
     from vlarl_rllib.envs.image_kernels import resample_rows, transpose_pixels
 
-    source = len(image)
-    filters = _lanczos_filters(source, side)
-    rows, columns = _scratch("rows", (side, source, 3)), _scratch("columns", (source, side, 3))
+    height, width = image.shape[:2]
+    rows, columns = _scratch("rows", (side, width, 3)), _scratch("columns", (width, side, 3))
     levels = _scratch("levels", (side, side, 3))
-    resample_rows(np.ascontiguousarray(image).reshape(source, -1), *filters, rows.reshape(side, -1))
+    resample_rows(np.ascontiguousarray(image).reshape(height, -1), *_lanczos_filters(height, side), rows.reshape(side, -1))
     transpose_pixels(rows, columns)
-    resample_rows(columns.reshape(source, -1), *filters, levels.reshape(side, -1))
+    resample_rows(columns.reshape(width, -1), *_lanczos_filters(width, side), levels.reshape(side, -1))
     np.rint(levels, out=levels)
     return np.clip(levels, 0.0, 255.0, out=levels)
 

@@ -11,7 +11,7 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
-from vlarl_rllib.envs.base import VLAEnv
+from vlarl_rllib.envs.base import VLAEnv, check_action, check_observation, check_start, check_step
 from vlarl_rllib.registry import EnvSpec, make_env
 
 
@@ -49,12 +49,16 @@ class SlotTable:
         Raises:
             RuntimeError: the task needs one model more than allowed, and other slots are in the middle of episodes on
                 all of them.
+            ValueError: what the environment returns is not what `VLAEnv` says.
         """
         self._drop(slot)
         env = self._env(task_id)
         self._put_aside(task_id)
         self._loaded.pop(task_id, None)
         result = env.reset(seed=seed, options={"task_id": task_id, "initial_state": initial_state})
+        where = f"slot {slot}, task {task_id}: {self._spec.name}.reset"
+        check_observation(result[0], self._spec.image_size, where)
+        check_start(result[1], where)
         self._episodes[slot], self._loaded[task_id] = _Episode(task_id), slot
         self.render_seconds = env.render_seconds
         return result
@@ -64,6 +68,8 @@ class SlotTable:
 
         Raises:
             RuntimeError: the slot has no episode, or its episode is over.
+            ValueError: the action is not 7 finite numbers, which the environment does not get to see then; or what it returns is not what
+                `VLAEnv` says.
         """
         if slot not in self._episodes:
             raise RuntimeError(f"slot {slot} has no episode in progress; reset it first")
@@ -73,8 +79,11 @@ class SlotTable:
             self._put_aside(episode.task_id)
             env.restore(episode.saved)
             episode.saved, self._loaded[episode.task_id] = None, slot
+        where = f"slot {slot}, task {episode.task_id}"
         try:
+            check_action(policy_action, f"{where}: the policy's action")
             result = env.step(env.policy_to_env_action(policy_action))
+            check_step(result, self._spec.image_size, f"{where}: {self._spec.name}.step")
         except BaseException:
             self._drop(slot)
             raise

@@ -20,7 +20,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ import numpy as np
 import psutil
 
 from vlarl_rllib.envs.messages import Reset, SlotEvent, Step, Stop, WorkerSetup, frame_bytes, map_frames
+from vlarl_rllib.interpreter import python_command, search_path
 from vlarl_rllib.registry import EnvSpec
 
 __all__ = ["SlotEvent", "SlotProcesses", "assign_slots"]
@@ -90,7 +90,10 @@ class SlotProcesses:
         self._workers[self._worker_of_slot[slot]].num_resets += 1
 
     def send_step(self, slot: int, policy_action: np.ndarray) -> None:
-        """Act with an un-normalised policy action [7] (gripper 1 = open); returns at once. Answered by a `step` event."""
+        """Act with an un-normalised policy action [7] (gripper 1 = open); returns at once. Answered by a `step` event.
+
+        An action that is not 7 finite numbers never reaches a simulator: it is answered by an `error` event.
+        """
         self._send(slot, Step(slot, np.asarray(policy_action, dtype=np.float64)))
 
     def poll(self, timeout_seconds: float) -> list[SlotEvent]:
@@ -207,8 +210,8 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             fds = (theirs.fileno(), frames_fd)
-            command = [sys.executable, "-m", "vlarl_rllib.envs.worker", *map(str, fds), str(os.getpid())]
-            environment = {**os.environ, **_THREADS, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+            command = python_command("-m", "vlarl_rllib.envs.worker", *map(str, fds), str(os.getpid()))
+            environment = {**os.environ, **_THREADS, "PYTHONPATH": search_path()}
             environment.pop("CUDA_VISIBLE_DEVICES", None)  # robosuite would compare EGL's device number with it
             started = _spawner().submit(subprocess.Popen, command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL)
             self.process = started.result()

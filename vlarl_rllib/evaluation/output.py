@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlarl_rllib.checkpoints import write_atomically
+from vlarl_rllib.own_files import own_file, own_folder, replace_file
 from vlarl_rllib.run_directory import claimed, installed_versions
 from vlarl_rllib.settings import SettingsError
 
@@ -27,7 +27,7 @@ EPISODES_FILE = "episodes.jsonl"
 
 
 class EvaluationDirectory:
-    """One evaluation's directory; made by `open_evaluation`.
+    """One evaluation's directory; made by `open_evaluation`. Links that lead out of it are refused.
 
     Attributes:
         question: what was asked.
@@ -57,25 +57,26 @@ class EvaluationDirectory:
             self.episodes.append(episode)
             lines += json.dumps(episode) + "\n"
         if lines:
-            with (self.path / EPISODES_FILE).open("a") as file:
+            with self._episodes_file.open("a") as file:
                 file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
 
     def _keep_video(self, episode: dict[str, Any], video: bytes) -> None:
-        videos = self.path / "videos"
+        videos = own_folder(self.path, "videos", "--out")
         videos.mkdir(exist_ok=True)
         outcome = "success" if episode["success"] else "failure"
-        (videos / f"task_{episode['task']:02d}_trial_{episode['trial']:03d}_{outcome}.mp4").write_bytes(video)
+        replace_file(videos / f"task_{episode['task']:02d}_trial_{episode['trial']:03d}_{outcome}.mp4", video)
 
     def _check_question(self) -> None:
-        file, versions = self.path / QUESTION_FILE, installed_versions()
-        if not file.is_file():
+        file, versions = own_file(self.path, QUESTION_FILE, "--out"), installed_versions()
+        own_folder(self.path, "videos", "--out")
+        if file is None:
             if others := sorted(path.name for path in self.path.iterdir() if not path.name.startswith(".")):
                 raise SettingsError(f"--out: {self.path} holds other things ({others[0]}, ...); give a new directory")
-            write_atomically(file, json.dumps({**self.question, "versions": versions}, indent=2) + "\n")
+            replace_file(self.path / QUESTION_FILE, json.dumps({**self.question, "versions": versions}, indent=2) + "\n")
             return
-        before = json.loads(file.read_text())
+        before = _read_question(file)
         for key, value in self.question.items():
             if before.get(key) != value:
                 raise SettingsError(
@@ -85,21 +86,44 @@ class EvaluationDirectory:
         if before["versions"] != versions:
             self.versions_before = before["versions"]
 
+    @property
+    def _episodes_file(self) -> Path:
+        return own_file(self.path, EPISODES_FILE, "--out") or self.path / EPISODES_FILE
+
     def _read_episodes(self) -> list[dict[str, Any]]:
-        """All whole lines, of each episode the first one."""
-        file = self.path / EPISODES_FILE
+        """All whole lines that are episodes of the question, of each episode the first one."""
+        file = self._episodes_file
         episodes: dict[tuple[int, int], dict[str, Any]] = {}
         for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
             try:
                 episode = json.loads(line)
-                episodes.setdefault((episode["task"], episode["trial"]), episode)
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, RecursionError):
                 continue  # cut by a kill
+            if self._is_episode(episode):
+                episodes.setdefault((episode["task"], episode["trial"]), episode)
         return list(episodes.values())
+
+    def _is_episode(self, episode: Any) -> bool:
+        kinds = {"task": int, "trial": int, "success": bool, "steps": int}
+        if not isinstance(episode, dict) or any(type(episode.get(key)) is not kind for key, kind in kinds.items()):
+            return False
+        return episode["task"] in self.question["tasks"] and 0 <= episode["trial"] < self.question["trials"] and episode["steps"] >= 0
 
     def _mend(self) -> None:
         """Write the file anew, so that what is added does not end up on half a line."""
-        write_atomically(self.path / EPISODES_FILE, "".join(json.dumps(episode) + "\n" for episode in self.episodes))
+        replace_file(self.path / EPISODES_FILE, "".join(json.dumps(episode) + "\n" for episode in self.episodes))
+
+
+def _read_question(file: Path) -> dict[str, Any]:
+    """`evaluation.json`. Raises `SettingsError` where it is damaged."""
+    try:
+        question = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"--out: {file} cannot be read ({type(error).__name__}: {error}); give a new directory") from None
+    versions = question.get("versions") if isinstance(question, dict) else None
+    if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
+        raise SettingsError(f"--out: {file} is not what an evaluation writes; give a new directory")
+    return question
 
 
 @contextmanager

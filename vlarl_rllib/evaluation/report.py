@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vlarl_rllib.checkpoints import write_atomically
+from vlarl_rllib.own_files import replace_file
 
 Z_95 = 1.959963984540054
 """Quantile of the standard normal distribution that leaves 2.5 % above."""
@@ -149,9 +149,9 @@ def _count(episodes: Sequence[dict[str, Any]]) -> SuccessCount:
 
 def write_reports(directory: Path, result: EvaluationResult) -> None:
     """results.json, results.csv and report.md."""
-    write_atomically(directory / "results.json", json.dumps(to_dict(result), indent=2) + "\n")
-    write_atomically(directory / "results.csv", to_csv(result))
-    write_atomically(directory / "report.md", to_markdown(result))
+    replace_file(directory / "results.json", json.dumps(to_dict(result), indent=2) + "\n")
+    replace_file(directory / "results.csv", to_csv(result))
+    replace_file(directory / "report.md", to_markdown(result))
 
 
 def to_dict(result: EvaluationResult) -> dict[str, Any]:

@@ -22,15 +22,16 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import layer as peft_layers
 from peft.utils.integrations import dequantize_module_weight
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from vlarl_rllib.model_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, check_adapter
 
 if TYPE_CHECKING:
     from vlarl_rllib.settings import LoraSettings
 
 ADAPTER_NAME = "default"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 """In front of every name of an adapter file."""
 
@@ -46,10 +47,12 @@ TARGETS: dict[str, str | tuple[str, ...]] = {
     "language_model": r"language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
 }
 """What `model.lora.targets` stands for; a pattern must match a whole module name."""
+USED_KEYS = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora",
+)  # fmt: skip
+"""Fields of an adapter's config that say what is computed."""
 MAX_ALPHA = 16
 """Default alpha is min(rank, 16), as in OpenVLA's fine-tuning code."""
-UNSUPPORTED = ("use_dora", "use_bdlora", "arrow_config", "modules_to_save", "trainable_token_indices", "layer_replication", "fan_in_fan_out")
-"""Fields of an adapter's config that change what is computed and are not implemented here."""
 
 
 def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -198,24 +201,23 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: not LoRA, or a variant that is not implemented here.
+        ValueError: not LoRA, a variant that is not implemented here, or a damaged one.
     """
-    if not (Path(directory) / ADAPTER_CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{directory}: no PEFT adapter here ({ADAPTER_CONFIG_FILE} is missing)")
-    config = LoraConfig.from_pretrained(str(directory))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{directory}: the adapter is of type {getattr(config, 'peft_type', None)}, must be LORA")
-    unsupported = [name for name in UNSUPPORTED if getattr(config, name, None)]
-    if config.bias != "none" or config.lora_bias or unsupported:
-        raise ValueError(f"{directory}: the adapter uses {', '.join(unsupported) or 'bias'}, which is not supported; plain LoRA without bias is")
-    config.lora_dropout, config.inference_mode = 0.0, False
+    stored = check_adapter(directory)
+    try:
+        config = LoraConfig(**{name: stored[name] for name in USED_KEYS if name in stored})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory}: {ADAPTER_CONFIG_FILE} is not PEFT's ({error}); copy the adapter again") from None
     config.init_lora_weights = True
     return config
 
 
 def load_adapter_weights(model: nn.Module, directory: str | Path) -> None:
     """Copy an adapter file into `model`. Raises ValueError unless it has exactly the model's adapters."""
-    stored = load_file(Path(directory) / ADAPTER_WEIGHTS_FILE)
+    try:
+        stored = load_file(Path(directory) / ADAPTER_WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{directory}: {ADAPTER_WEIGHTS_FILE} is damaged ({error}); copy it again") from None
     own = adapter_parameters(model)
     wrong = sorted(stored.keys() ^ own.keys()) or sorted(name for name, tensor in stored.items() if tensor.shape != own[name].shape)
     if wrong:

@@ -124,7 +124,8 @@ def _call(reward: Reward, episode: RewardEpisode, timeout_seconds: float) -> np.
 
 
 def _checked(value: np.ndarray, length: int) -> np.ndarray:
-    array = np.asarray(value, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        array = np.asarray(value, dtype=np.float32)
     if array.shape != (length,):
         raise ValueError(f"a reward of {length} steps has shape ({length},), got {array.shape}")
     if not np.isfinite(array).all():

@@ -28,6 +28,7 @@ CHANNELS = (24, 48, 64, 64)
 """Of each convolution; all but the last halve the picture."""
 GROUPS = 8
 EMBEDDING_SIZE = HIDDEN_SIZE = 64
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 4096
 BATCH_SIZE = 128
 """Frames that are scored at once."""
 
@@ -92,6 +93,8 @@ class SuccessClassifier:
         facts = read_config(directory)
         try:
             config = ClassifierConfig(int(facts["image_size"]), tuple(map(str, facts["vocabulary"])))
+            if not MIN_IMAGE_SIZE <= config.image_size <= MAX_IMAGE_SIZE:
+                raise ValueError(f"image_size is {config.image_size}, must be {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}")
             classifier = cls(config, device, facts.get("training"))
             classifier.network.load_state_dict(load((Path(directory) / WEIGHTS_FILE).read_bytes()))
         except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

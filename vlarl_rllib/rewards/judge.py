@@ -14,7 +14,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+from vlarl_rllib.model_files import WEIGHTS_FILE, check_weights, refuse_foreign_code
+
+CONFIG_FILE = "config.json"
 CLASSIFIER_TYPE = "vlarl_success_classifier"
 """`model_type` of what `vlarl reward-model` writes."""
 REMEDY = "give a directory that vlarl reward-model wrote, or one of a Hugging Face vision-language model"
@@ -48,17 +50,18 @@ def judge_kind(directory: str | Path) -> JudgeKind:
 
 
 def check_judge(directory: str | Path) -> JudgeKind:
-    """`judge_kind`, and whether the weights are there, a classifier's as they were written.
+    """`judge_kind`, and whether the weights are there and whole, a classifier's as they were written.
 
     Raises:
         ValueError: in one line, what is wrong with the directory.
     """
     kind, root = judge_kind(directory), Path(directory)
     if kind == "vision_language":
-        if not list(root.glob("*.safetensors")):
-            raise ValueError(f"{directory} has no *.safetensors; download the model again, weights in another format are not read")
-        if (root / "adapter_config.json").is_file():  # transformers would load it too, from a pickle at need
-            raise ValueError(f"{directory} holds an adapter beside the model; merge it first")
+        refuse_foreign_code(read_config(directory), str(root / CONFIG_FILE))
+        try:
+            check_weights(root)
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
         return kind
     if not (root / WEIGHTS_FILE).is_file():
         raise ValueError(f"{directory} has no {WEIGHTS_FILE}; run vlarl reward-model again")
@@ -85,7 +88,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{directory} has no {CONFIG_FILE}; {REMEDY}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{directory}: {CONFIG_FILE} cannot be read ({error}); copy or make the model again") from error
     if not isinstance(config, dict):
         raise ValueError(f"{directory}: {CONFIG_FILE} holds {type(config).__name__}, must hold an object; copy or make the model again")

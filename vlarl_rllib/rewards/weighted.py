@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from vlarl_rllib.settings import RewardSettings
 
 
+LARGEST = 1e30
+"""Absolute value of a weighted reward: a sum of larger ones may be infinite, and its square in a loss is."""
+
+
 class WeightedRewards:
-    """Adds up rewards; those that fail count as zero.
+    """Adds up rewards; those that fail, or are too large to be added, count as zero.
 
     Args:
         rewards: (weight, reward).
@@ -43,8 +47,12 @@ class WeightedRewards:
         total = np.zeros(len(episode.actions), np.float32)
         for weight, reward in self._rewards:
             result = safe_get_reward(reward, episode, timeout_seconds=self._timeout_seconds, traceback_dir=self._traceback_dir)
-            total += np.float32(weight) * result.value
-            self.failures["reward_zeros"] += result.source == "zero"
+            with np.errstate(over="ignore"):
+                weighted = np.float32(weight) * result.value
+            fits = bool((np.abs(weighted) <= LARGEST).all())
+            if fits:
+                total += weighted
+            self.failures["reward_zeros"] += result.source == "zero" or not fits
             self.failures["reward_cpu_retries"] += result.source == "cpu_retry"
         return total
 

@@ -1,6 +1,5 @@
 """OpenVLA's configuration: the published `config.json` fields, tower sizes, action vocabulary and action statistics."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -8,6 +7,9 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.utils import cached_file
+
+from vlarl_rllib.model_files import read_json_object, refuse_foreign_code
+from vlarl_rllib.models.checkpoint_facts import action_statistics
 
 CONFIG_FILE = "config.json"
 DATASET_STATISTICS_FILE = "dataset_statistics.json"
@@ -130,7 +132,7 @@ def merge_dataset_statistics(norm_stats: Mapping[str, Any] | None, checkpoint: s
     merged = dict(norm_stats or {})
     path = find_checkpoint_file(checkpoint, DATASET_STATISTICS_FILE, **hub_options)
     if path is not None:
-        merged.update(json.loads(path.read_text(encoding="utf-8")))
+        merged.update(read_json_object(path))
     return merged
 
 
@@ -170,6 +172,7 @@ class OpenVLAConfig(PretrainedConfig):
     timm_override_act_layers: list[str | None] = field(default_factory=lambda: [None, None])
 
     def __post_init__(self, **kwargs: Any) -> None:
+        refuse_foreign_code(kwargs | {"text_config": self.text_config}, "the model's config")  # vLLM reads configs by itself
         if self.text_config is None:
             self.text_config = LlamaConfig(vocab_size=32064, pad_token_id=self.pad_token_id)
         elif isinstance(self.text_config, Mapping):
@@ -246,12 +249,12 @@ class OpenVLAConfig(PretrainedConfig):
         """Action statistics (`q01`, `q99`, `mask`, ...: 7 numbers each) of data set `unnorm_key`.
 
         A key that is absent is looked up as `<key>_no_noops` too, since published checkpoints use either name. None
-        picks the only data set. Raises ValueError for an unknown or ambiguous key.
+        picks the only data set. Raises ValueError for an unknown or ambiguous key, or numbers that scale no action.
         """
         norm_stats = self.norm_stats or {}
         if unnorm_key is None and len(norm_stats) == 1:
-            return next(iter(norm_stats.values()))["action"]
+            unnorm_key = next(iter(norm_stats))
         for key in (unnorm_key, f"{unnorm_key}_no_noops"):
             if key in norm_stats:
-                return norm_stats[key]["action"]
+                return action_statistics(norm_stats[key], f"norm_stats: {key}")
         raise ValueError(f"unnorm_key={unnorm_key!r} is not in this checkpoint; choose from {sorted(norm_stats)}")

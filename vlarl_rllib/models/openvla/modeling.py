@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from vlarl_rllib.model_files import ADAPTER_CONFIG_FILE, check_weights
 from vlarl_rllib.models.action_tokenizer import NUM_ACTION_TOKENS, ActionTokenizer
 from vlarl_rllib.models.critic import ValueHead
 from vlarl_rllib.models.openvla.configuration import (
     CONFIG_FILE,
     OpenVLAConfig,
+    find_checkpoint_file,
     hub_options_of,
     merge_dataset_statistics,
     require_checkpoint_file,
@@ -106,11 +108,16 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         Takes the keywords of `PreTrainedModel.from_pretrained`, e.g. `config=None, dtype=torch.float32`, and
         `vision_towers`. Raises FileNotFoundError where the checkpoint has no `config.json` and ValueError where its
-        tensors are not exactly the model's.
+        weights are no whole safetensors or its tensors not exactly the model's.
         """
         checkpoint = str(pretrained_model_name_or_path)
         hub_options = hub_options_of(kwargs)
         require_checkpoint_file(checkpoint, CONFIG_FILE, **hub_options)
+        if Path(checkpoint).is_dir():
+            check_weights(Path(checkpoint))
+        elif find_checkpoint_file(checkpoint, ADAPTER_CONFIG_FILE, **hub_options) is not None:  # transformers would load it too
+            raise ValueError(f"checkpoint '{checkpoint}' holds an adapter beside the model; merge it first")
+        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
         return_info = kwargs.pop("output_loading_info", False)
         with _without_loading_report():
             loaded: Any = super().from_pretrained(checkpoint, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
