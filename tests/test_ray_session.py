@@ -2,6 +2,9 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -135,3 +138,14 @@ def test_waiting_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     with ray_session._saying_so("waiting for Ray"):
         assert said.wait(5)
     assert capsys.readouterr().out.startswith("waiting for Ray ... 0 s\n")
+
+
+def test_what_is_no_ray_is_one_line_in_ten_seconds(tmp_path: Path) -> None:
+    """The command as it is: something takes connections and says nothing."""
+    (tmp_path / "config.yaml").write_text("env: {name: synthetic}\nengines: {num: 0}\n")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        command = [sys.executable, "-m", "vlarl_rllib", "train", "config.yaml"]
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == f"vlarl: RAY_ADDRESS: no Ray cluster answers at {address} (no answer in 4 s; is it Ray's port?)\n"

@@ -203,6 +203,8 @@ def test_dtypes_may_differ_where_the_gap_is_corrected() -> None:
         ("a: [", ("not valid YAML",)),
         ("- 1", ("holds list", "sections such as `model:`")),
         ("3", ("holds int",)),
+        ("false", ("holds bool",)),
+        ("[]", ("holds list",)),
         ("run:\n\tseed: 1", ("not valid YAML",)),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -121,8 +122,9 @@ def _ping(address: str) -> None:
             answer.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PING_SECONDS)
+    with _silent_stderr():
+        thread.start()
+        thread.join(PING_SECONDS)
     found = answer[0] if answer else TimeoutError(f"no answer in {PING_SECONDS:g} s; is it Ray's port?")
     if isinstance(found, ray.exceptions.AuthenticationError):
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
@@ -134,6 +136,20 @@ def _ping(address: str) -> None:
         raise SettingsError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({' '.join(str(found).split())})")
     if found != ray.__version__:
         raise SettingsError(f"RAY_ADDRESS: the cluster at {address} runs Ray {found}, this is {ray.__version__}; install the same version on both")
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Without what Ray's C++ part writes there, which Python cannot filter, before the one line that says it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager

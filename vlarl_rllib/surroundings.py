@@ -10,6 +10,7 @@ import socket
 import stat
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -72,14 +73,11 @@ def _unfit(directory: Path) -> str | None:
 def cache_directory() -> Path:
     """Where models and compiled code are kept: ~/.cache/vlarl, or a place that ends with the machine where there is no home to write to."""
     cache = Path(os.path.expanduser("~"), ".cache", "vlarl")
-    try:
-        if not cache.is_absolute():  # no HOME, and no entry in the list of users
-            raise OSError
-        cache.mkdir(parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK | os.X_OK):
-            return cache
-    except OSError:
-        pass
+    if cache.is_absolute():  # without HOME and an entry in the list of users it is not
+        with suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            if os.access(cache, os.W_OK | os.X_OK):
+                return cache
     return user_directory()
 
 

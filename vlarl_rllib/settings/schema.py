@@ -336,7 +336,8 @@ class Settings(Section):
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         """Read a YAML file and apply `a.b=value` overrides (values are YAML). Raises `SettingsError`."""
-        values = read_yaml(path) or {}
+        values = read_yaml(path)
+        values = {} if values is None else values
         if not isinstance(values, dict):
             raise SettingsError(f"{path}: holds {type(values).__name__}, must hold sections such as `model:`")
         for override in overrides:
