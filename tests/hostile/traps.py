@@ -18,10 +18,10 @@ from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.settings import Settings
 
 DECOYS = (
-    "trap", "megatron", "numpy", "torch", "json", "typing", "pickle", "random", "multiprocessing", "subprocess", "PIL", "yaml", "jinja2", "matplotlib",
+    "megatron", "numpy", "torch", "json", "typing", "pickle", "random", "multiprocessing", "subprocess", "PIL", "yaml", "jinja2", "matplotlib",
     "safetensors", "transformers", "tokenizers", "peft", "bitsandbytes", "kernels", "accelerate", "huggingface_hub", "tensorflow",
     "tensorflow_datasets", "etils", "google", "libero", "robosuite", "mujoco", "gymnasium", "ray", "vllm", "vlarl_rllib", "sitecustomize",
-    "configuration_trap", "modeling_trap", "processing_trap", "generate",
+    "configuration_trap", "modeling_trap", "processing_trap", "generate", "trap",
 )  # fmt: skip
 """Modules that a program of ours, or a library, might look for in the working directory."""
 AUTO_MAP = {
