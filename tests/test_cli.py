@@ -62,7 +62,10 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a wrong override": (["train", "good.yaml", "--set", "training.lr"], ("--set training.lr:", "section.key=value")),
     "no such model": (["train", "good.yaml", "--set", "model.path=./absent"], ("model.path: no such directory", "/absent'", "presets are tiny")),
     "a directory without a model": (["train", "good.yaml", "--set", "model.path=runs"], ("model.path:", "has no config.json")),
-    "an adapter that is none": (["train", "good.yaml", "--set", "model.lora.adapter=runs"], ("model.lora.adapter: ", "/runs has no", "PEFT adapter")),
+    "an adapter that is none": (
+        ["train", "good.yaml", "--set", "model.lora.adapter=runs"],
+        ("model.lora.adapter: ", "/runs: no PEFT adapter here (adapter_config.json is missing)"),
+    ),
     "a critic of another size": (
         ["train", "good.yaml", "--set", "model.critic=separate", "--set", "model.critic_path=mini"],
         ("model.critic_path: mini sees 112 pixels, the policy 28", "choose one of that size"),

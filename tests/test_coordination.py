@@ -30,9 +30,6 @@ class Runner:
         self.broken: str | None = None
         self.steps = 1
 
-    def failure(self) -> str | None:
-        return self.broken
-
     def attach(self, engines: list[Any], version: int, manifest: Any) -> Attached:
         if self.broken:
             return Attached(self.pid, (), (), self.broken)
@@ -85,11 +82,7 @@ class Runners:
     def restore(self) -> None:
         self.healthy = set(self.runners)
 
-    def foreach_env_runner(
-        self, functions: Any, *, kwargs: list[Any] | None = None, remote_worker_ids: list[int] | None = None, **options: Any
-    ) -> list[Any]:
-        if remote_worker_ids is None or kwargs is None:
-            return [functions(runner) for runner in self.runners.values()]
+    def foreach_env_runner(self, functions: list[Any], *, kwargs: list[Any], remote_worker_ids: list[int], **options: Any) -> list[Any]:
         answers = []
         for function, arguments, index in zip(functions, kwargs, remote_worker_ids, strict=True):
             when = self.fail(function.args[0])
@@ -155,14 +148,6 @@ def test_weights_that_give_no_finite_numbers_end_it_at_once_and_say_what_to_do()
     with pytest.raises(DivergedError, match=r"the weights give .* not finite; lower training.lr \(0.5\)"):
         list(diverged.evaluate(EVERYTHING, change_tasks=True, seconds=1.0))
     assert runners.deaths == 0
-
-
-def test_a_runner_that_cannot_start_says_why() -> None:
-    runners = Runners(2, random.Random(0))
-    coordination.require_runners(runners)
-    runners.runners[2].broken = "Traceback ...\nValueError: no such scene"
-    with pytest.raises(RuntimeError, match=r"runner 2 cannot start:\nTraceback \.\.\.\nValueError: no such scene"):
-        coordination.require_runners(runners)
 
 
 def test_a_runner_that_does_not_come_back_is_killed_and_its_last_words_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

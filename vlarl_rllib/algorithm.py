@@ -107,8 +107,10 @@ class VLAPPO(PPO):
         # Engines and the judge take longest to start and need nothing from the rest, so they start first and are waited for last.
         self.reward_service = self._start_reward_worker() if self._vla.rewards.process else None
         self.engine_pool = self._start_engines() if self._vla.engines.num else None
-        super().setup(config)
-        require_runners(self.env_runner_group)
+        try:
+            super().setup(config)
+        finally:
+            require_runners(getattr(self, "env_runner_group", None))  # whatever RLlib raised because there is none
         self.weight_sync = WeightSync(self.learner_group, self.engine_pool, self.config.policy_version)
         self.collector = RolloutCollector(
             self.env_runner_group,

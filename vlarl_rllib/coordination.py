@@ -15,6 +15,7 @@ from itertools import repeat
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayActorError
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from vlarl_rllib.curriculum import Start
@@ -134,10 +135,16 @@ class Rollout:
         self.slots = told_apart + uniform[: max(0, enough - len(told_apart))]
 
 
-def require_runners(runners: EnvRunnerGroup) -> None:
-    """Raise RuntimeError, with the traceback, where a runner could not make its environments: another start would fail alike."""
-    answers = runners.foreach_env_runner(partial(_numbered, "failure"), local_env_runner=False)
-    for index, failure in answers:
+def require_runners(runners: EnvRunnerGroup | None) -> None:
+    """Raise RuntimeError, with the traceback, where a runner could not be made, or could not make its environments.
+
+    RLlib goes on without a runner whose constructor raised, and Ray does not start it anew.
+    """
+    for index, actor in runners._worker_manager.actors().items() if runners is not None else ():
+        try:
+            failure = ray.get(actor.failure.remote())
+        except RayActorError as error:
+            failure = str(error)
         if failure:
             raise RuntimeError(f"runner {index} cannot start:\n{failure}")
 

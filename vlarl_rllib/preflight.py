@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from vlarl_rllib.model_files import check_adapter
 from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
 from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
 from vlarl_rllib.plan import num_training_starts
@@ -220,8 +221,11 @@ def _hub_problem(error: OSError | ValueError) -> str:
 
 def _check_additions(model: ModelSettings) -> None:
     """Adapter, quantisation and critic."""
-    if model.lora and model.lora.adapter and not (Path(model.lora.adapter) / "adapter_config.json").is_file():
-        raise SettingsError(f"model.lora.adapter: {model.lora.adapter} has no adapter_config.json; give the directory of a PEFT adapter")
+    if model.lora and model.lora.adapter:
+        try:
+            check_adapter(model.lora.adapter)
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"model.lora.adapter: {error}") from None
     if model.quantization and importlib.util.find_spec("bitsandbytes") is None:
         raise SettingsError(f"model.quantization: {model.quantization} needs bitsandbytes, which is not installed; run: pip install bitsandbytes")
     if model.critic_path and (critic := _image_size(model.critic_path, "model.critic_path")) != (policy := _image_size(model.path, "model.path")):

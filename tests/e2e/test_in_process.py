@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
@@ -26,25 +27,30 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 
 
-class Callbacks(RLlibCallback):
-    """Notes what is called, in the runners too."""
+def make_callbacks() -> type[RLlibCallback]:
+    """A class of this function, so that Ray ships it to the runners by value."""
 
-    def on_train_result(self, *, result: dict[str, Any], **kwargs: Any) -> None:
-        result["noted"] = True
+    class Callbacks(RLlibCallback):
+        """Notes what is called, in the runners too."""
 
-    def on_evaluate_end(self, *, algorithm: Any, evaluation_metrics: dict[str, Any], **kwargs: Any) -> None:
-        algorithm.noted_evaluation = evaluation_metrics
+        def on_train_result(self, *, result: dict[str, Any], **kwargs: Any) -> None:
+            result["noted"] = True
 
-    def on_checkpoint_loaded(self, *, algorithm: Any, **kwargs: Any) -> None:
-        algorithm.noted_checkpoint = algorithm.iteration
+        def on_evaluate_end(self, *, algorithm: Any, evaluation_metrics: dict[str, Any], **kwargs: Any) -> None:
+            algorithm.noted_evaluation = evaluation_metrics
 
-    def on_episode_end(self, *, episode: Any, metrics_logger: Any, env_index: int, **kwargs: Any) -> None:
-        metrics_logger.log_value("noted_length", float(episode.custom_data["length"]), reduce="mean", window=1)
+        def on_checkpoint_loaded(self, *, algorithm: Any, **kwargs: Any) -> None:
+            algorithm.noted_checkpoint = algorithm.iteration
+
+        def on_episode_end(self, *, episode: Any, metrics_logger: Any, env_index: int, **kwargs: Any) -> None:
+            metrics_logger.log_value("noted_length", float(episode.custom_data["length"]), reduce="mean", window=1)
+
+    return Callbacks
 
 
 def build(**changes: dict[str, Any]) -> VLAPPOConfig:
     values = GIVEN | {section: GIVEN.get(section, {}) | keys for section, keys in changes.items()}
-    return VLAPPOConfig.from_settings(Settings.from_dict(values)).callbacks(Callbacks)
+    return VLAPPOConfig.from_settings(Settings.from_dict(values)).callbacks(make_callbacks())
 
 
 def train_on(algorithm: VLAPPO) -> None:
@@ -142,6 +148,17 @@ def test_a_save_goes_to_a_directory_or_is_refused(algorithm: VLAPPO, tmp_path: P
     with pytest.raises(SettingsError, match="s3://bucket/x: checkpoints are written to directories"):
         algorithm.save_to_path("s3://bucket/x")
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize("where", ["__init__", "on_environment_created"])
+def test_a_runner_that_cannot_start_says_why(ray_session: None, where: str) -> None:
+    def fail(self: Any, **kwargs: Any) -> None:
+        if ray.get_runtime_context().get_actor_id():  # in the runner, not in the Algorithm
+            raise ValueError("no such scene")
+
+    broken = type("Broken", (RLlibCallback,), {where: fail})
+    with pytest.raises(RuntimeError, match=r"(?s)runner 1 cannot start:.*ValueError: no such scene"):
+        build().callbacks(broken).build_algo()
 
 
 def test_tunes_own_conventions(ray_session: None, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "rewards"), str(HERE.parent / "data")]  # whose helpers write judges and data
@@ -113,3 +114,30 @@ def test_opened_from_inside_among_decoys(downloads: Path, tmp_path: Path) -> Non
     outcomes = json.loads(done.stdout.splitlines()[-1])
     assert outcomes.pop("working", "read") == "read"
     assert {name: EXPECTED[name] in outcome for name, outcome in outcomes.items()} == dict.fromkeys(EXPECTED, True), outcomes
+
+
+ENGINE = """
+import os, sys
+from vlarl_rllib.engines.protocol import EngineSpec
+from vlarl_rllib.engines.vllm_engine import engine_env_vars
+spec = EngineSpec(sys.argv[1], "float32", gpus=0, max_batch=2, enforce_eager=True, mix_calls=False, seed=0)
+os.environ.update(engine_env_vars(spec))
+from vlarl_rllib.engines import vllm_plugin
+from vlarl_rllib.engines.vllm_compat import build_llm
+from vlarl_rllib.models.openvla import OpenVLAConfig
+vllm_plugin.register(in_process=True)
+try:
+    build_llm(spec, OpenVLAConfig.from_pretrained(spec.model_path), vllm_plugin.ARCHITECTURE, vllm_plugin.TRANSFER_BACKEND)
+    outcome = "read"
+except Exception as error:
+    outcome = str(error)
+print("\\n" + outcome.splitlines()[0], flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None or torch.version.cuda is not None, reason="needs vLLM for CPUs")
+def test_vllm_falls_back_to_no_pickle(downloads: Path) -> None:
+    command = [sys.executable, "-P", "-c", ENGINE, str(downloads / "model_pickle")]
+    done = subprocess.run(command, cwd=downloads / "model_pickle", env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert "Cannot find any model weights" in done.stdout.splitlines()[-1], done.stdout + done.stderr

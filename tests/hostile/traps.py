@@ -18,10 +18,10 @@ from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.settings import Settings
 
 DECOYS = (
-    "trap", "numpy", "torch", "json", "typing", "pickle", "random", "multiprocessing", "subprocess", "PIL", "yaml", "jinja2", "matplotlib",
+    "megatron", "numpy", "torch", "json", "typing", "pickle", "random", "multiprocessing", "subprocess", "PIL", "yaml", "jinja2", "matplotlib",
     "safetensors", "transformers", "tokenizers", "peft", "bitsandbytes", "kernels", "accelerate", "huggingface_hub", "tensorflow",
     "tensorflow_datasets", "etils", "google", "libero", "robosuite", "mujoco", "gymnasium", "ray", "vllm", "vlarl_rllib", "sitecustomize",
-    "configuration_trap", "modeling_trap", "processing_trap", "generate",
+    "configuration_trap", "modeling_trap", "processing_trap", "generate", "trap",
 )  # fmt: skip
 """Modules that a program of ours, or a library, might look for in the working directory."""
 AUTO_MAP = {
@@ -95,7 +95,7 @@ def write_adapters(root: Path, mark: Path) -> None:
     golden = Path(__file__).parents[1] / "data" / "golden" / "adapter_S"
     for name, values in (
         ("adapter_pickle", {}),
-        ("adapter_megatron", {"megatron_config": {"x": 1}, "megatron_core": "trap", "target_modules": ["embed_tokens"]}),
+        ("adapter_megatron", {"megatron_config": {"x": 1}, "megatron_core": "megatron", "target_modules": ["embed_tokens"]}),
         ("adapter_with_code", {"auto_mapping": {"base_model_class": "Model", "parent_library": "trap"}, "base_model_name_or_path": "trap"}),
     ):
         adapter = shutil.copytree(golden, root / name)

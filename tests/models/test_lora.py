@@ -193,7 +193,7 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
     with pytest.raises(ValueError, match="uses use_dora, which is not supported"):
         add_lora(build_model(PRESETS["tiny"]), LoraSettings(adapter=str(tmp_path)))
-    file.write_text(file.read_text().replace('"use_dora": true', '"megatron_core": "trap"'))  # which PEFT would import
+    file.write_text(file.read_text().replace('"use_dora": true', '"megatron_core": "trap"'))  # a module to import
     with pytest.raises(ValueError, match="uses megatron_core, which is not supported"):
         add_lora(build_model(PRESETS["tiny"]), LoraSettings(adapter=str(tmp_path)))
     file.write_text(file.read_text().replace('"trap"', '"megatron.core"'))
