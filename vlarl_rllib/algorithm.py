@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -20,8 +21,13 @@ from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     ENV_RUNNER_SAMPLING_TIMER,
+    EPISODE_DURATION_SEC_MEAN,
+    EPISODE_LEN_MAX,
     EPISODE_LEN_MEAN,
+    EPISODE_LEN_MIN,
+    EPISODE_RETURN_MAX,
     EPISODE_RETURN_MEAN,
+    EPISODE_RETURN_MIN,
     LEARNER_RESULTS,
     LEARNER_UPDATE_TIMER,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
@@ -35,7 +41,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, replacing, write_atomically
 from vlarl_rllib.config import ENVIRONMENT_NAME, VLAPPOConfig
-from vlarl_rllib.coordination import Rollout, RolloutCollector, WeightSync, require_runners
+from vlarl_rllib.coordination import Rollout, RolloutCollector, WeightSync, require_runners, told_why_runners_fail
 from vlarl_rllib.curriculum import Start, SuccessRecord
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.errors import lower_the_rates
@@ -50,6 +56,11 @@ from vlarl_rllib.rollout.video import keep_videos
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 
 logger = logging.getLogger(__name__)
+
+EPISODE_MEANS = (
+    EPISODE_RETURN_MEAN, EPISODE_RETURN_MIN, EPISODE_RETURN_MAX, EPISODE_LEN_MEAN, EPISODE_LEN_MIN, EPISODE_LEN_MAX, EPISODE_DURATION_SEC_MEAN,
+)  # fmt: skip
+"""RLlib's numbers of the episodes that ended lately."""
 
 
 def _in_bundle(from_the_end: int) -> dict[str, Any]:
@@ -107,10 +118,9 @@ class VLAPPO(PPO):
         # Engines and the judge take longest to start and need nothing from the rest, so they start first and are waited for last.
         self.reward_service = self._start_reward_worker() if self._vla.rewards.process else None
         self.engine_pool = self._start_engines() if self._vla.engines.num else None
-        try:
+        with told_why_runners_fail():
             super().setup(config)
-        finally:
-            require_runners(getattr(self, "env_runner_group", None))  # whatever RLlib raised because there is none
+        require_runners(self.env_runner_group)
         self.weight_sync = WeightSync(self.learner_group, self.engine_pool, self.config.policy_version)
         self.collector = RolloutCollector(
             self.env_runner_group,
@@ -177,6 +187,8 @@ class VLAPPO(PPO):
         seconds = dict(self._seconds)
         self._seconds = {}
         seconds["other"] = max(0.0, time.perf_counter() - began - sum(v for k, v in seconds.items() if k != "startup"))
+        for name in EPISODE_MEANS:  # which RLlib leaves out until an episode has ended; a CSV's header is the first row's
+            results[ENV_RUNNER_RESULTS].setdefault(name, math.nan)
         results["vlarl_details"] = iteration_details(self._episodes, self._initial_evaluation if done == 1 else None, evaluation)
         self._rates.add(results["vlarl_details"])
         results["vlarl"] = iteration_metrics(

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError
+from ray.rllib.env import env_runner_group
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from vlarl_rllib.curriculum import Start
@@ -135,12 +137,33 @@ class Rollout:
         self.slots = told_apart + uniform[: max(0, enough - len(told_apart))]
 
 
-def require_runners(runners: EnvRunnerGroup | None) -> None:
+@contextmanager
+def told_why_runners_fail() -> Iterator[None]:
+    """Raise RuntimeError, with the traceback, where a runner's constructor raises while RLlib makes its group.
+
+    RLlib tells it to its log alone, and raises an IndexError over the runner that is missing.
+    """
+    words: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: words.append(record.getMessage())  # type: ignore[method-assign]
+    its_log = logging.getLogger(env_runner_group.__name__)
+    its_log.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        if words:
+            raise RuntimeError(f"a runner cannot start: {words[0]}") from error
+        raise
+    finally:
+        its_log.removeHandler(handler)
+
+
+def require_runners(runners: EnvRunnerGroup) -> None:
     """Raise RuntimeError, with the traceback, where a runner could not be made, or could not make its environments.
 
     RLlib goes on without a runner whose constructor raised, and Ray does not start it anew.
     """
-    for index, actor in runners._worker_manager.actors().items() if runners is not None else ():
+    for index, actor in runners._worker_manager.actors().items():
         try:
             failure = ray.get(actor.failure.remote())
         except RayActorError as error:

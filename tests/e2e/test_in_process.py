@@ -19,12 +19,15 @@ from vlarl_rllib.settings import Settings
 
 GIVEN: dict[str, dict[str, Any]] = {
     "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 2, "num_processes": 1, "models_per_process": 2, "max_steps": 8},
-    "rollout": {"steps_per_iteration": 6},  # too short for an episode to end in the first iteration
+    "rollout": {"steps_per_iteration": 2},  # too short for an episode to end in the first iteration
     "engines": {"num": 0},
     "learners": {"num": 0, "micro_batch_size": 16},
-    "training": {"minibatch_size": 12, "lr": 1e-4},
+    "training": {"minibatch_size": 4, "lr": 1e-4},
     "evaluation": {"episodes": 4},
 }
+
+
+ITERATIONS = 6
 
 
 def make_callbacks() -> type[RLlibCallback]:
@@ -68,7 +71,7 @@ def algorithm(ray_session: None) -> Iterator[VLAPPO]:
 
 @pytest.fixture(scope="module")
 def results(algorithm: VLAPPO) -> list[dict[str, Any]]:
-    return [algorithm.train() for _ in range(3)]
+    return [algorithm.train() for _ in range(ITERATIONS)]
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +86,10 @@ def test_every_iteration_has_the_same_numbers(results: list[dict[str, Any]]) -> 
     """Tune's `stop`, schedulers and the CSV's header, which is the first row's, need them."""
     rows = [flatten_dict({"vlarl": result["vlarl"]}) for result in results]
     assert results[0]["vlarl_details"]["success_rate"] is None, "an episode ended, so nothing is tested here"
-    assert results[2]["vlarl_details"]["success_rate"] is not None
-    assert rows[0].keys() == rows[1].keys() == rows[2].keys()
+    assert results[-1]["vlarl"]["success_rate"] > 0
+    assert all(row.keys() == rows[0].keys() for row in rows)
     assert all(isinstance(value, int | float) and value == value for row in rows for value in row.values())
-    assert [row["vlarl/evaluation_success_rate"] for row in rows] == [results[0]["vlarl_details"]["initial_evaluation"]["success_rate"]] * 3
+    assert [row["vlarl/evaluation_success_rate"] for row in rows] == [results[0]["vlarl_details"]["initial_evaluation"]["success_rate"]] * ITERATIONS
 
 
 def test_rllibs_own_numbers_are_there_from_the_first_iteration(results: list[dict[str, Any]]) -> None:
@@ -98,7 +101,7 @@ def test_rllibs_own_numbers_are_there_from_the_first_iteration(results: list[dic
 def test_callbacks_are_called(algorithm: VLAPPO, results: list[dict[str, Any]]) -> None:
     assert all(result["noted"] for result in results)
     assert algorithm.noted_evaluation == results[0]["vlarl_details"]["initial_evaluation"]
-    assert results[2]["env_runners"]["noted_length"] == 8
+    assert 0 < results[-1]["env_runners"]["noted_length"] <= 8
 
 
 def test_an_evaluation_can_be_asked_for(algorithm: VLAPPO, results: list[dict[str, Any]]) -> None:
@@ -111,28 +114,28 @@ def test_an_evaluation_can_be_asked_for(algorithm: VLAPPO, results: list[dict[st
 def test_rllib_builds_it_from_its_checkpoint_while_the_first_one_lives(algorithm: VLAPPO, saved: Path) -> None:
     other = Algorithm.from_checkpoint(str(saved))
     try:
-        assert isinstance(other, VLAPPO) and other.iteration == 3
-        assert other.train()["vlarl"]["env_steps"] == 4 * 12
+        assert isinstance(other, VLAPPO) and other.iteration == ITERATIONS
+        assert other.train()["vlarl"]["env_steps"] == (ITERATIONS + 1) * 4
         assert algorithm.train()["vlarl"]["logprob_gap_max"] < 1e-4, "the other one's weights came in between"
     finally:
         other.stop()
 
 
 def test_a_new_runs_settings_win_over_the_checkpoints_and_divergence_names_the_rate(saved: Path) -> None:
-    training = {"lr": 0.0, "value_lr": 0.0, "weight_decay": 0.125, "clip_low": 0.1, "clip_high": 0.3, "minibatch_size": 4}
+    training = {"lr": 0.0, "value_lr": 0.0, "weight_decay": 0.125, "clip_low": 0.1, "clip_high": 0.3, "minibatch_size": 2}
     config = build(training=training, learners={"micro_batch_size": 2})
     config.restore_from = str(saved)
     other = config.build_algo()
     try:
-        assert other.iteration == other.noted_checkpoint == 3
+        assert other.iteration == other.noted_checkpoint == ITERATIONS
         row = other.train()["vlarl"]
         policy, critic = other.learner_group._learner.optimizers().values()
         assert [(group["lr"], group["weight_decay"]) for optimizer in (policy, critic) for group in optimizer.param_groups] == [
             (0.0, 0.125),
             (0.0, 0.0),
         ]
-        assert policy.state_dict()["state"][0]["step"] > 3, "Adam's moments are the checkpoint's"
-        assert row["applied"] == training | {"temperature": 1.0} and row["optimizer_steps"] == 3
+        assert policy.state_dict()["state"][0]["step"] > ITERATIONS, "Adam's moments are the checkpoint's"
+        assert row["applied"] == training | {"temperature": 1.0} and row["optimizer_steps"] == 2
 
         policy.param_groups[0]["lr"] = 1e30
         with pytest.raises(DivergedError, match=r"not finite; lower training.lr \(0\) or training.value_lr \(0\).*--resume-from"):
@@ -157,13 +160,13 @@ def test_a_runner_that_cannot_start_says_why(ray_session: None, where: str) -> N
             raise ValueError("no such scene")
 
     broken = type("Broken", (RLlibCallback,), {where: fail})
-    with pytest.raises(RuntimeError, match=r"(?s)runner 1 cannot start:.*ValueError: no such scene"):
+    with pytest.raises(RuntimeError, match=r"(?s)runner cannot start:.*ValueError: no such scene"):
         build().callbacks(broken).build_algo()
 
 
 def test_tunes_own_conventions(ray_session: None, tmp_path: Path) -> None:
     """Stop at a metric that is not there at first, keep the best by evaluation, a CSV with every column, and a moved experiment."""
-    config = build(rollout={"steps_per_iteration": 6}, training={"minibatch_size": 12}, evaluation={"every": 1, "episodes": 2})
+    config = build(evaluation={"every": 1, "episodes": 2})
     tuner = tune.Tuner(
         VLAPPO,
         param_space=config.to_dict() | {"lr": tune.grid_search([1e-3])},
