@@ -89,7 +89,11 @@ class VLAPPO(PPO):
     def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
         """Bundles of the Algorithm, runners, learners, reward worker, and last the engines, which find theirs by counting from the end."""
         merged = cls.get_default_config().update_from_dict(config)
-        return PlacementGroupFactory(list(calculate_runtime_args(merged.settings()).bundles), strategy=merged.placement_strategy)
+        try:
+            bundles = calculate_runtime_args(merged.settings()).bundles
+        except SettingsError:  # of one sample: its trial ends with that line, the others run
+            bundles = ({"CPU": 1.0},)
+        return PlacementGroupFactory(list(bundles), strategy=merged.placement_strategy)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **kwargs: Any) -> VLAPPO:
@@ -98,6 +102,10 @@ class VLAPPO(PPO):
         config = VLAPPOConfig.from_settings(Settings.from_dict(CheckpointStore.read_facts(directory)["settings"]))
         config.restore_from = str(directory)
         return config.build_algo(**kwargs)
+
+    def __repr__(self) -> str:
+        """RLlib's asks the config, which is not there yet when a mistake in it ends the constructor: Ray would hide that mistake behind its own."""
+        return type(self).__name__
 
     # Set-up and end
 

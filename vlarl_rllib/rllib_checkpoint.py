@@ -7,10 +7,11 @@ takes the settings from `facts.json`. So load checkpoints of strangers through t
 from __future__ import annotations
 
 import json
-import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
 from ray.rllib.utils.checkpoints import CHECKPOINT_VERSION_LEARNER_AND_ENV_RUNNER
 
 
@@ -22,5 +23,6 @@ def write_rllib_files(directory: Path, algorithm_class: type, config: dict[str, 
     """
     facts = {"type": "Algorithm", "checkpoint_version": str(CHECKPOINT_VERSION_LEARNER_AND_ENV_RUNNER), "format": "cloudpickle"}
     (directory / "rllib_checkpoint.json").write_text(json.dumps(facts))
-    (directory / "class_and_ctor_args.pkl").write_bytes(pickle.dumps({"class": algorithm_class, "ctor_args_and_kwargs": ((config,), {})}))
-    (directory / "algorithm_state.pkl").write_bytes(pickle.dumps({}))  # RLlib looks whether it is there
+    named = getattr(sys.modules.get(algorithm_class.__module__), algorithm_class.__name__, algorithm_class)  # Tune works with a copy of the class
+    (directory / "class_and_ctor_args.pkl").write_bytes(cloudpickle.dumps({"class": named, "ctor_args_and_kwargs": ((config,), {})}))
+    (directory / "algorithm_state.pkl").write_bytes(cloudpickle.dumps({}))  # RLlib looks whether it is there

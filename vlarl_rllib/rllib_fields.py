@@ -136,11 +136,9 @@ DOCUMENTATION = "docs/rllib.md says what reaches the run"
 
 def fields_of(config: Any) -> dict[str, Any]:
     """All fields that are to be derived from the settings, or to be left alone; copies, since setters change some in place."""
-    return {
-        name: deepcopy(value) if isinstance(value, dict | list) else value
-        for name, value in vars(config).items()
-        if name not in OWN | INTERNAL | PASSED_ON
-    }
+    fields = {name: value for name, value in vars(config).items() if name not in OWN | INTERNAL | PASSED_ON}
+    ours = {name: value for name, value in fields.items() if not name.startswith("__")}  # Tune's own: __trial_info__ and others
+    return {name: deepcopy(value) if isinstance(value, dict | list) else value for name, value in ours.items()}
 
 
 def written(fields: Mapping[str, Any], derived: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def test_tunes_own_conventions(ray_session: None, tmp_path: Path) -> None:
     config = build(evaluation={"every": 1, "episodes": 2})
     tuner = tune.Tuner(
         VLAPPO,
-        param_space=config.to_dict() | {"lr": tune.grid_search([1e-3])},
+        param_space=config.to_dict() | {"lr": tune.grid_search([1e-3, -1.0])},
         run_config=tune.RunConfig(
             name="experiment",
             storage_path=str(tmp_path),
@@ -181,7 +181,9 @@ def test_tunes_own_conventions(ray_session: None, tmp_path: Path) -> None:
         ),
     )
     grid = tuner.fit()
-    assert not grid.errors
+    assert len(grid.errors) == 1, "".join(map(str, grid.errors))
+    (error,) = grid.errors
+    assert "SettingsError: training.lr: -1.0 is not allowed" in str(error), "the other trial is to run, and this one to say why it does not"
     result = grid.get_best_result("vlarl/best_evaluation_success_rate", "max")
     assert result.metrics["vlarl"]["applied"]["lr"] == 1e-3
     trial = Path(result.path)
