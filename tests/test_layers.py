@@ -14,9 +14,9 @@ PACKAGE = ROOT / "vlarl_rllib"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("published", "registry", "errors"),
+    ("published", "registry", "errors", "signals", "lost_output", "console"),
     ("plan", "overrides"),
-    ("types", "settings", "malloc"),
+    ("types", "settings", "malloc", "pulse", "ray_watch"),
     ("models", "envs", "rewards", "curriculum"),
     ("weights",),
     ("engines",),
@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "coordination"),
     ("observability",),
     ("config", "algorithm"),
-    ("run_directory", "preflight", "export", "ray_session"),
+    ("run_directory", "preflight", "export", "ray_session", "tune_output"),
     ("training", "doctor"),
     ("sft", "collecting", "reward_model"),
     ("evaluation",),

@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from vlarl_rllib.lost_output import tolerate_lost_readers
 from vlarl_rllib.settings import Settings, SettingsError
+from vlarl_rllib.signals import END
 
 app = typer.Typer(
     name="vlarl",
@@ -33,8 +35,9 @@ def train(
     resume_from: Annotated[Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.")] = None,
 ) -> None:
     """Train a policy: one run through ray.tune.Tuner."""
-    from vlarl_rllib.run_directory import check_unfinished, new_run_directory, open_run_directory
+    from vlarl_rllib.run_directory import check_unfinished, how_to_go_on, new_run_directory, open_run_directory
 
+    END.sigterm_code = 0  # a scheduler's way to end a run is no failure
     if resume:
         if run_dir is None or config is not None or resume_from is not None or overrides:
             raise SettingsError(
@@ -45,6 +48,7 @@ def train(
     else:
         settings, name = _load(config, overrides, "configs/libero_smoke_cpu.yaml")
         run = new_run_directory(run_dir, name, resume_from)
+    END.words = lambda: how_to_go_on(run)
     checkpoint = run.newest_checkpoint() if resume else resume_from
     if checkpoint is not None:
         check_unfinished(checkpoint, settings)
@@ -66,7 +70,7 @@ def sft(
 ) -> None:
     """Fine-tune a policy on demonstrations (RLDS); leaves a checkpoint that train and eval take."""
     from vlarl_rllib.preflight import check_sft, sft_doubts
-    from vlarl_rllib.run_directory import check_sft_unfinished, new_run_directory, open_run_directory
+    from vlarl_rllib.run_directory import check_sft_unfinished, how_to_go_on, new_run_directory, open_run_directory
 
     if resume:
         if run_dir is None or config is not None or overrides:
@@ -77,6 +81,7 @@ def sft(
     else:
         settings, name = _load(config, overrides, "configs/quickstart.yaml")
         run = new_run_directory(run_dir, name, None)
+    END.words = lambda: how_to_go_on(run, "step")
     check_sft(settings)
     _remark(sft_doubts(settings))
     with run.claimed(settings):
@@ -265,6 +270,7 @@ def _report(run: Path) -> None:
     """At a run's end; a picture that cannot be drawn is no reason to fail."""
     from vlarl_rllib.report import write_report
 
+    END.words = lambda: f"no report; write it with: vlarl report {os.path.relpath(run)}"
     try:
         typer.echo(f"report: {os.path.relpath(write_report(run))}")
     except (SettingsError, ImportError, OSError) as error:
@@ -292,14 +298,23 @@ def _remark(doubts: list[str]) -> None:
 
 def main() -> None:
     """Entry point. A user's mistake is one line on stderr and exit code 2; nothing at all is a question for help."""
+    tolerate_lost_readers()
+    with END.listening():
+        _main()
+
+
+def _main() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except SettingsError as error:
         _fail(str(error))
     except typer.TyperException as error:  # an unknown command or option, a value of the wrong type
         _fail(error.format_message())
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort) as error:  # Typer makes the second of the first, and of another
+        if isinstance(error.__cause__, EOFError):
+            raise error.__cause__ from None
+        typer.echo(END.sentence("stopped"))
+        sys.exit(END.code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
