@@ -6,15 +6,30 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from vlarl_rllib.lost_output import tolerate_lost_readers
 from vlarl_rllib.settings import Settings, SettingsError
 from vlarl_rllib.signals import END
 
+
+class _Stopped(Exception):
+    """A KeyboardInterrupt of a command, of which Typer itself makes exit code 130, whatever the signal."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Stopped from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="vlarl",
     help="PPO fine-tuning of vision-language-action models with RLlib, vLLM and FSDP.",
     add_completion=False,
@@ -57,7 +72,8 @@ def train(
         from vlarl_rllib.training import run_training
 
         code = run_training(settings, run, resume_from=checkpoint)
-        _report(run.path)
+        if run.read_rows():
+            _report(run.path)
     raise typer.Exit(code)
 
 
@@ -300,19 +316,17 @@ def main() -> None:
     """Entry point. A user's mistake is one line on stderr and exit code 2; nothing at all is a question for help."""
     tolerate_lost_readers()
     with END.listening():
-        _main()
+        _run_command()
 
 
-def _main() -> None:
+def _run_command() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except SettingsError as error:
         _fail(str(error))
     except typer.TyperException as error:  # an unknown command or option, a value of the wrong type
         _fail(error.format_message())
-    except (KeyboardInterrupt, typer.Abort) as error:  # Typer makes the second of the first, and of another
-        if isinstance(error.__cause__, EOFError):
-            raise error.__cause__ from None
+    except _Stopped:
         typer.echo(END.sentence("stopped"))
         sys.exit(END.code)
     sys.exit(code if isinstance(code, int) else 0)

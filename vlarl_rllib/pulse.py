@@ -140,7 +140,8 @@ class TrialWatch(Callback):
 
     def _abandon(self, trial: Any) -> None:
         self.abandoned = True
-        self._kill(trial)
+        if trial.temporary_state.ray_actor is not None:  # else it is still starting, and Tune lets go of it
+            ray.kill(trial.temporary_state.ray_actor)
 
     def _look(self, trial: Any) -> None:
         """Time counts as silent only as far as this process was awake to listen: the two may have been stopped together."""
@@ -153,18 +154,14 @@ class TrialWatch(Callback):
         self._beat = beat
         if self._silent_seconds >= FROZEN_SECONDS and not self.is_frozen:
             self.is_frozen = True
-            logger.warning("the trial's process is frozen; it is killed")
-            self._kill(trial)
+            self._kill_process()
+            if trial.temporary_state.ray_actor is not None:
+                ray.kill(trial.temporary_state.ray_actor)
 
-    def _kill(self, trial: Any) -> None:
-        """By its process id where it is on this node, which a frozen or starting one obeys too."""
-        if self._beat is None:
-            self._beat = _internal_kv_get(f"{self._run_dir}:beat", namespace=NAMESPACE)
-        if self._beat is not None:
-            node, pid, _ = self._beat.decode().split()
-            if node == ray.get_runtime_context().get_node_id():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-                return
-        if trial.temporary_state.ray_actor is not None:
-            ray.kill(trial.temporary_state.ray_actor)
+    def _kill_process(self) -> None:
+        """By its id, where it is on this node: a trial that freezes while it starts has no handle yet."""
+        assert self._beat is not None, "silent, so it has spoken before"
+        node, pid, _ = self._beat.decode().split()
+        if node == ray.get_runtime_context().get_node_id():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)

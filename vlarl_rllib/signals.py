@@ -43,6 +43,7 @@ class End:
 
     def __init__(self) -> None:
         self._listens = False
+        self._wanted: list[signal.Signals] = []
         self._reset()
 
     def _reset(self) -> None:
@@ -77,7 +78,8 @@ class End:
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self._handle) for number in _wanted()}
+        self._wanted = _wanted()
+        before = self._install()
         self._listens = True
         thread = threading.Thread(target=self._watch, args=(reader, frozenset(before)), name="vlarl-signals", daemon=True)
         thread.start()
@@ -92,11 +94,20 @@ class End:
             thread.join()
             reader.close()
 
+    def _install(self) -> dict[signal.Signals, Any]:
+        """Set our handlers; those before them."""
+        return {number: signal.signal(number, self._handle) for number in self._wanted}
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """For what must not be broken off in the middle, such as Ray's start: the first signal raises KeyboardInterrupt behind it."""
+        """For what must not be broken off in the middle, such as Ray's start: the first signal raises KeyboardInterrupt behind it.
+
+        It may set handlers of its own, which are replaced.
+        """
         with self.polled():
             yield
+        if self._listens:
+            self._install()
         self.check()
 
     @contextmanager
@@ -138,6 +149,7 @@ class End:
         return "; ".join(filter(None, (first, self.words())))
 
     def _handle(self, number: int, frame: Any) -> None:
+        signal.alarm(0)  # where Ray has just begun to handle SIGTERM in C++, that calls us, and aborts after 3 s
         if self.signal is not None:
             return  # `_watch` counts them
         self._since = time.monotonic()
@@ -156,6 +168,8 @@ class End:
                 numbers = reader.recv(64)
                 if not numbers:
                     return
+            if numbers:
+                signal.alarm(0)  # see `_handle`, which comes late where the main thread is in C
             for number in wanted.intersection(numbers):
                 if first is None:
                     first = number, time.monotonic()

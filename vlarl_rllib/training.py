@@ -87,8 +87,8 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     END.on_loss = lambda cause: keep(cause=cause)
     with ray_session(plan, settings), END.polled(partial(_notice, console, settings)):
         error, abandoned = _fit_through_failures(config, settings, run, log, console)
-        unwritten = keep(HURRY_SECONDS if END.signal else KEEP_TRYING_SECONDS)  # before Ray ends, which takes seconds
-    with END.polled():
+        # All is written and said before Ray ends, which takes seconds: `ray job stop` grants three.
+        unwritten = keep(HURRY_SECONDS if END.signal else KEEP_TRYING_SECONDS)
         if LOST.count:
             console.print(f"{LOST.count} write(s) of output or reports failed and are lost; training went on", style="yellow")
         if error is not None:
