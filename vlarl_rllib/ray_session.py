@@ -16,7 +16,7 @@ import ray
 
 from vlarl_rllib.ray_watch import ray_watched
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
-from vlarl_rllib.signals import END
+from vlarl_rllib.signals import END, children_outlive_the_terminal
 from vlarl_rllib.weights.shared_memory import reap_stale
 
 
@@ -52,7 +52,7 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
         cpus = max(os.cpu_count() or 1, int(-(-plan.total_cpus // 1)))
         options |= {"address": "local", "num_cpus": cpus, "include_dashboard": settings.run.dashboard}
     # ray.init() sets a SIGTERM handler of its own, which would end this process with code 15.
-    with patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None):
+    with children_outlive_the_terminal(), patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None):
         ray.init(**options)
     available = ray.cluster_resources()
     for kind, needed in (("CPU", plan.total_cpus), ("GPU", plan.total_gpus)):

@@ -191,6 +191,16 @@ def _wanted() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else [])]
 
 
+@contextmanager
+def children_outlive_the_terminal() -> Iterator[None]:
+    """What is started here does not see SIGHUP, which a terminal sends to all at once: a checkpoint needs them. This process still does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def kill_children() -> None:
     """Kill all descendants of this process."""
     import psutil
