@@ -44,11 +44,16 @@ def test_the_first_signal_is_remembered_whatever_is_being_done(number: signal.Si
             signal.raise_signal(number)
         assert END.signal == counts_as
     with END.listening():
-        with pytest.raises(KeyboardInterrupt), END.deferred():
-            signal.raise_signal(number)
-            told.append("goes on")
+        with pytest.raises(KeyboardInterrupt):
+            start_something(number, told)
         assert told[-1] == "goes on"
     assert signal.getsignal(number) is handler
+
+
+def start_something(number: signal.Signals, told: list[str]) -> None:
+    with END.deferred():
+        signal.raise_signal(number)
+        told.append("goes on")
 
 
 def test_handlers_of_what_was_started_meanwhile_are_replaced() -> None:

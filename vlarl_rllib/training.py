@@ -76,21 +76,18 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
         f"run directory {os.path.relpath(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), {settings.learners.num} learner(s)"
     )
 
-    def keep(seconds: float = 0.0, cause: str | None = None) -> OSError | None:
+    def keep(seconds: float = 0.0) -> OSError | None:
         """Write the rows that are not written yet, and the summary; what went wrong for so long, or None."""
-        if cause:
-            _write_error(run, cause)
-        summary = summarize(settings, log.rows, earlier_seconds + time.time() - began)
-        return keep_trying(lambda: _write(run, log, summary), seconds)
+        return keep_trying(lambda: _write(run, log, summarize(settings, log.rows, earlier_seconds + time.time() - began)), seconds)
 
     END.limit_seconds, END.words, END.sigterm_code = settings.run.stop_seconds, partial(how_to_go_on, run), 0
-    END.on_loss = lambda cause: keep(cause=cause)
+    END.on_loss = lambda cause: (_write_error(run, cause), keep())
     with ray_session(plan, settings), END.polled(partial(_notice, console, settings)):
         error, abandoned = _fit_through_failures(config, settings, run, log, console)
         # All is written and said before Ray ends, which takes seconds: `ray job stop` grants three.
         unwritten = keep(HURRY_SECONDS if END.signal else KEEP_TRYING_SECONDS)
-        if LOST.count:
-            console.print(f"{LOST.count} write(s) of output or reports failed and are lost; training went on", style="yellow")
+        if lost := _lost_output(log.rows):
+            console.print(f"{lost} write(s) of output and reports failed, and training went on without", style="yellow")
         if error is not None:
             return _finish_failed(run, error, console)
         if unwritten is not None:
@@ -210,9 +207,14 @@ def summarize(settings: Settings, rows: list[dict[str, Any]], wall_seconds: floa
         "faults": {
             **(last["faults"] if last else dict.fromkeys(FAULTS, 0)),
             "skipped_updates": int(sum(row["skipped_updates"] for row in rows)),
-            "lost_output": LOST.count + (last["faults"].get("lost_output", 0) if last else 0),
+            "lost_output": _lost_output(rows),
         },
     }
+
+
+def _lost_output(rows: list[dict[str, Any]]) -> int:
+    """The trials', which is in the rows, and this process's."""
+    return LOST.count + (rows[-1]["faults"].get("lost_output", 0) if rows else 0)  # rows of earlier versions do not have it
 
 
 def _finish_failed(run: RunDirectory, error: Exception, console: Console) -> int:
