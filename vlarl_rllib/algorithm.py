@@ -148,6 +148,9 @@ class VLAPPO(PPO):
 
     def cleanup(self) -> None:
         self._pulse.stop()
+        if self._pulse.ended.is_set():  # RLlib's `stop` would wait for what they sample
+            for runner in self.env_runner_group._worker_manager.actors().values():
+                ray.kill(runner, no_restart=True)
         super().cleanup()
         for group in (getattr(self, "engine_pool", None), getattr(self, "reward_service", None)):
             if group is not None:

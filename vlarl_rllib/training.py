@@ -80,8 +80,12 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
         """Write the rows that are not written yet, and the summary; what went wrong for so long, or None."""
         return keep_trying(lambda: _write(run, log, summarize(settings, log.rows, earlier_seconds + time.time() - began)), seconds)
 
+    def keep_at_least(cause: str) -> None:
+        _write_error(run, cause)
+        keep()
+
     END.limit_seconds, END.words, END.sigterm_code = settings.run.stop_seconds, partial(how_to_go_on, run), 0
-    END.on_loss = lambda cause: (_write_error(run, cause), keep())
+    END.on_loss = keep_at_least
     with ray_session(plan, settings), END.polled(partial(_notice, console, settings)):
         error, abandoned = _fit_through_failures(config, settings, run, log, console)
         # All is written and said before Ray ends, which takes seconds: `ray job stop` grants three.

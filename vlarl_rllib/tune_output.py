@@ -61,6 +61,13 @@ class TolerantTensorBoard(_Tolerant, TBXLoggerCallback):
         super().__init__()
         self._summary_writer_cls = partial(self._summary_writer_cls, max_queue=0)  # type: ignore[has-type]  # no bound
 
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        writer = self._trial_writer.get(trial)
+        if writer is not None and not writer.file_writer.event_writer._worker.is_alive():
+            LOST.count += 1
+            self._forget(trial)
+        super().log_trial_result(iteration, trial, result)
+
     def _forget(self, trial: Any) -> None:
         self._trial_result.pop(trial, None)
         if writer := self._trial_writer.pop(trial, None):

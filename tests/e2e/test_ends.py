@@ -149,9 +149,7 @@ def test_a_dead_raylet_ends_the_run_with_the_way_on(train: Callable[..., Command
     raylet.kill()
     assert run.end() == 1
     last = run.output.splitlines()[-1]
-    assert last.startswith(
-        f"Ray has ended: its raylet (process {raylet.pid}) died; continue from iteration {run.newest()} with: vlarl train --resume"
-    )
+    assert last.startswith(f"Ray has ended: its raylet (process {raylet.pid}) died; continue from iteration {run.newest()} with: vlarl train")
     assert run.summary()["iterations"] == len(run.rows()) and "raylet" in (run.path / "error.txt").read_text()
 
 
@@ -197,11 +195,8 @@ def test_ray_job_stop_leaves_a_checkpoint(train: Callable[..., Command]) -> None
     time.sleep(3.0)  # RAY_JOB_STOP_WAIT_TIME_S
     run.process.kill()
     run.process.wait()
-    assert run.newest() == len(
-        run.rows()
-    ) == 2 and f"continue from iteration 2 with: vlarl train --resume --run-dir {run.path.name}" in run.output.replace(
-        os.path.relpath(run.path), run.path.name
-    )
+    assert run.newest() == len(run.rows()) == 2
+    assert f"continue from iteration 2 with: vlarl train --resume --run-dir {os.path.relpath(run.path)}" in run.output
 
 
 @pytest.mark.slow
@@ -225,22 +220,12 @@ def test_a_second_signal_ends_at_once_and_leaves_nothing(train: Callable[..., Co
 
 
 @pytest.mark.slow
-def test_a_signal_in_the_last_evaluation_drops_that_alone(train: Callable[..., Command]) -> None:
-    run = train("run.iterations=2", "evaluation.episodes=40", "evaluation.videos=0", "env.max_steps=300", "evaluation.every=0")
-    run.wait_until(lambda: (run.path / "metrics.jsonl").exists() and len(run.rows()) >= 1)
-    time.sleep(3.0)
-    run.process.terminate()
-    assert run.end() == 0
-    assert run.newest() == len(run.rows())
-    if len(run.rows()) == 2:
-        assert "stopped behind the last iteration; its evaluation was dropped: vlarl eval" in run.output
-
-
-@pytest.mark.slow
 def test_a_disk_that_stays_full_is_told_at_the_end(train: Callable[..., Command], small_disk: Path) -> None:
-    run = train("run.iterations=8", root=small_disk.parent)
-    run.process.kill()
-    run = train("run.iterations=8", root=small_disk)
+    """stdout is on another one, where it can be read."""
+    output = (small_disk.parent / "output.txt").open("w")
+    run = train("run.iterations=40", "run.checkpoint_every=2", root=small_disk, stdout=output)
     run.wait_until(lambda: len(run.rows()) >= 3)
-    fill(small_disk, leave=64 * 1024)
-    assert run.end(120) == 1
+    fill(small_disk)
+    assert run.end(180) == 1
+    text = Path(output.name).read_text()
+    assert "40/40" in text and "could not be written" in text and "continue from iteration" in text
