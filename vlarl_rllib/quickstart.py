@@ -71,7 +71,9 @@ def run_quickstart(settings: Settings, run: RunDirectory) -> int:
             console.print(f"{number}/{len(stages)} {name}", style="bold")
             began = time.perf_counter()
             if code := stage():
-                if stage is fine_tune:
+                if number == 1:
+                    console.print(END.words())
+                elif stage is fine_tune:
                     console.print(f"then go on to PPO with: vlarl train CONFIG --set model.path={os.path.relpath(sft.path / MODEL_DIRECTORY)}")
                 return code
             seconds[name] = time.perf_counter() - began

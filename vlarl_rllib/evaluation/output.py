@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlarl_rllib.checkpoints import write_atomically
+from vlarl_rllib.lost_output import LOST
 from vlarl_rllib.run_directory import claimed, installed_versions
 from vlarl_rllib.settings import SettingsError
 
@@ -38,6 +39,7 @@ class EvaluationDirectory:
     def __init__(self, path: Path, question: dict[str, Any]) -> None:
         self.path, self.question = path, question
         self.versions_before: dict[str, str] = {}
+        self._is_behind = False
         self._check_question()
         self.episodes = self._read_episodes()
         self._mend()
@@ -48,7 +50,10 @@ class EvaluationDirectory:
         return {(episode["task"], episode["trial"]) for episode in self.episodes}
 
     def add(self, results: Sequence[EpisodeResult]) -> None:
-        """Keep finished episodes, and their videos first, so that an episode that is kept has its video."""
+        """Keep finished episodes, and their videos first, so that an episode that is kept has its video.
+
+        A full disk costs videos, and episodes wait for the next call or `write`.
+        """
         lines = ""
         for result in results:
             episode = {"task": result.task_id, "trial": result.initial_state, "success": result.success, "steps": result.length}
@@ -56,17 +61,29 @@ class EvaluationDirectory:
                 self._keep_video(episode, result.video)
             self.episodes.append(episode)
             lines += json.dumps(episode) + "\n"
-        if lines:
-            with (self.path / EPISODES_FILE).open("a") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
+        with LOST.counting(EPISODES_FILE):
+            if self._is_behind:
+                self.write()
+            elif lines:
+                self._is_behind = True
+                with (self.path / EPISODES_FILE).open("a") as file:
+                    file.write(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._is_behind = False
+
+    def write(self) -> None:
+        """Write what could not be written. Raises OSError where that fails again."""
+        if self._is_behind:
+            self._mend()
+            self._is_behind = False
 
     def _keep_video(self, episode: dict[str, Any], video: bytes) -> None:
-        videos = self.path / "videos"
-        videos.mkdir(exist_ok=True)
         outcome = "success" if episode["success"] else "failure"
-        (videos / f"task_{episode['task']:02d}_trial_{episode['trial']:03d}_{outcome}.mp4").write_bytes(video)
+        film = self.path / "videos" / f"task_{episode['task']:02d}_trial_{episode['trial']:03d}_{outcome}.mp4"
+        with LOST.counting(film.name):
+            film.parent.mkdir(exist_ok=True)
+            film.write_bytes(video)
 
     def _check_question(self) -> None:
         file, versions = self.path / QUESTION_FILE, installed_versions()

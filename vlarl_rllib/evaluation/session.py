@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
 from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
 from vlarl_rllib.evaluation.report import INCOMPLETE, EvaluationResult, summarize, to_table, write_reports
+from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, keep_trying
 from vlarl_rllib.settings import SettingsError
 from vlarl_rllib.signals import END
 
@@ -148,7 +149,13 @@ def _to_record(request: EvaluationRequest, starts: list[Start]) -> frozenset[Sta
 
 def _report(request: EvaluationRequest, directory: EvaluationDirectory) -> EvaluationResult:
     result = summarize(directory.question, directory.episodes, request.instructions(), request.held_out(), request.deviations())
-    write_reports(directory.path, result)
+
+    def write() -> None:
+        directory.write()
+        write_reports(directory.path, result)
+
+    if unwritten := keep_trying(write, KEEP_TRYING_SECONDS if END.signal is None else 0.0):
+        raise unwritten
     return result
 
 
