@@ -14,10 +14,10 @@ PACKAGE = ROOT / "vlarl_rllib"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("published", "registry", "errors", "console", "import_path", "interpreter", "model_files"),
+    ("published", "registry", "errors", "console", "import_path", "interpreter", "model_files", "signals", "lost_output"),
     ("own_files",),
     ("plan", "surroundings"),
-    ("types", "settings", "malloc"),
+    ("types", "settings", "malloc", "pulse", "ray_watch"),
     ("models", "envs", "rewards", "curriculum", "rllib_fields", "rllib_checkpoint"),
     ("weights",),
     ("engines",),
@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("observability",),
     ("config", "algorithm"),
     ("continuation",),
-    ("run_directory", "preflight", "export", "ray_session"),
+    ("run_directory", "preflight", "export", "ray_session", "tune_output"),
     ("training", "doctor"),
     ("sft", "collecting", "reward_model"),
     ("evaluation",),

@@ -1,5 +1,19 @@
-"""`python -m vlarl_rllib` is `vlarl`."""
+"""`vlarl`, and `python -m vlarl_rllib`: takes signals before the commands are imported, which takes a second."""
 
-from vlarl_rllib.cli import main
+import sys
 
-main()
+from vlarl_rllib.signals import END
+
+
+def main() -> None:
+    with END.listening():
+        try:
+            from vlarl_rllib.cli import main as run
+        except KeyboardInterrupt:
+            sys.stderr.write("stopped before anything began\n")
+            sys.exit(END.code)
+        run()
+
+
+if __name__ == "__main__":
+    main()

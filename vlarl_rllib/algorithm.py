@@ -35,19 +35,23 @@ from ray.rllib.utils.metrics import (
     SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
 )
+from ray.train._internal.session import _TrainingResult
 from ray.tune import PlacementGroupFactory
 from ray.tune.registry import register_env
+from ray.tune.result import DONE, RESULT_DUPLICATE
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, replacing, write_atomically
+from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, number_of, replacing, write_atomically
 from vlarl_rllib.config import ENVIRONMENT_NAME, VLAPPOConfig
 from vlarl_rllib.coordination import Rollout, RolloutCollector, WeightSync, require_runners, told_why_runners_fail
 from vlarl_rllib.curriculum import Start, SuccessRecord
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
+from vlarl_rllib.lost_output import LOST
 from vlarl_rllib.models.fingerprint import model_fingerprints
 from vlarl_rllib.observability.metrics import FAULTS, LastRates, evaluation_metrics, iteration_details, iteration_metrics
+from vlarl_rllib.pulse import EndRequested, Pulse
 from vlarl_rllib.rewards.worker import PATIENCE_SECONDS, RewardService
 from vlarl_rllib.rllib_checkpoint import write_rllib_files
 from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
@@ -113,6 +117,7 @@ class VLAPPO(PPO):
         began = time.perf_counter()
         self._vla = self.config.settings()
         self._plan = calculate_runtime_args(self._vla)
+        self._pulse = Pulse(self.config.run_dir)
         self._seconds: dict[str, float] = {}
         self._faults: Counter[str] = Counter()
         self._initial_evaluation: dict[str, Any] | None = None
@@ -138,6 +143,7 @@ class VLAPPO(PPO):
             reward_service=self.reward_service,
             restore_runners=lambda: self.restore_env_runners(self.env_runner_group),
             timeout_seconds=self._vla.rollout.timeout_seconds,
+            ended=self._pulse.ended,
             filter_groups=self._vla.rollout.filter_groups,
             if_diverged=lower_the_rates({"training.lr": self._vla.training.lr, "training.value_lr": self._vla.training.value_lr}),
         )
@@ -176,6 +182,10 @@ class VLAPPO(PPO):
         return RewardService(rewards.judge, "cuda" if rewards.judge_gpus else "cpu", actor_options=options, patience_seconds=patience)
 
     def cleanup(self) -> None:
+        self._pulse.stop()
+        if self._pulse.ended.is_set():  # RLlib's `stop` would wait for what they sample
+            for runner in self.env_runner_group._worker_manager.actors().values():
+                ray.kill(runner, no_restart=True)
         super().cleanup()
         for group in (getattr(self, "engine_pool", None), getattr(self, "reward_service", None)):
             if group is not None:
@@ -184,6 +194,14 @@ class VLAPPO(PPO):
     # One iteration
 
     def step(self) -> dict[str, Any]:
+        """An iteration; where the run is to end before its update has begun, a checkpoint of the last one, and no result."""
+        try:
+            return self._iterate()
+        except EndRequested:
+            self._save_in_run()
+            return {DONE: True, RESULT_DUPLICATE: True}  # Tune's word for "nothing new"
+
+    def _iterate(self) -> dict[str, Any]:
         """An iteration with what belongs around it: evaluation when it is due, and the numbers of `result["vlarl"]`."""
         began = time.perf_counter()
         if self.iteration == 0 and self._initial_evaluation is None:
@@ -250,11 +268,9 @@ class VLAPPO(PPO):
             "engines": self.engine_pool.pids if self.engine_pool is not None else [],
             "reward_worker": self.reward_service.pid if self.reward_service is not None else None,
         }
-        try:
+        with LOST.counting("processes.json"):
             self._store.root.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._store.root.parent / "processes.json", json.dumps(processes, indent=2))
-        except OSError as error:
-            logger.warning("processes.json: %s", error)
 
     # Faults
 
@@ -316,7 +332,8 @@ class VLAPPO(PPO):
             "engine_restarts": self.engine_pool.num_restarts if self.engine_pool is not None else 0,
             "reward_worker_restarts": self.reward_service.num_restarts if self.reward_service is not None else 0,
         }
-        return {name: self.config.faults.get(name, 0) + self._faults[name] + restarts.get(name, 0) for name in FAULTS}
+        self._faults["lost_output"] = LOST.count
+        return {name: self.config.faults.get(name, 0) + self._faults[name] + restarts.get(name, 0) for name in (*FAULTS, "lost_output")}
 
     # Evaluation
 
@@ -344,7 +361,12 @@ class VLAPPO(PPO):
         self._call_back("on_evaluate_start")
         starts = self.evaluation_starts()
         record = frozenset(starts[: self._vla.evaluation.videos]) if self.config.run_dir else frozenset()
-        results = [result for played in self.collector.evaluate(starts, record=record) for result in played.results]
+        try:
+            results = [result for played in self.collector.evaluate(starts, record=record) for result in played.results]
+        except EndRequested:
+            if after == 0:
+                raise
+            return None  # the iteration before it is whole, and counts
         if self.config.run_dir:
             keep_videos(Path(self.config.run_dir) / "videos", after, results)
         metrics = evaluation_metrics(results)
@@ -375,6 +397,19 @@ class VLAPPO(PPO):
         if self._store is None:
             self.save_to_path(directory)
             return
+        self._save_in_run()
+        trial = self._trial_directory()
+        CheckpointStore.write_pointer(directory, self._origin, trial and trial / directory.name)
+        write_rllib_files(directory, type(self), {"vla": self.config.vla})
+        if not self._pulse.ended.is_set():  # the runners may still be at what nobody waits for
+            self.collector.begin_new_episodes()
+
+    def _save_in_run(self) -> None:
+        """Write this iteration's checkpoint; at the end of a run it may be there already."""
+        assert self._store is not None, "only a trial with a directory is told to end"
+        saved = number_of(self._origin) if self._origin is not None and self._origin.parent == self._store.root else 0
+        if self._pulse.ended.is_set() and saved >= self.iteration:
+            return
         try:
             with self._store.writing(self.iteration) as partial:
                 self._write_checkpoint(partial)
@@ -383,10 +418,17 @@ class VLAPPO(PPO):
             self._faults["failed_checkpoints"] += 1
         else:
             self._origin = self._store.list()[-1]
-        trial = self._trial_directory()
-        CheckpointStore.write_pointer(directory, self._origin, trial and trial / directory.name)
-        write_rllib_files(directory, type(self), {"vla": self.config.vla})
-        self.collector.begin_new_episodes()
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Tune's call. Where Tune cannot copy the pointer, the checkpoint behind it is there all the same."""
+        try:
+            return super().save(checkpoint_dir)
+        except OSError as error:
+            if self._store is None or self._storage is None:
+                raise
+            logger.warning("Tune's pointer to the checkpoint of iteration %d: %s", self.iteration, error)
+            LOST.count += 1
+            return _TrainingResult(checkpoint=None, metrics=dict(self._last_result or {}))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Tune's restart of a trial."""

@@ -10,11 +10,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
+from vlarl_rllib.lost_output import tolerate_lost_readers
 from vlarl_rllib.settings import Settings, SettingsError
+from vlarl_rllib.signals import END
 from vlarl_rllib.surroundings import keep_caches_where_they_can_be_written
 
+
+class _Stopped(Exception):
+    """A KeyboardInterrupt of a command, of which Typer itself makes exit code 130, whatever the signal."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Stopped from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="vlarl",
     help="PPO fine-tuning of vision-language-action models with RLlib, vLLM and FSDP.",
     add_completion=False,
@@ -46,8 +63,9 @@ def train(
 ) -> None:
     """Train a policy: one run through ray.tune.Tuner."""
     from vlarl_rllib.continuation import check_resume, check_resume_from
-    from vlarl_rllib.run_directory import check_unfinished, find_checkpoint, new_run_directory, open_run_directory
+    from vlarl_rllib.run_directory import check_unfinished, find_checkpoint, how_to_go_on, new_run_directory, open_run_directory
 
+    END.sigterm_code = 0  # a scheduler's way to end a run is no failure
     if resume:
         if run_dir is None or config is not None or resume_from is not None or overrides:
             raise SettingsError(
@@ -58,6 +76,7 @@ def train(
     else:
         settings, name = _load(config, overrides, "configs/libero_smoke_cpu.yaml")
         run = new_run_directory(run_dir, name, resume_from)
+    END.words = lambda: how_to_go_on(run)
     checkpoint = run.newest_checkpoint() if resume else resume_from and find_checkpoint(resume_from)
     _preflight(settings)
     if checkpoint is not None:
@@ -67,7 +86,8 @@ def train(
         from vlarl_rllib.training import run_training
 
         code = run_training(settings, run, resume_from=checkpoint)
-        _report(run.path)
+        if run.read_rows():
+            _report(run.path)
     raise typer.Exit(code)
 
 
@@ -80,7 +100,7 @@ def sft(
 ) -> None:
     """Fine-tune a policy on demonstrations (RLDS); leaves a checkpoint that train and eval take."""
     from vlarl_rllib.preflight import check_sft, sft_doubts
-    from vlarl_rllib.run_directory import check_sft_unfinished, new_run_directory, open_run_directory
+    from vlarl_rllib.run_directory import check_sft_unfinished, how_to_go_on, new_run_directory, open_run_directory
 
     if resume:
         if run_dir is None or config is not None or overrides:
@@ -91,6 +111,7 @@ def sft(
     else:
         settings, name = _load(config, overrides, "configs/quickstart.yaml")
         run = new_run_directory(run_dir, name, None)
+    END.words = lambda: how_to_go_on(run, "step")
     check_sft(settings)
     _remark(sft_doubts(settings))
     with run.claimed(settings):
@@ -285,6 +306,7 @@ def _report(run: Path) -> None:
     """At a run's end; a picture that cannot be drawn is no reason to fail."""
     from vlarl_rllib.report import write_report
 
+    END.words = lambda: f"no report; write it with: vlarl report {os.path.relpath(run)}"
     try:
         typer.echo(f"report: {os.path.relpath(write_report(run))}")
     except (SettingsError, ImportError, OSError) as error:
@@ -316,7 +338,13 @@ FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errn
 
 def main() -> None:
     """Entry point. A user's mistake is one line on stderr and exit code 2; nothing at all is a question for help."""
+    tolerate_lost_readers()
     keep_caches_where_they_can_be_written()
+    with END.listening():
+        _run_command()
+
+
+def _run_command() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except SettingsError as error:
@@ -327,8 +355,9 @@ def main() -> None:
         _fail(f"{error.filename or 'a file'}: {error.strerror}; make room, or give a directory that can be written to")
     except typer.TyperException as error:  # an unknown command or option, a value of the wrong type
         _fail(error.format_message())
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+    except _Stopped:
+        typer.echo(END.sentence("stopped"))
+        sys.exit(END.code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

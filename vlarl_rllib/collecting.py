@@ -15,10 +15,11 @@ from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.registry import EnvSpec
 from vlarl_rllib.settings import Settings, calculate_runtime_args
+from vlarl_rllib.signals import END
 
 
 def run_collect(settings: Settings, out: Path) -> int:
-    """Collect and report; the process's exit code: 0 = done, 1 = the expert fails nearly always, 130 = ended by Ctrl-C."""
+    """Collect and report; the process's exit code: 0 = done, 1 = the expert fails nearly always or the disk is full, 128 + signal = ended by one."""
     env, plan = settings.env, calculate_runtime_args(settings)
     image_size = settings.collect.image_size or read_checkpoint_facts(resolve_model(settings.model.path)).image_size
     request = CollectRequest(
@@ -32,6 +33,7 @@ def run_collect(settings: Settings, out: Path) -> int:
         num_processes=plan.num_processes,
     )
     console = make_console()
+    END.limit_seconds = settings.run.stop_seconds
     columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -44,10 +46,13 @@ def run_collect(settings: Settings, out: Path) -> int:
     except (RuntimeError, ValueError) as error:  # ValueError: an environment that cannot be made so
         console.print(str(error), style="red")
         return 1
+    except OSError as error:
+        console.print(f"{os.path.relpath(out)} cannot be written: {error}; make room, and collect into another directory", style="red")
+        return 1
     except KeyboardInterrupt:
         kept = out / env.name / VERSION
         console.print(f"stopped; what was kept is in {os.path.relpath(kept)}" if kept.exists() else "stopped; there is no data set")
-        return 130
+        return END.code
     statistics = read_statistics(path)[1]
     console.print(f"{statistics['num_trajectories']} episodes, {statistics['num_transitions']:,} steps: {os.path.relpath(path)}")
     return 0

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.engines.protocol import INITIAL_VERSION, NOT_FINITE
 from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
+from vlarl_rllib.pulse import EndRequested, call_unless
 from vlarl_rllib.rewards.worker import RewardService
 from vlarl_rllib.rollout.env_runner import Attached, Contribution
 from vlarl_rllib.rollout.evaluation import EvaluationRound
@@ -37,6 +39,8 @@ RUNNER_RESTART_SECONDS = 300.0
 """Longest wait for a restarted runner."""
 MAX_FRUITLESS_ROUNDS = 5
 """Rounds of sampling in a row that bring no step at all before the run gives up."""
+INTERRUPTIBLE = ("sample_slots", "evaluate")
+"""Calls whose result nobody misses when the run ends."""
 MAX_LOST_EPISODES = 5
 """Times that an evaluation begins one start anew, after a death, before it gives up."""
 
@@ -183,6 +187,7 @@ class RunnerCalls:
         restore_runners: brings restarted runners back into the group.
         timeout_seconds: a runner that takes longer for a call is frozen; it is killed and started anew.
         if_diverged: what to do where the weights give no finite numbers.
+        ended: where it is set, sampling and evaluating are broken off with `EndRequested`; the runners are of no use any more then.
     """
 
     def __init__(
@@ -195,8 +200,9 @@ class RunnerCalls:
         restore_runners: Callable[[], Any],
         timeout_seconds: float,
         if_diverged: str = "check the model's weights",
+        ended: threading.Event | None = None,
     ) -> None:
-        self._if_diverged = if_diverged
+        self._if_diverged, self._ended = if_diverged, ended or threading.Event()
         self._runners, self._sync, self._pool, self._reward_service = runners, sync, pool, reward_service
         self._restore_runners, self._timeout_seconds = restore_runners, timeout_seconds
         self.num_restarts = 0
@@ -271,13 +277,15 @@ class RunnerCalls:
         indices = list(arguments)
         if not indices:  # which RLlib would take for all
             return {}
-        answers: list[tuple[int, Any]] = self._runners.foreach_env_runner(
+        call = partial(
+            self._runners.foreach_env_runner,
             [partial(_numbered, method)] * len(indices),
             kwargs=list(arguments.values()),
             remote_worker_ids=indices,
             timeout_seconds=self._timeout_seconds,
             local_env_runner=False,
         )
+        answers: list[tuple[int, Any]] = call_unless(self._ended, call) if method in INTERRUPTIBLE else call()
         results = dict(sorted(answers, key=lambda answer: answer[0]))
         for index in set(self._runners.healthy_worker_ids()) & set(indices) - results.keys():
             self._end(index, method)
@@ -315,6 +323,8 @@ class RunnerCalls:
         deadline = time.monotonic() + RUNNER_RESTART_SECONDS
         healthy, total = self._runners.num_healthy_remote_workers(), self._runners.num_remote_workers()
         while self._runners.num_healthy_remote_workers() < min(healthy + 1, total) and time.monotonic() < deadline:
+            if self._ended.is_set():
+                raise EndRequested
             self._restore_runners()
             time.sleep(0.5)
 

@@ -10,18 +10,20 @@ RUN/demonstrations/  what the scripted expert showed (RLDS)
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vlarl_rllib.checkpoints import write_atomically
 from vlarl_rllib.collecting import run_collect
+from vlarl_rllib.console import make_console
 from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.evaluation.report import wilson_interval
+from vlarl_rllib.lost_output import keep_trying
 from vlarl_rllib.models.presets import PRESETS, write_checkpoint
 from vlarl_rllib.observability.curves import evaluation_points
 from vlarl_rllib.preflight import DEMONSTRATIONS
@@ -30,6 +32,7 @@ from vlarl_rllib.report import STAGES_FILE, stage_cells
 from vlarl_rllib.run_directory import RunDirectory
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.sft import MODEL_DIRECTORY, run_sft
+from vlarl_rllib.signals import END
 from vlarl_rllib.training import run_training
 
 INITIAL, SFT = "initial", "sft"
@@ -38,7 +41,8 @@ INITIAL, SFT = "initial", "sft"
 
 def run_quickstart(settings: Settings, run: RunDirectory) -> int:
     """All stages and their table; the exit code of the first one that did not end well, else 0."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
+    END.limit_seconds, END.words = settings.run.stop_seconds, lambda: "start again with another --run-dir"
     initial, sft = settings.model.path, RunDirectory(run.path / SFT)
     if initial in PRESETS:
         initial = str(run.path / INITIAL)
@@ -63,15 +67,22 @@ def run_quickstart(settings: Settings, run: RunDirectory) -> int:
     seconds: dict[str, float] = {}
     with ray_session(calculate_runtime_args(settings), settings):
         for number, (name, stage) in enumerate(stages, start=1):
+            END.check()
             console.print(f"{number}/{len(stages)} {name}", style="bold")
             began = time.perf_counter()
             if code := stage():
+                if number == 1:
+                    console.print(END.words())
+                elif stage is fine_tune:
+                    console.print(f"then go on to PPO with: vlarl train CONFIG --set model.path={os.path.relpath(sft.path / MODEL_DIRECTORY)}")
                 return code
             seconds[name] = time.perf_counter() - began
     rows = _stage_rows(settings, run, sft, data, seconds)
-    write_atomically(run.path / STAGES_FILE, json.dumps(rows, indent=2) + "\n")
+    unwritten = keep_trying(lambda: write_atomically(run.path / STAGES_FILE, json.dumps(rows, indent=2) + "\n"))
     console.print(_table(rows))
-    return 0
+    if unwritten:
+        console.print(f"{STAGES_FILE} could not be written: {unwritten}", style="red")
+    return 1 if unwritten else 0
 
 
 def _stage_rows(settings: Settings, run: RunDirectory, sft: RunDirectory, data: Path, seconds: dict[str, float]) -> list[dict[str, Any]]:

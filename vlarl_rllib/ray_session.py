@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")  # Ray remembers 100,000 calls for its dashboard, at 3 KB each
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # runners reserve no GPU but render on one
@@ -24,7 +25,9 @@ from ray.tune.execution import class_cache
 
 from vlarl_rllib.console import make_console
 from vlarl_rllib.import_path import is_import_path
+from vlarl_rllib.ray_watch import ray_watched
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
+from vlarl_rllib.signals import END, children_outlive_the_terminal
 from vlarl_rllib.surroundings import check_ray, cluster_address, has_ray_token, home_is_writable, user_directory
 from vlarl_rllib.weights.shared_memory import reap_stale
 
@@ -36,16 +39,23 @@ PATIENCE_SECONDS = 10.0
 
 @contextmanager
 def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
-    """`start_ray`, and the end of what it started; nothing of both where a session is there already."""
+    """`start_ray`, and the end of what it started; nothing of both where a session is there already.
+
+    A signal while Ray starts raises KeyboardInterrupt behind that. Where Ray itself dies, the process ends (`END.lost`).
+    """
     if ray.is_initialized():
         yield
         return
+    END.sweep = reap_stale
     try:
-        start_ray(plan, settings)
-        yield
+        with END.deferred():
+            start_ray(plan, settings)
+        with ray_watched():
+            yield
     finally:
-        ray.shutdown()
-        reap_stale(Path("/dev/shm"))
+        with END.polled():
+            ray.shutdown()
+            reap_stale()
 
 
 def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
@@ -69,7 +79,9 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
         what = "the Ray cluster of this machine" if address == "auto" else f"the Ray cluster at {address}"
         if address != "auto":
             _ping(address)
-    with _saying_so(f"waiting for {what}"):
+    # ray.init() sets a SIGTERM handler of its own, which would end this process with code 15.
+    its_handler = patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None)
+    with _saying_so(f"waiting for {what}"), children_outlive_the_terminal(), its_handler:
         try:
             ray.init(**options)
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:

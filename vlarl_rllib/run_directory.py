@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, Unit, write_atomically
+from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, Unit, number_of, write_atomically
 from vlarl_rllib.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ class RowLog:
         self._file, self._unit = run._metrics, unit
         self.rows = run.read_rows()
         self._whole = True  # also mends a line that a kill cut short
+        self._failed = False
 
     def forget_after(self, number: int) -> None:
         """Leave out the rows behind it, which are going to be played again."""
@@ -112,22 +113,36 @@ class RowLog:
         kept = [earlier for earlier in self.rows if earlier[self._unit] < row[self._unit]]
         repeated = len(self.rows) - len(kept)
         self.rows = [*kept, row]
+        failed_before, self._whole = self._whole and self._failed, self._whole or repeated > 0
         try:
-            if self._whole or repeated:
-                self._whole = True
-                write_atomically(self._file, "".join(map(_line, self.rows)))
-                self._whole = False
+            if self._whole:
+                self.write()
             else:
                 with self._file.open("a") as file:
                     file.write(_line(row))
         except OSError as error:
-            self._whole = True
-            logger.warning("%s: %s; the row goes out with the next one", self._file, error)
+            self._whole = self._failed = True
+            if not failed_before:
+                logger.warning("%s: %s; the rows go out when they can be written again", self._file, error)
         return repeated
+
+    def write(self) -> None:
+        """Write what is not written yet. Raises OSError where that fails again."""
+        if self._whole and self.rows:
+            write_atomically(self._file, "".join(map(_line, self.rows)))
+            self._whole = self._failed = False
 
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
+
+
+def how_to_go_on(run: RunDirectory, unit: Unit = "iteration") -> str:
+    """The command that continues a run."""
+    newest = run.newest_checkpoint(unit)
+    if newest is None:
+        return "nothing was finished yet that could be kept: start again with the same command"
+    return f"continue from {unit} {number_of(newest)} with: {COMMANDS[unit]} --resume --run-dir {os.path.relpath(run.path)}"
 
 
 @contextmanager

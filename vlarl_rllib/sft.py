@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlarl_rllib.checkpoints import number_of, write_atomically
 from vlarl_rllib.config import VLAPPOConfig
+from vlarl_rllib.console import make_console
 from vlarl_rllib.data.rlds import fingerprint, read_statistics
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.export import write_model
 from vlarl_rllib.learner.learner_group import LearnerError, VLALearnerGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means
+from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
 from vlarl_rllib.ray_session import ray_session
-from vlarl_rllib.run_directory import RowLog, RunDirectory, installed_versions
+from vlarl_rllib.run_directory import RowLog, RunDirectory, how_to_go_on, installed_versions
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
+from vlarl_rllib.signals import END
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS
 from vlarl_rllib.weights import make_reader
 
@@ -45,18 +48,6 @@ DATA_FILE = "data.json"
 """In a checkpoint: the fingerprint of the data that its step number counts in."""
 SECONDS_PER_CALL = 5.0
 """About so long learners learn between two looks at what the driver wants."""
-
-
-class Interrupted:
-    """Whether a signal asked for the end; the second one raises KeyboardInterrupt."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
 
 
 def run_sft(settings: Settings, run: RunDirectory, *, resume: bool = False) -> int:
@@ -71,18 +62,23 @@ def run_sft(settings: Settings, run: RunDirectory, *, resume: bool = False) -> i
     Raises:
         SettingsError: the data are not those that the checkpoint is of, or the cluster is too small.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
+    END.limit_seconds, END.words = settings.run.stop_seconds, partial(how_to_go_on, run, "step")
+    END.on_loss = partial(_write_error, run)
     try:
         return _run(settings, run, console, run.newest_checkpoint("step") if resume else None)
     except SettingsError:
         raise
     except Exception as error:  # a learner's, the reader's, the disk's: none is a reason for a traceback on the screen
-        with suppress(OSError):  # a full disk may be what has failed
-            (run.path / ERROR_FILE).write_text(traceback.format_exc())
+        _write_error(run, traceback.format_exc())
         console.print(f"fine-tuning failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/{ERROR_FILE})", style="red")
-        if newest := run.newest_checkpoint("step"):
-            console.print(_how_to_resume(run, newest))
+        console.print(how_to_go_on(run, "step"))
         return 1
+
+
+def _write_error(run: RunDirectory, text: str) -> None:
+    with LOST.counting(ERROR_FILE):
+        (run.path / ERROR_FILE).write_text(text)
 
 
 def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Path | None) -> int:
@@ -100,19 +96,19 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
     log = RowLog(run, "step")
     log.forget_after(first)
     earlier_seconds = sum(row["seconds"] for row in log.rows)
-    interrupted = Interrupted()
-    with _learners(settings) as group, _on_signals(interrupted):
+    with _learners(settings) as group, END.polled(partial(_notice, console)):
         num_steps = sum(group.call("open_data", statistics["action"], first))
         if checkpoint:
             group.call("load_sharded", str(checkpoint / "learners"))
-        row = FineTuning(group, settings, run, console, interrupted, identity).learn(log, first)
+        END.check()
+        row = FineTuning(group, settings, run, console, identity).learn(log, first)
         manifest = group.publish_weights(1)
         tensors = {name: tensor for bucket in make_reader(manifest.transport).buckets(manifest) for name, tensor in bucket.items()}
-        model, partial = run.path / MODEL_DIRECTORY, run.path / f".{MODEL_DIRECTORY}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        write_model(tensors, group.config.settings().model.path, partial, settings.engines.dtype, {name: statistics})
+        model, unfinished = run.path / MODEL_DIRECTORY, run.path / f".{MODEL_DIRECTORY}.partial"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_model(tensors, group.config.settings().model.path, unfinished, settings.engines.dtype, {name: statistics})
         shutil.rmtree(model, ignore_errors=True)  # of an earlier end of this run
-        partial.rename(model)
+        unfinished.rename(model)
     summary = {
         "steps": row["step"],
         "demonstrated_steps": num_steps,
@@ -122,18 +118,23 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
         "wall_seconds": earlier_seconds + time.time() - began,
         "versions": installed_versions(),
     }
-    write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def write() -> None:
+        log.write()
+        write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    if unwritten := keep_trying(write, KEEP_TRYING_SECONDS if END.signal is None else 0.0):
+        raise unwritten
     console.print(f"wrote {os.path.relpath(model)}; {_how_to_use(os.path.relpath(model), name, settings)}")
-    if interrupted.signal is None:
+    if END.signal is None:
         return 0
     if row["step"] < settings.sft.steps:
-        newest = run.newest_checkpoint("step")
-        console.print(f"stopped at step {row['step']:,} of {settings.sft.steps:,}{'; ' + _how_to_resume(run, newest) if newest else ''}")
-    return 128 + interrupted.signal
+        console.print(f"stopped at step {row['step']:,} of {settings.sft.steps:,}; {how_to_go_on(run, 'step')}")
+    return END.code
 
 
-def _how_to_resume(run: RunDirectory, checkpoint: Path) -> str:
-    return f"go on from step {number_of(checkpoint):,} with: vlarl sft --resume --run-dir {os.path.relpath(run.path)}"
+def _notice(console: Console, name: str) -> None:
+    console.print(f"{name}: ending within {END.limit_seconds:g} s; once more to end at once")
 
 
 def _how_to_use(model: str, key: str, settings: Settings) -> str:
@@ -151,11 +152,8 @@ class FineTuning:
         identity: fingerprint of the data.
     """
 
-    def __init__(
-        self, group: VLALearnerGroup, settings: Settings, run: RunDirectory, console: Console, interrupted: Interrupted, identity: str
-    ) -> None:
-        self._group, self._settings, self._run, self._console = group, settings, run, console
-        self._interrupted, self._identity = interrupted, identity
+    def __init__(self, group: VLALearnerGroup, settings: Settings, run: RunDirectory, console: Console, identity: str) -> None:
+        self._group, self._settings, self._run, self._console, self._identity = group, settings, run, console, identity
 
     def learn(self, log: RowLog, first: int) -> dict[str, Any]:
         """Make the steps from `first` on, until the last one or a signal; the last line of progress."""
@@ -165,13 +163,13 @@ class FineTuning:
         columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
         with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
             bar = progress.add_task("", total=sft.steps, completed=first, shown="")
-            while (done := row["step"]) < sft.steps and self._interrupted.signal is None:
+            while (done := row["step"]) < sft.steps and END.signal is None:
                 row = self._make_steps(done, min(sft.report_every, saved + every - done, sft.steps - done))
                 log.add(row)
                 done, shown = row["step"], _shown(row)
                 progress.update(bar, completed=done, shown=shown)
                 self._console.print(f"step {done:>6}/{sft.steps}  {shown}")
-                if sft.checkpoint_every and (done in (saved + every, sft.steps) or self._interrupted.signal is not None):
+                if sft.checkpoint_every and (done in (saved + every, sft.steps) or END.signal is not None):
                     self._save(done)
                     saved = done
         return row
@@ -186,7 +184,7 @@ class FineTuning:
         """Sums over that many steps, or fewer after a signal; in calls of seconds, each far within `learners.timeout_seconds`."""
         sums: Counter[str] = Counter()
         piece = 1
-        while sums["steps"] < num_steps and (not sums["steps"] or self._interrupted.signal is None):
+        while sums["steps"] < num_steps and (not sums["steps"] or END.signal is None):
             began = time.perf_counter()
             sums.update(self._group.call("supervise", piece)[0])
             piece = min(num_steps - int(sums["steps"]), max(1, int(piece * SECONDS_PER_CALL / (time.perf_counter() - began))))
@@ -230,13 +228,3 @@ def _learners(settings: Settings) -> Iterator[VLALearnerGroup]:
             yield group
         finally:
             group.shutdown()
-
-
-@contextmanager
-def _on_signals(interrupted: Interrupted) -> Iterator[None]:
-    before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +15,55 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables, even with
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in a config mean what they meant at the command line
 
 from ray import tune
+from ray.exceptions import RayActorError
 from rich.console import Console
 
 from vlarl_rllib.algorithm import VLAPPO
-from vlarl_rllib.checkpoints import CheckpointStore, write_atomically
+from vlarl_rllib.checkpoints import CheckpointStore, number_of, write_atomically
 from vlarl_rllib.config import VLAPPOConfig
+from vlarl_rllib.console import make_console
 from vlarl_rllib.errors import one_line
+from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
 from vlarl_rllib.observability.metrics import FAULTS, SECONDS
 from vlarl_rllib.observability.table import LiveTable
+from vlarl_rllib.pulse import FROZEN_SECONDS, TrialWatch
 from vlarl_rllib.ray_session import ray_session
-from vlarl_rllib.run_directory import RowLog, RunDirectory, installed_versions
+from vlarl_rllib.run_directory import RowLog, RunDirectory, how_to_go_on, installed_versions
 from vlarl_rllib.settings import Settings, calculate_runtime_args
+from vlarl_rllib.signals import END
+from vlarl_rllib.tune_output import loggers, tolerant_tune
 
 logger = logging.getLogger(__name__)
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failure is reported once, by `_finish`
 
 
-class StopAfter(tune.Stopper):
-    """Ends the trial after so many iterations, or after the running one when asked to."""
+HURRY_SECONDS = 5.0
+"""Of trying to write the summary where a signal has asked for the end."""
 
-    def __init__(self, iterations: int) -> None:
-        self.iterations = iterations
-        self.requested: int | None = None
+
+class StopAfter(tune.Stopper):
+    """Ends the trial after so many iterations, or after the running one when a signal has come; at once where the watch has given it up."""
+
+    def __init__(self, iterations: int, watch: TrialWatch) -> None:
+        self.iterations, self._watch = iterations, watch
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self.requested is not None or result["training_iteration"] >= self.iterations
+        return END.signal is not None or result["training_iteration"] >= self.iterations
 
     def stop_all(self) -> bool:
-        return False
+        return self._watch.abandoned
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See `TrialWatch.__getstate__`."""
+        return {}
 
 
 def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None) -> int:
     """Train and write `summary.json`; the process's exit code.
 
-    0 = done or ended by SIGTERM, 130 = ended by Ctrl-C (both with a checkpoint), 1 = failed.
+    0 = done or ended by SIGTERM, 130 = ended by Ctrl-C (both can be resumed), 1 = failed.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     began = time.time()
     log = RowLog(run)
     earlier_seconds = sum(sum(row["seconds"].values()) for row in log.rows)
@@ -60,23 +71,54 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     config.restore_from = str(CheckpointStore.resolve(resume_from).absolute()) if resume_from else None
     if log.rows:
         config.faults, config.policy_version = log.rows[-1]["faults"], log.rows[-1]["policy_version"]
-    stopper = StopAfter(settings.run.iterations)
     plan = calculate_runtime_args(settings)
     console.print(
         f"run directory {os.path.relpath(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), {settings.learners.num} learner(s)"
     )
-    # ray.init() installs a handler of its own, which aborts on SIGTERM; so ours come after it.
-    with ray_session(plan, settings), _signals(stopper, log, console):
-        error = _fit_through_failures(config, settings, run, stopper, log, console)
-    summary = summarize(settings, log.rows, earlier_seconds + time.time() - began)
+
+    def keep(seconds: float = 0.0) -> OSError | None:
+        """Write the rows that are not written yet, and the summary; what went wrong for so long, or None."""
+        return keep_trying(lambda: _write(run, log, summarize(settings, log.rows, earlier_seconds + time.time() - began)), seconds)
+
+    def keep_at_least(cause: str) -> None:
+        _write_error(run, cause)
+        keep()
+
+    END.limit_seconds, END.words, END.sigterm_code = settings.run.stop_seconds, partial(how_to_go_on, run), 0
+    END.on_loss = keep_at_least
+    with ray_session(plan, settings), END.polled(partial(_notice, console, settings)):
+        error, abandoned = _fit_through_failures(config, settings, run, log, console)
+        # All is written and said before Ray ends, which takes seconds: `ray job stop` grants three.
+        unwritten = keep(HURRY_SECONDS if END.signal else KEEP_TRYING_SECONDS)
+        if lost := _lost_output(log.rows):
+            console.print(f"{lost} write(s) of output and reports failed, and training went on without", style="yellow")
+        if error is not None:
+            return _finish_failed(run, error, console)
+        if unwritten is not None:
+            console.print(f"summary.json and the last rows could not be written ({unwritten}); make room. {how_to_go_on(run)}", style="red")
+            return 1
+        return _finish(settings, run, log, abandoned, console)
+
+
+def _write(run: RunDirectory, log: RowLog, summary: dict[str, Any]) -> None:
+    log.write()
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return _finish(run, stopper, error, console)
+
+
+def _write_error(run: RunDirectory, text: str) -> None:
+    with LOST.counting("error.txt"):
+        (run.path / "error.txt").write_text(text)
+
+
+def _notice(console: Console, settings: Settings, name: str) -> None:
+    """What a signal is answered with."""
+    console.print(f"{name}: ending within {settings.run.stop_seconds:g} s, with a checkpoint of the last iteration; once more to end at once")
 
 
 def _fit_through_failures(
-    config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: StopAfter, log: RowLog, console: Console
-) -> Exception | None:
-    """Start the trial anew from its newest checkpoint when it fails; the error that ended it for good, or None.
+    config: VLAPPOConfig, settings: Settings, run: RunDirectory, log: RowLog, console: Console
+) -> tuple[Exception | None, bool]:
+    """Start the trial anew from its newest checkpoint when it fails; what `_fit` returned in the end.
 
     A failure before the first iteration of this process is a mistake in the set-up rather than a fault, and final.
     """
@@ -84,30 +126,32 @@ def _fit_through_failures(
     furthest, fruitless = 0, 0
     while True:
         known = len(log.rows), log.rows[-1:]
-        error = _fit(config, settings, run, stopper, table)
-        if error is None or stopper.requested is not None:
-            return error
+        error, abandoned = _fit(config, settings, run, table)
+        if error is None or END.signal is not None:
+            return error, abandoned
         if furthest == 0 and (len(log.rows), log.rows[-1:]) == known:
-            return error
+            return error, False
         iteration = log.rows[-1]["iteration"]
         fruitless = 1 if iteration > furthest else fruitless + 1
         furthest = max(furthest, iteration)
         if fruitless > settings.run.max_restarts:
-            return error
+            return error, False
         config = config.copy(copy_frozen=False)
         config.faults = log.rows[-1]["faults"] | {"trial_restarts": log.rows[-1]["faults"]["trial_restarts"] + 1}
         config.policy_version = log.rows[-1]["policy_version"]
-        (run.path / "error.txt").write_text(str(error))
+        _write_error(run, str(error))
         console.print(f"the trial failed after iteration {iteration}: {one_line(error)}; it starts anew from its newest checkpoint", style="yellow")
 
 
-def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: StopAfter, table: LiveTable) -> Exception | None:
-    """Run the one trial; what it failed with, or None."""
-    callbacks: list[Any] = [table]
+def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, table: LiveTable) -> tuple[Exception | None, bool]:
+    """Run the one trial; what it failed with, or None, and whether it was killed because the run is to end."""
+    watch = TrialWatch(str(run.path))
+    callbacks: list[Any] = [table, watch, *loggers()]
     if settings.run.wandb:
         from ray.air.integrations.wandb import WandbLoggerCallback
 
         callbacks.append(WandbLoggerCallback(project=settings.run.wandb, log_config=False))
+    errors: list[Exception] = []
     tuner = tune.Tuner(
         VLAPPO,
         param_space=config,
@@ -115,7 +159,7 @@ def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: S
         run_config=tune.RunConfig(
             name=run.path.name,
             storage_path=str(run.path.parent),
-            stop=stopper,
+            stop=StopAfter(settings.run.iterations, watch),
             checkpoint_config=tune.CheckpointConfig(
                 num_to_keep=settings.run.keep_checkpoints,  # of our pointers; Tune holds the whole result of each one it keeps
                 checkpoint_frequency=settings.run.checkpoint_every,
@@ -126,29 +170,22 @@ def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, stopper: S
             verbose=0,
         ),
     )
-    return tuner.fit()[0].error
+    try:
+        with tolerant_tune(errors.append):
+            tuner.fit()
+    except Exception as error:  # Tune's own: of the trial's, of its files
+        errors.append(error)
+    if watch.abandoned or watch.is_complete:
+        return None, watch.abandoned
+    if END.signal is not None and any(isinstance(error, RayActorError) for error in errors):  # sent to all processes at once
+        return None, True
+    if watch.is_frozen:
+        errors = [RuntimeError(f"the trial's process gave no sign of life for {FROZEN_SECONDS:g} s, and was killed")]
+    return errors[0] if errors else None, False
 
 
 def _trial_dirname(trial: Any) -> str:
     return f"trial_{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-@contextmanager
-def _signals(stopper: StopAfter, log: RowLog, console: Console) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run after its iteration with a checkpoint; before the first iteration, and the second time, at once."""
-
-    def handle(number: int, frame: Any) -> None:
-        if stopper.requested is not None or not log.rows:
-            raise KeyboardInterrupt
-        stopper.requested = number
-        console.print(f"{signal.Signals(number).name}: ending after this iteration with a checkpoint; once more to end at once")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def summarize(settings: Settings, rows: list[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
@@ -174,31 +211,43 @@ def summarize(settings: Settings, rows: list[dict[str, Any]], wall_seconds: floa
         "faults": {
             **(last["faults"] if last else dict.fromkeys(FAULTS, 0)),
             "skipped_updates": int(sum(row["skipped_updates"] for row in rows)),
+            "lost_output": _lost_output(rows),
         },
     }
 
 
-def _finish(run: RunDirectory, stopper: StopAfter, error: Exception | None, console: Console) -> int:
-    where = os.path.relpath(run.path)
-    if error is not None:
-        (run.path / "error.txt").write_text(str(error))
-        console.print(f"the run failed: {one_line(error)} (whole traceback in {where}/error.txt)", style="red")
-        return 1
-    if behind := _checkpoint_is_behind(run):
-        console.print(behind, style="red")
-        return 1
-    if stopper.requested is not None:
-        console.print(f"stopped with a checkpoint; continue with: vlarl train --resume --run-dir {where}")
-        return 130 if stopper.requested == signal.SIGINT else 0
-    console.print(f"done: {where}/summary.json")
-    return 0
+def _lost_output(rows: list[dict[str, Any]]) -> int:
+    """The trials', which is in the rows, and this process's."""
+    return LOST.count + (rows[-1]["faults"].get("lost_output", 0) if rows else 0)  # rows of earlier versions do not have it
 
 
-def _checkpoint_is_behind(run: RunDirectory) -> str | None:
-    """Says so where the last iteration has no checkpoint, because writing it failed."""
-    rows, newest = run.read_rows(), run.newest_checkpoint()
-    last = rows[-1]["iteration"] if rows else 0
-    kept = CheckpointStore.read_facts(newest)["iteration"] if newest else 0
-    if kept >= last:
-        return None
-    return f"iteration {last} has no checkpoint (writing it failed), the newest is of iteration {kept}; make room and run vlarl train --resume again"
+def _finish_failed(run: RunDirectory, error: Exception, console: Console) -> int:
+    _write_error(run, str(error))
+    console.print(f"the run failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/error.txt)", style="red")
+    console.print(how_to_go_on(run))
+    return 1
+
+
+def _finish(settings: Settings, run: RunDirectory, log: RowLog, abandoned: bool, console: Console) -> int:
+    """What is said behind a run that has not failed, and the exit code; 1 where the last iteration's checkpoint could not be written."""
+    newest, last = run.newest_checkpoint(), log.rows[-1] if log.rows else None
+    kept, done = number_of(newest) if newest else 0, last["iteration"] if last else 0
+    if kept < done and not abandoned:
+        console.print(
+            f"iteration {done} has no checkpoint (writing it failed), the newest is of iteration {kept}; make room. {how_to_go_on(run)}", style="red"
+        )
+        return 1
+    if END.signal is None:
+        console.print(f"done: {os.path.relpath(run.path)}/summary.json")
+        return 0
+    if kept < done:
+        lost = f"iteration {done} has" if kept + 1 == done else f"iterations {kept + 1} to {done} have"
+        console.print(f"{lost} no checkpoint: a resumed run plays them again", style="yellow")
+    if last is None or kept < settings.run.iterations:
+        console.print(f"stopped{f' with a checkpoint of iteration {kept}' if newest else ''}; {how_to_go_on(run)}")
+    else:
+        dropped = calculate_runtime_args(settings).evaluation_episodes and not last["evaluation"]
+        where = f"--suite {settings.env.suite}" if settings.env.name == "libero" else f"--env {settings.env.name}"
+        missing = f"; its evaluation was dropped: vlarl eval {os.path.relpath(run.path)} {where}" if dropped else ""
+        console.print(f"stopped behind the last iteration{missing}")
+    return END.code

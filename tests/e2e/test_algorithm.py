@@ -18,6 +18,7 @@ import ray
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.checkpoints import CheckpointStore
 from vlarl_rllib.observability.metrics import iteration_row
+from vlarl_rllib.pulse import EndRequested
 from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
 from vlarl_rllib.rewards.worker import RewardService
 from vlarl_rllib.settings import Settings
@@ -296,7 +297,7 @@ def test_iterations_and_syncs_leave_nothing_behind(algorithm: VLAPPO) -> None:
             algorithm.weight_sync.push()
         train(algorithm)
         train(algorithm)
-        shared = sum(file.stat().st_size for file in Path("/dev/shm").glob(f"vlarl-run-{roles['learners'][0]}/*"))
+        shared = sum(file.stat().st_size for file in Path("/dev/shm").glob(f"vlarl-run-{roles['learners'][0]}-*/*"))
         found = [psutil.Process(pid) for pid in pids]
         return [p.num_fds() for p in found], [p.memory_info().rss for p in found], shared
 
@@ -304,6 +305,32 @@ def test_iterations_and_syncs_leave_nothing_behind(algorithm: VLAPPO) -> None:
     assert after[0] == before[0], "file descriptors"
     assert after[1] == pytest.approx(before[1], rel=0.02), "resident memory"
     assert after[2] == before[2] > 0, "shared memory"
+
+
+def test_an_end_while_sampling_saves_the_last_iteration_and_drops_the_running_one(algorithm: VLAPPO, tmp_path: Path) -> None:
+    train(algorithm)
+    row = train(algorithm)
+    algorithm.save_to_path(tmp_path / "before")
+    iteration, version = algorithm.iteration, algorithm.weight_sync.version
+    threading.Timer(0.5, algorithm._pulse.ended.set).start()
+    began = time.monotonic()
+    result = algorithm.train()
+    assert "vlarl" not in result and result["done"] and algorithm.iteration == iteration == row["iteration"]
+    assert time.monotonic() - began < 3.0, "`ray job stop` kills then"
+    saved = algorithm._store.newest()
+    assert saved.name == f"iteration_{iteration:06d}"
+    assert CheckpointStore.read_facts(saved) == CheckpointStore.read_facts(tmp_path / "before")
+    shards = "learners/shards/__0_0.distcp"
+    assert (saved / shards).read_bytes() == (tmp_path / "before" / shards).read_bytes(), "the update had begun"
+    written = saved.stat().st_mtime_ns
+    algorithm.save_checkpoint(str(tmp_path))  # Tune's, behind it
+    assert CheckpointStore.resolve(tmp_path) == saved and saved.stat().st_mtime_ns == written
+    assert algorithm._evaluate(due=True, after=iteration) is None, "the iteration before it counts"
+    with pytest.raises(EndRequested):
+        algorithm._evaluate(due=True, after=0)
+    algorithm._pulse.ended.clear()
+    algorithm.restore_from_path(saved)
+    assert algorithm.weight_sync.version > version and train(algorithm)["iteration"] == iteration + 1
 
 
 def set_on_loops(algorithm: VLAPPO, name: str, value: float) -> None:

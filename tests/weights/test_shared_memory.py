@@ -131,11 +131,19 @@ def test_only_what_a_killed_process_left_is_reaped(tmp_path: Path):
     assert reap_stale(tmp_path) == []
     child.kill()
     child.join()
-    abandoned = tmp_path / f"vlarl-child-{child.pid}"
-    assert abandoned.is_dir()
+    (abandoned,) = tmp_path.glob(f"vlarl-child-{child.pid}-*")
     assert reap_stale(tmp_path) == [abandoned]
     assert own.directory.is_dir() and (tmp_path / "vlarl-not-a-publisher").is_dir()
     own.close()
+
+
+def test_one_process_may_hold_several_of_one_run(tmp_path: Path):
+    first, second = (SharedMemoryPublisher(run_id="run", bucket_bytes=1, root=tmp_path) for _ in range(2))
+    assert first.directory != second.directory and reap_stale(tmp_path) == []
+    first.close()
+    assert second.publish(1, some_tensors()).num_tensors and second.directory.is_dir()
+    second.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_settings_choose_the_transport():

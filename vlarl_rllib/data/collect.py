@@ -127,8 +127,9 @@ def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) ->
 def _in_order(pool: ProcessPoolExecutor, request: CollectRequest) -> Iterator[Demonstration | None]:
     """Episodes in the order of their starts, so that the data do not depend on who was faster; a few are played ahead."""
     coming = starts(request)
-    # Ctrl-C is for the parent, which cancels what is not begun. The first submit spawns every worker, and a blocked signal is inherited.
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Ctrl-C and a closed terminal are for the parent, which cancels what is not begun. The first submit spawns every worker, and a blocked
+    # signal is inherited.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         futures = [pool.submit(play, request.spec, start, request.noise, request.paces) for start in islice(coming, 2 * request.num_processes)]
     finally:

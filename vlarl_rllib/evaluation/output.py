@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlarl_rllib.lost_output import LOST
 from vlarl_rllib.own_files import own_file, own_folder, replace_file
 from vlarl_rllib.run_directory import claimed, installed_versions
 from vlarl_rllib.settings import SettingsError
@@ -38,6 +39,7 @@ class EvaluationDirectory:
     def __init__(self, path: Path, question: dict[str, Any]) -> None:
         self.path, self.question = path, question
         self.versions_before: dict[str, str] = {}
+        self._is_behind = False
         self._check_question()
         self.episodes = self._read_episodes()
         self._mend()
@@ -48,7 +50,10 @@ class EvaluationDirectory:
         return {(episode["task"], episode["trial"]) for episode in self.episodes}
 
     def add(self, results: Sequence[EpisodeResult]) -> None:
-        """Keep finished episodes, and their videos first, so that an episode that is kept has its video."""
+        """Keep finished episodes, and their videos first, so that an episode that is kept has its video.
+
+        A full disk costs videos, and episodes wait for the next call or `write`.
+        """
         lines = ""
         for result in results:
             episode = {"task": result.task_id, "trial": result.initial_state, "success": result.success, "steps": result.length}
@@ -56,17 +61,30 @@ class EvaluationDirectory:
                 self._keep_video(episode, result.video)
             self.episodes.append(episode)
             lines += json.dumps(episode) + "\n"
-        if lines:
-            with self._episodes_file.open("a") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
+        with LOST.counting(EPISODES_FILE):
+            if self._is_behind:
+                self.write()
+            elif lines:
+                self._is_behind = True
+                with self._episodes_file.open("a") as file:
+                    file.write(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._is_behind = False
+
+    def write(self) -> None:
+        """Write what could not be written. Raises OSError where that fails again."""
+        if self._is_behind:
+            self._mend()
+            self._is_behind = False
 
     def _keep_video(self, episode: dict[str, Any], video: bytes) -> None:
         videos = own_folder(self.path, "videos", "--out")
-        videos.mkdir(exist_ok=True)
         outcome = "success" if episode["success"] else "failure"
-        replace_file(videos / f"task_{episode['task']:02d}_trial_{episode['trial']:03d}_{outcome}.mp4", video)
+        film = videos / f"task_{episode['task']:02d}_trial_{episode['trial']:03d}_{outcome}.mp4"
+        with LOST.counting(film.name):
+            videos.mkdir(exist_ok=True)
+            replace_file(film, video)
 
     def _check_question(self) -> None:
         file, versions = own_file(self.path, QUESTION_FILE, "--out"), installed_versions()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -17,7 +17,9 @@ from vlarl_rllib.console import make_console
 from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
 from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
 from vlarl_rllib.evaluation.report import INCOMPLETE, EvaluationResult, summarize, to_table, write_reports
+from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, keep_trying
 from vlarl_rllib.settings import SettingsError
+from vlarl_rllib.signals import END
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +77,7 @@ def run_evaluation(request: EvaluationRequest, out: Path) -> int:
     console = make_console()
     request.check()
     where = os.path.relpath(out)
+    END.words = lambda: f"what was finished is kept; the same command with --out {where} goes on"
     with open_evaluation(out, request.question()) as directory:
         watch = _Terminal(console, directory, total=len(request.starts()))
         before = f", {len(directory.episodes)} of them played before" if directory.episodes else ""
@@ -84,7 +87,6 @@ def run_evaluation(request: EvaluationRequest, out: Path) -> int:
         try:
             result = _evaluate(request, directory, watch)
         except KeyboardInterrupt:
-            watch.signal = watch.signal or signal.SIGINT
             result = _report(request, directory)
         except SettingsError:
             raise
@@ -100,7 +102,7 @@ def run_evaluation(request: EvaluationRequest, out: Path) -> int:
         if result.episodes:
             console.print(INCOMPLETE, style="yellow")
         console.print(f"stopped; the same command with --out {where} plays the other {result.num_planned - len(result.episodes)} episodes")
-        return 128 + (watch.signal or signal.SIGINT)
+        return END.code
     if result.deviations:
         console.print(f"not the published protocol: {'; '.join(result.deviations)}", style="dim")
     console.print(f"done: {where}/report.md")
@@ -129,7 +131,7 @@ def _play(request: EvaluationRequest, directory: EvaluationDirectory, starts: li
         ray_session(evaluation_plan(settings), settings),
         watch,
         start_workers(settings) as workers,
-    ):  # the watch comes after Ray, which installs a SIGTERM handler
+    ):
         watch.ready()
         for played in workers.calls.evaluate(starts, change_tasks=True, seconds=ROUND_SECONDS, record=record):
             directory.add(played.results)
@@ -149,7 +151,13 @@ def _to_record(request: EvaluationRequest, starts: list[Start]) -> frozenset[Sta
 
 def _report(request: EvaluationRequest, directory: EvaluationDirectory) -> EvaluationResult:
     result = summarize(directory.question, directory.episodes, request.instructions(), request.held_out(), request.deviations())
-    write_reports(directory.path, result)
+
+    def write() -> None:
+        directory.write()
+        write_reports(directory.path, result)
+
+    if unwritten := keep_trying(write, KEEP_TRYING_SECONDS if END.signal is None else 0.0):
+        raise unwritten
     return result
 
 
@@ -165,7 +173,6 @@ class _Terminal(Watch):
 
     def __init__(self, console: Console, directory: EvaluationDirectory, total: int) -> None:
         self.total = total
-        self.signal: int | None = None
         self._console, self._directory = console, directory
         self._known = len(directory.episodes)
         self._steps, self._began, self._said = 0, 0.0, 0.0
@@ -175,22 +182,20 @@ class _Terminal(Watch):
             *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=SPEED_WINDOW_SECONDS
         )
         self._bar = self._progress.add_task("starting", total=total, completed=self._known, rates="")
-        self._handlers: dict[int, Any] = {}
-        self._is_ready = False
+        self._polled = ExitStack()
 
     def __enter__(self) -> Self:
         logging.getLogger("ray.rllib").setLevel(logging.CRITICAL)  # it shows each death as a traceback; what was mended is told at the end
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._polled.close()
         self._progress.stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
 
     def ready(self) -> None:
-        self._is_ready, self._began, self._said = True, time.monotonic(), time.monotonic()
+        self._polled.enter_context(END.polled(self._notice))  # until here, a signal raises KeyboardInterrupt
+        self._began = self._said = time.monotonic()
         self._progress.reset(self._bar, completed=self._known, description="episodes", rates="")
 
     def keep_going(self, played: EvaluationRound) -> bool:
@@ -203,7 +208,7 @@ class _Terminal(Watch):
         if not self._console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:
             self._said = time.monotonic()
             self._console.print(f"{len(episodes)}/{self.total} episodes  {rates}")
-        return self.signal is None
+        return END.signal is None
 
     def mended(self, restarts: Mapping[str, int]) -> None:
         self._faults.update(restarts)
@@ -211,9 +216,5 @@ class _Terminal(Watch):
         faults = "".join(f", {name} {count}" for name, count in self._faults.items() if count)
         self._console.print(f"{played} episodes, {self._steps} steps in {seconds:.1f} s, {self._steps / seconds:.1f} steps/s{faults}")
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal is not None or not self._is_ready:
-            self.signal = number
-            raise KeyboardInterrupt
-        self.signal = number
-        self._console.print(f"{signal.Signals(number).name}: ending within {ROUND_SECONDS:g} s, finished episodes are kept; once more to end at once")
+    def _notice(self, name: str) -> None:
+        self._console.print(f"{name}: ending within {ROUND_SECONDS:g} s, finished episodes are kept; once more to end at once")

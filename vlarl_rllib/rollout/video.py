@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from vlarl_rllib.lost_output import LOST
 from vlarl_rllib.rollout.players import EpisodeResult
-
-logger = logging.getLogger(__name__)
 
 MIN_SIDE = 224
 """Smaller frames are enlarged by a whole factor, so that what a small policy sees can be seen by a person too."""
@@ -46,12 +44,15 @@ def encode_mp4(frames: Sequence[np.ndarray], frames_per_second: float) -> bytes:
 
 def keep_videos(directory: Path, after: int, results: Sequence[EpisodeResult]) -> None:
     """Write the films among the episodes of an evaluation behind `after` iterations; a full disk costs them, not the run."""
-    try:
-        for result in results:
-            if result.video is not None:
+    for result in results:
+        if result.video is None:
+            continue
+        outcome = "success" if result.success else "failure"
+        film = directory / f"iteration_{after:06d}_task_{result.task_id:02d}_start_{result.initial_state:03d}_{outcome}.mp4"
+        with LOST.counting(film.name):
+            try:
                 directory.mkdir(parents=True, exist_ok=True)
-                outcome = "success" if result.success else "failure"
-                name = f"iteration_{after:06d}_task_{result.task_id:02d}_start_{result.initial_state:03d}_{outcome}.mp4"
-                (directory / name).write_bytes(result.video)
-    except OSError as error:
-        logger.warning("videos of iteration %d: %s", after, error)
+                film.write_bytes(result.video)
+            except OSError:
+                film.unlink(missing_ok=True)  # half a film does not play
+                raise

@@ -15,6 +15,7 @@ from vlarl_rllib.registry import ENVIRONMENTS, environments
 from vlarl_rllib.settings import messages
 from vlarl_rllib.settings.overrides import apply_override
 from vlarl_rllib.settings.yaml_text import read_yaml
+from vlarl_rllib.signals import STOP_SECONDS
 
 NOT_YET = {
     "rollout.async_mode": False,
@@ -311,6 +312,11 @@ class RunSettings(Section):
         3, description="Restarts of a failed run from its newest checkpoint, with no new iteration in between, before it is given up."
     )
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints to keep.")
+    stop_seconds: PositiveFloat = Field(
+        STOP_SECONDS,
+        description="How long an end may take after Ctrl-C or SIGTERM: an update that runs is finished and a checkpoint written, or the newest "
+        "one has to do. 25 fits the 30 s of Kubernetes and Slurm; give a large policy as long as an update and a checkpoint take.",
+    )
     seed: Natural = Field(0, description="Seeds the model's fresh parts, the environments, sampling and the minibatches.")
     wandb: str | None = Field(None, min_length=1, description="Weights & Biases project; null = not logged there.")
     dashboard: bool = Field(True, description="Start Ray's dashboard with a Ray that vlarl starts itself.")

@@ -1,6 +1,6 @@
 """Weights as safetensors files in shared memory: for engines on the learner's own node.
 
-/dev/shm/vlarl-<run_id>-<pid>/
+/dev/shm/vlarl-<run_id>-<pid>-<random>/
     owner.lock                       held by the publisher for as long as its process lives
     v000012/bucket_0000.safetensors  a full version; it is `v000012.partial` until its last bucket is written
 """
@@ -183,12 +183,15 @@ def reap_stale(root: str | Path = DEFAULT_ROOT) -> list[Path]:
 
 
 def _create_owned(root: Path, name: str) -> tuple[Path, int]:
-    """Make directory `name` with its lock held; it appears under that name only once it is locked."""
+    """Make a directory `name-<random>` with its lock held; it appears under its name only once it is locked.
+
+    A process id is not enough for a name: one process may hold several publishers, and other containers have the same ids.
+    """
     hidden = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     lock = os.open(hidden / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return hidden.rename(root / name), lock
+        return hidden.rename(root / hidden.name.removeprefix(".")), lock
     except OSError:
         os.close(lock)
         shutil.rmtree(hidden, ignore_errors=True)

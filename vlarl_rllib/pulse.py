@@ -1,0 +1,167 @@
+"""The line between `vlarl train` and its trial while the trial is busy: signs of life one way, the wish to end the other.
+
+Tune hears from a trial between iterations only. Both ends meet in the key-value store of Ray's GCS: it needs neither a place on a disk that
+may be full, nor the same node, nor an actor of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any, TypeVar
+
+import ray
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.tune import Callback
+
+from vlarl_rllib.signals import END
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+NAMESPACE = "vlarl_rllib"
+LISTEN_SECONDS = 0.25
+"""`ray job stop` kills after 3 s, and the checkpoint has to be written by then."""
+BEAT_SECONDS = 2.0
+FROZEN_SECONDS = 45.0
+"""A trial without a sign of life for so long is frozen. What holds Python's lock for long in a process that computes is far shorter."""
+
+
+class EndRequested(Exception):
+    """The run is to end: what has been sampled since the last iteration is dropped."""
+
+
+def call_unless(ended: threading.Event, call: Callable[[], T]) -> T:
+    """`call()`, which waits for actors and does no more, in a thread that is left behind where `ended` is set meanwhile.
+
+    Raises:
+        EndRequested: that was so.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    if not ended.is_set():
+        threading.Thread(target=run, name="vlarl-call", daemon=True).start()
+    while not ended.is_set():
+        with contextlib.suppress(NotYet):
+            return done.result(LISTEN_SECONDS)
+    raise EndRequested
+
+
+class Pulse:
+    """The trial's end.
+
+    Args:
+        run_dir: names the line; None = nobody is at the other end.
+    """
+
+    def __init__(self, run_dir: str | None) -> None:
+        self.ended = threading.Event()
+        """Set when the run is to end."""
+        self._stopped = threading.Event()
+        if run_dir is not None and ray.get_runtime_context().get_actor_id() is not None:  # in a process of its own
+            threading.Thread(target=self._beat, args=(run_dir,), name="vlarl-pulse", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _beat(self, run_dir: str) -> None:
+        who, beats, next_beat = f"{ray.get_runtime_context().get_node_id()} {os.getpid()}", 0, 0.0
+        while True:
+            try:
+                if time.monotonic() >= next_beat:
+                    beats, next_beat = beats + 1, time.monotonic() + BEAT_SECONDS
+                    _internal_kv_put(f"{run_dir}:beat", f"{who} {beats}", namespace=NAMESPACE)
+                if _internal_kv_get(f"{run_dir}:end", namespace=NAMESPACE):
+                    self.ended.set()
+            except Exception as error:  # the GCS is away: if for good, the driver ends the run
+                logger.debug("pulse of %s: %s", run_dir, error)
+            if self._stopped.wait(LISTEN_SECONDS):
+                return
+
+
+class TrialWatch(Callback):
+    """The driver's end: passes the first signal on to the trial, kills a trial that is frozen or takes too long to end.
+
+    Args:
+        run_dir: as the trial's.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+        self.abandoned = False
+        """Whether the trial was killed because the run is to end: it had nothing to keep, or took longer than it may."""
+        self.is_frozen = False
+        self.has_result = False
+        self.is_complete = False
+        self._told = False
+        self._beat: bytes | None = None
+        self._silent_seconds, self._looked = 0.0, 0.0
+        for key in ("beat", "end"):  # of the trial before
+            _internal_kv_del(f"{run_dir}:{key}", namespace=NAMESPACE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for `Tuner.restore`, which is not used here."""
+        return {}
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        self.has_result = True
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.is_complete = True
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called by Tune every tenth of a second."""
+        if self.abandoned or not trials or trials[0].is_finished():
+            return
+        if END.signal is not None and not self._told:
+            self._told = True
+            if self.has_result:
+                _internal_kv_put(f"{self._run_dir}:end", "1", namespace=NAMESPACE)
+            else:
+                self._abandon(trials[0])
+        elif END.overdue:
+            self._abandon(trials[0])
+        else:
+            self._look(trials[0])
+
+    def _abandon(self, trial: Any) -> None:
+        self.abandoned = True
+        if trial.temporary_state.ray_actor is not None:  # else it is still starting, and Tune lets go of it
+            ray.kill(trial.temporary_state.ray_actor)
+
+    def _look(self, trial: Any) -> None:
+        """Time counts as silent only as far as this process was awake to listen: the two may have been stopped together."""
+        now = time.monotonic()
+        if now - self._looked < BEAT_SECONDS:
+            return
+        elapsed, self._looked = min(now - self._looked, 2 * BEAT_SECONDS), now
+        beat = _internal_kv_get(f"{self._run_dir}:beat", namespace=NAMESPACE)
+        self._silent_seconds = self._silent_seconds + elapsed if beat is not None and beat == self._beat else 0.0
+        self._beat = beat
+        if self._silent_seconds >= FROZEN_SECONDS and not self.is_frozen:
+            self.is_frozen = True
+            self._kill_process()
+            if trial.temporary_state.ray_actor is not None:
+                ray.kill(trial.temporary_state.ray_actor)
+
+    def _kill_process(self) -> None:
+        """By its id, where it is on this node: a trial that freezes while it starts has no handle yet."""
+        assert self._beat is not None, "silent, so it has spoken before"
+        node, pid, _ = self._beat.decode().split()
+        if node == ray.get_runtime_context().get_node_id():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
