@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("policy", "data"),
     ("learner",),
     ("rollout",),
-    ("checkpoints", "coordination"),
+    ("checkpoints", "coordination", "services"),
     ("observability",),
     ("config", "algorithm"),
     ("continuation",),

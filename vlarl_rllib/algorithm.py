@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import tempfile
 import time
@@ -21,13 +20,8 @@ from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     ENV_RUNNER_SAMPLING_TIMER,
-    EPISODE_DURATION_SEC_MEAN,
-    EPISODE_LEN_MAX,
     EPISODE_LEN_MEAN,
-    EPISODE_LEN_MIN,
-    EPISODE_RETURN_MAX,
     EPISODE_RETURN_MEAN,
-    EPISODE_RETURN_MIN,
     LEARNER_RESULTS,
     LEARNER_UPDATE_TIMER,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
@@ -39,38 +33,26 @@ from ray.train._internal.session import _TrainingResult
 from ray.tune import PlacementGroupFactory
 from ray.tune.registry import register_env
 from ray.tune.result import DONE, RESULT_DUPLICATE
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, number_of, replacing, write_atomically
 from vlarl_rllib.config import ENVIRONMENT_NAME, VLAPPOConfig
 from vlarl_rllib.coordination import Rollout, RolloutCollector, WeightSync, require_runners, told_why_runners_fail
-from vlarl_rllib.curriculum import Start, SuccessRecord
-from vlarl_rllib.engines.pool import EnginePool
+from vlarl_rllib.curriculum import SuccessRecord
 from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
 from vlarl_rllib.lost_output import LOST
 from vlarl_rllib.models.fingerprint import model_fingerprints
-from vlarl_rllib.observability.metrics import FAULTS, LastRates, evaluation_metrics, iteration_details, iteration_metrics
+from vlarl_rllib.observability.metrics import FAULTS, LastRates, evaluation_metrics, fill_in_episode_means, iteration_details, iteration_metrics
 from vlarl_rllib.pulse import EndRequested, Pulse
-from vlarl_rllib.rewards.worker import PATIENCE_SECONDS, RewardService
 from vlarl_rllib.rllib_checkpoint import write_rllib_files
 from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
+from vlarl_rllib.rollout.evaluation import held_out_starts
 from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.rollout.video import keep_videos
+from vlarl_rllib.services import start_engines, start_reward_worker
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 
 logger = logging.getLogger(__name__)
-
-EPISODE_MEANS = (
-    EPISODE_RETURN_MEAN, EPISODE_RETURN_MIN, EPISODE_RETURN_MAX, EPISODE_LEN_MEAN, EPISODE_LEN_MIN, EPISODE_LEN_MAX, EPISODE_DURATION_SEC_MEAN,
-)  # fmt: skip
-"""RLlib's numbers of the episodes that ended lately."""
-
-
-def _in_bundle(from_the_end: int) -> dict[str, Any]:
-    """Ray options for an actor in the trial's bundle that is so many from the end, the last one 1; none outside a placement group."""
-    group = ray.util.get_current_placement_group()
-    return {} if group is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, group.bundle_count - from_the_end)}
 
 
 def _no_environment(context: Any) -> None:
@@ -129,8 +111,8 @@ class VLAPPO(PPO):
         self._models = model_fingerprints(self._vla)
         self._store = self._make_store()
         # Engines and the judge take longest to start and need nothing from the rest, so they start first and are waited for last.
-        self.reward_service = self._start_reward_worker() if self._vla.rewards.process else None
-        self.engine_pool = self._start_engines() if self._vla.engines.num else None
+        self.reward_service = start_reward_worker(self._vla) if self._vla.rewards.process else None
+        self.engine_pool = start_engines(self.config.engine_spec(), self._vla) if self._vla.engines.num else None
         with told_why_runners_fail():
             super().setup(config)
         require_runners(self.env_runner_group)
@@ -166,21 +148,6 @@ class VLAPPO(PPO):
         storage = self._storage
         return Path(storage.trial_fs_path) if storage is not None and storage.storage_filesystem.type_name == "local" else None
 
-    def _start_engines(self) -> EnginePool:
-        engines = self._vla.engines
-        options = [
-            {"num_cpus": engines.cpus, "num_gpus": engines.gpus, **_in_bundle(engines.num - index)}  # the last bundles
-            for index in range(engines.num)
-        ]
-        return EnginePool(self.config.engine_spec(), engines.num, actor_options=options, start_timeout_seconds=engines.start_timeout_seconds)
-
-    def _start_reward_worker(self) -> RewardService:
-        rewards = self._vla.rewards
-        options = {"num_cpus": rewards.judge_cpus, "num_gpus": rewards.judge_gpus, **_in_bundle(self._vla.engines.num + 1)}  # before the engines'
-        assert rewards.judge is not None, "validated with rewards.process"
-        patience = max(PATIENCE_SECONDS, 2.0 * rewards.timeout_seconds)
-        return RewardService(rewards.judge, "cuda" if rewards.judge_gpus else "cpu", actor_options=options, patience_seconds=patience)
-
     def cleanup(self) -> None:
         self._pulse.stop()
         if self._pulse.ended.is_set():  # RLlib's `stop` would wait for what they sample
@@ -213,8 +180,7 @@ class VLAPPO(PPO):
         seconds = dict(self._seconds)
         self._seconds = {}
         seconds["other"] = max(0.0, time.perf_counter() - began - sum(v for k, v in seconds.items() if k != "startup"))
-        for name in EPISODE_MEANS:  # which RLlib leaves out until an episode has ended; a CSV's header is the first row's
-            results[ENV_RUNNER_RESULTS].setdefault(name, math.nan)
+        fill_in_episode_means(results[ENV_RUNNER_RESULTS])
         results["vlarl_details"] = iteration_details(self._episodes, self._initial_evaluation if done == 1 else None, evaluation)
         self._rates.add(results["vlarl_details"])
         results["vlarl"] = iteration_metrics(
@@ -359,7 +325,7 @@ class VLAPPO(PPO):
             return None
         began = time.perf_counter()
         self._call_back("on_evaluate_start")
-        starts = self.evaluation_starts()
+        starts = held_out_starts(self._vla, self._plan.evaluation_episodes)
         record = frozenset(starts[: self._vla.evaluation.videos]) if self.config.run_dir else frozenset()
         try:
             results = [result for played in self.collector.evaluate(starts, record=record) for result in played.results]
@@ -377,17 +343,6 @@ class VLAPPO(PPO):
     def _call_back(self, name: str, **arguments: Any) -> None:
         functions = getattr(self.config, f"callbacks_{name}")
         make_callback(name, self.callbacks, functions, kwargs={"algorithm": self, "metrics_logger": self.metrics, **arguments})
-
-    def evaluation_starts(self) -> list[Start]:
-        """The held-out starts of an evaluation: the same every time, the tasks in turn."""
-        from vlarl_rllib.registry import EnvSpec, training_and_held_out_states
-
-        env = self._vla.env
-        spec = EnvSpec(name=env.name, suite=env.suite)
-        held_out = {task: training_and_held_out_states(spec, task)[1] for task in self._vla.task_ids}
-        rounds = range(max(map(len, held_out.values())))
-        starts = [Start(task, held_out[task][i], seed=i) for i in rounds for task in held_out if i < len(held_out[task])]
-        return starts[: self._plan.evaluation_episodes]
 
     # Checkpoints
 

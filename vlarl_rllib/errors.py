@@ -17,11 +17,18 @@ def lower_the_rates(rates: dict[str, float]) -> str:
     return f"lower {named}, or use float32, and start anew or from an earlier checkpoint with --resume-from"
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """What was raised in another process, without Ray's exception around it."""
+    from ray.exceptions import RayTaskError
+
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
 def one_line(error: BaseException) -> str:
     """Type and message of what went wrong, without Ray's traceback around it."""
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import RayActorError
 
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    cause = cause_of(error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
     killed = isinstance(cause, RayActorError) and "creation task" not in lines[0]  # Ray explains that in the lines behind the first
     return f"{type(cause).__name__}: {lines[0 if killed else -1]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from vlarl_rllib.algorithm import VLAPPO
 from vlarl_rllib.checkpoints import CheckpointStore, number_of, write_atomically
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.console import make_console
-from vlarl_rllib.errors import one_line
+from vlarl_rllib.errors import DivergedError, cause_of, one_line
 from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
 from vlarl_rllib.observability.metrics import FAULTS, SECONDS
 from vlarl_rllib.observability.table import LiveTable
@@ -120,7 +121,8 @@ def _fit_through_failures(
 ) -> tuple[Exception | None, bool]:
     """Start the trial anew from its newest checkpoint when it fails; what `_fit` returned in the end.
 
-    A failure before the first iteration of this process is a mistake in the set-up rather than a fault, and final.
+    A failure before the first iteration of this process is a mistake in the set-up rather than a fault, and final; so is divergence, which
+    would come again.
     """
     table = LiveTable(settings.run.iterations, console, log.add)
     furthest, fruitless = 0, 0
@@ -129,7 +131,7 @@ def _fit_through_failures(
         error, abandoned = _fit(config, settings, run, table)
         if error is None or END.signal is not None:
             return error, abandoned
-        if furthest == 0 and (len(log.rows), log.rows[-1:]) == known:
+        if (furthest == 0 and (len(log.rows), log.rows[-1:]) == known) or isinstance(cause_of(error), DivergedError):
             return error, False
         iteration = log.rows[-1]["iteration"]
         fruitless = 1 if iteration > furthest else fruitless + 1
@@ -152,6 +154,8 @@ def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, table: Liv
 
         callbacks.append(WandbLoggerCallback(project=settings.run.wandb, log_config=False))
     errors: list[Exception] = []
+    for outdated in run.path.glob("trial_*/checkpoint_*"):  # pointers of trials before this one, to what may be gone
+        shutil.rmtree(outdated, ignore_errors=True)
     tuner = tune.Tuner(
         VLAPPO,
         param_space=config,

@@ -44,7 +44,7 @@ def algorithm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> It
         }
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlarl_rllib.algorithm.RewardService", functools.partial(RewardService, worker_class=worker_class))
+        patch.setattr("vlarl_rllib.services.RewardService", functools.partial(RewardService, worker_class=worker_class))
         algorithm = VLAPPOConfig.from_settings(settings, tmp_path_factory.mktemp("run")).build_algo()
     yield algorithm
     algorithm.stop()

@@ -1,12 +1,12 @@
 """The protocol: which episodes there are, what they depend on, and mistakes before anything starts."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vlarl_rllib.checkpoints import CheckpointStore, seal
 from vlarl_rllib.curriculum import Start
 from vlarl_rllib.envs.libero_tasks import HORIZONS
 from vlarl_rllib.evaluation import EvaluationRequest
@@ -31,8 +31,9 @@ def test_the_action_statistics_are_those_the_policy_was_trained_with(tmp_path: P
     assert EvaluationRequest("tiny", suite="libero_goal", unnorm_key="libero_10").statistics == "libero_10"
     checkpoint = tmp_path / "run" / "checkpoints" / "iteration_000001"
     checkpoint.mkdir(parents=True)
-    facts = {"iteration": 1, "settings": {"model": {"path": "tiny", "unnorm_key": "libero_object"}}}
-    (checkpoint / "facts.json").write_text(json.dumps(facts))
+    settings = {"model": {"path": "tiny", "unnorm_key": "libero_object"}}
+    CheckpointStore.write_facts(checkpoint, iteration=1, policy_version=2, settings=settings, models={}, algorithm={})
+    seal(checkpoint)
     assert EvaluationRequest(str(tmp_path / "run"), suite="libero_goal").statistics == "libero_object"
 
 

@@ -5,15 +5,22 @@ docs/metrics.md gives the formula of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ray.rllib.utils import metrics as names
 
 from vlarl_rllib.rollout.players import EpisodeResult, success_by_task
 from vlarl_rllib.types import WeightManifest
 
+EPISODE_MEANS = (
+    names.EPISODE_RETURN_MEAN, names.EPISODE_RETURN_MIN, names.EPISODE_RETURN_MAX,
+    names.EPISODE_LEN_MEAN, names.EPISODE_LEN_MIN, names.EPISODE_LEN_MAX, names.EPISODE_DURATION_SEC_MEAN,
+)  # fmt: skip
+"""RLlib's numbers of the episodes that ended lately."""
 LEARNER_METRICS = (
     "policy_loss",
     "value_loss",
@@ -101,6 +108,12 @@ def iteration_details(
         evaluation: the same behind this iteration, None where none was due.
     """
     return {**_success(episodes), "initial_evaluation": initial_evaluation, "evaluation": evaluation}
+
+
+def fill_in_episode_means(runners: dict[str, Any]) -> None:
+    """RLlib leaves out its numbers of episodes until one has ended; a CSV's header is the first row's."""
+    for name in EPISODE_MEANS:
+        runners.setdefault(name, math.nan)
 
 
 def iteration_row(result: dict[str, Any]) -> dict[str, Any]:

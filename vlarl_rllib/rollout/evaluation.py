@@ -17,8 +17,10 @@ import numpy as np
 
 from vlarl_rllib.curriculum import Start
 from vlarl_rllib.envs.vector import SlotEvent
+from vlarl_rllib.registry import EnvSpec, training_and_held_out_states
 from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.rollout.video import encode_mp4
+from vlarl_rllib.settings import Settings
 from vlarl_rllib.types import SampleReply, SampleRequest
 
 logger = logging.getLogger(__name__)
@@ -174,3 +176,12 @@ class EvaluationPlayer:
         except (ImportError, OSError, RuntimeError) as error:
             logger.warning("no video of task %d, initial state %d: %s", start.task_id, start.initial_state, error)
             return None
+
+
+def held_out_starts(settings: Settings, episodes: int) -> list[Start]:
+    """The starts of an evaluation: the same every time, the tasks in turn, at most `episodes`."""
+    spec = EnvSpec(name=settings.env.name, suite=settings.env.suite)
+    held_out = {task: training_and_held_out_states(spec, task)[1] for task in settings.task_ids}
+    rounds = range(max(map(len, held_out.values())))
+    starts = [Start(task, held_out[task][i], seed=i) for i in rounds for task in held_out if i < len(held_out[task])]
+    return starts[:episodes]
