@@ -1,5 +1,6 @@
 """What is on the disk, and going on from there."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -90,3 +91,21 @@ def test_changed_versions_are_noticed(tmp_path: Path) -> None:
     values["versions"]["mujoco"] = "1.0"
     file.write_text(json.dumps(values))
     assert begin(tmp_path).versions_before["mujoco"] == "1.0"
+
+
+def test_a_disk_that_was_full_costs_no_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = begin(tmp_path)
+    directory.add([EpisodeResult(0, 0, 5, True, 1.0)])
+    with monkeypatch.context() as patch:
+        patch.setattr("vlarl_rllib.evaluation.output.os.fsync", no_space)
+        patch.setattr("vlarl_rllib.evaluation.output.write_atomically", no_space)
+        for trial in (1, 2):
+            directory.add([EpisodeResult(0, trial, 5, True, 1.0, b"film")])
+        with pytest.raises(OSError, match="No space"):
+            directory.write()
+    directory.add([EpisodeResult(0, 3, 5, True, 1.0)])
+    assert [json.loads(line)["trial"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+
+
+def no_space(*args: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
