@@ -97,7 +97,7 @@ def test_a_disk_that_was_full_costs_no_episode(tmp_path: Path, monkeypatch: pyte
     directory = begin(tmp_path)
     directory.add([EpisodeResult(0, 0, 5, True, 1.0)])
     with monkeypatch.context() as patch:
-        patch.setattr("vlarl_rllib.evaluation.output.os.fsync", no_space)
+        patch.setattr(Path, "open", no_space)
         patch.setattr("vlarl_rllib.evaluation.output.write_atomically", no_space)
         for trial in (1, 2):
             directory.add([EpisodeResult(0, trial, 5, True, 1.0, b"film")])
