@@ -107,5 +107,5 @@ def test_a_disk_that_was_full_costs_no_episode(tmp_path: Path, monkeypatch: pyte
     assert [json.loads(line)["trial"] for line in lines(tmp_path)] == [0, 1, 2, 3]
 
 
-def no_space(*args: object) -> None:
+def no_space(*args: object, **options: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
