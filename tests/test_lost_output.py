@@ -116,6 +116,19 @@ def test_tunes_loggers_lose_what_does_not_fit_and_go_on(tmp_path: Path) -> None:
     assert '"training_iteration": 5' in (tmp_path / "result.json").read_text().splitlines()[-1]
 
 
+def test_a_dead_thread_of_tensorboards_writer_is_replaced(tmp_path: Path) -> None:
+    logger, trial, before = tune_output.TolerantTensorBoard(), FakeTrial(tmp_path), LOST.count
+
+    def writer() -> Any:
+        return logger._trial_writer[trial].file_writer.event_writer
+
+    logger.log_trial_start(trial)
+    writer()._worker.stop()
+    logger.log_trial_result(1, trial, {"training_iteration": 1, "metric": 1.5})
+    assert LOST.count == before + 1 and writer()._worker.is_alive()
+    logger.log_trial_end(trial)
+
+
 def test_a_trials_error_is_known_where_tune_cannot_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trial, "handle_error", no_space)
     told: list[Any] = []

@@ -75,8 +75,9 @@ def test_a_frozen_trial_is_killed_and_one_that_was_stopped_together_with_the_dri
     line.pass_time(watch, 100, alive=False)
     assert not watch.is_frozen, "it has not begun to beat"
     line.pass_time(watch, 10, alive=True)
+    line.pass_time(watch, 4, alive=False)
     line.now += 1000.0
-    line.pass_time(watch, FROZEN_SECONDS - 10, alive=False)
+    line.pass_time(watch, FROZEN_SECONDS - 14, alive=False)
     assert not watch.is_frozen
     line.pass_time(watch, 12, alive=False)
     assert watch.is_frozen and line.killed == [77, "actor"] and not watch.abandoned

@@ -64,12 +64,18 @@ def test_handlers_of_what_was_started_meanwhile_are_replaced() -> None:
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_one_that_arrives_twice_at_once_is_one() -> None:
+def test_one_that_arrives_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[int, str]] = []
+    monkeypatch.setattr(END, "now", lambda code, line: ended.append((code, line)))
     with END.listening(), END.polled():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.3)  # else this process would have ended
-        assert END.signal == signal.SIGINT
+            time.sleep(0.03)
+        assert END.signal == signal.SIGINT and ended == []
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+    assert ended == [(130, "SIGTERM again: ended at once")]
 
 
 def start_hanging(limit_seconds: float) -> tuple["subprocess.Popen[str]", psutil.Process]:

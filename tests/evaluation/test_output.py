@@ -1,5 +1,6 @@
 """What is on the disk, and going on from there."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -145,3 +146,21 @@ def test_reports_and_films_take_the_place_of_links(tmp_path: Path) -> None:
     assert (
         not (directory.path / "results.json").is_symlink() and (directory.path / "videos" / "task_00_trial_000_success.mp4").read_bytes() == b"film"
     )
+
+
+def test_a_disk_that_was_full_costs_no_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = begin(tmp_path)
+    directory.add([EpisodeResult(0, 0, 5, True, 1.0)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", no_space)
+        patch.setattr("vlarl_rllib.evaluation.output.write_atomically", no_space)
+        for trial in (1, 2):
+            directory.add([EpisodeResult(0, trial, 5, True, 1.0, b"film")])
+        with pytest.raises(OSError, match="No space"):
+            directory.write()
+    directory.add([EpisodeResult(0, 3, 5, True, 1.0)])
+    assert [json.loads(line)["trial"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+
+
+def no_space(*args: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
