@@ -153,7 +153,7 @@ def test_a_disk_that_was_full_costs_no_episode(tmp_path: Path, monkeypatch: pyte
     directory.add([EpisodeResult(0, 0, 5, True, 1.0)])
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", no_space)
-        patch.setattr("vlarl_rllib.evaluation.output.write_atomically", no_space)
+        patch.setattr("vlarl_rllib.evaluation.output.replace_file", no_space)
         for trial in (1, 2):
             directory.add([EpisodeResult(0, trial, 5, True, 1.0, b"film")])
         with pytest.raises(OSError, match="No space"):
