@@ -44,7 +44,8 @@ def test_the_last_words_and_the_exit_code(
     log = RowLog(run)
     log.rows = [{"iteration": iteration, "evaluation": None} for iteration in range(1, done + 1)]
     if kept:
-        (tmp_path / "checkpoints" / f"iteration_{kept:06d}").mkdir(parents=True)
+        with run.checkpoints().writing(kept):
+            pass
     settings = Settings.from_dict({"env": {"name": "synthetic"}, "run": {"iterations": 9}})
     END.signal, END.sigterm_code = number, 0
     assert _finish(settings, run, log, abandoned, console) == code

@@ -22,7 +22,7 @@ class Line:
         self.trial = SimpleNamespace(is_finished=lambda: False, temporary_state=SimpleNamespace(ray_actor="actor"))
 
     def beat(self, count: int) -> None:
-        self.store["run:beat"] = f"node 77 {count}".encode()
+        self.store["run:beat"] = f"node 77 {count} 2 engine(s)".encode()
 
     def pass_time(self, watch: TrialWatch, seconds: float, *, alive: bool) -> None:
         for second in range(int(seconds)):
@@ -49,6 +49,16 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Line:
 
 def signalled(line: Line, limit_seconds: float = 25.0) -> None:
     END.signal, END._since, END.limit_seconds = 15, line.now, limit_seconds  # type: ignore[assignment]
+
+
+def test_a_start_says_every_ten_seconds_whom_it_waits_for(line: Line) -> None:
+    said: list[str] = []
+    watch = TrialWatch("run", said.append)
+    line.pass_time(watch, 12, alive=False)
+    line.pass_time(watch, 12, alive=True)
+    watch.on_trial_result(0, [line.trial], line.trial, {})
+    line.pass_time(watch, 30, alive=True)
+    assert [text.partition(" ...")[0] for text in said] == ["waiting for the trial's process", "waiting for 2 engine(s)"]
 
 
 def test_a_trial_with_something_to_keep_is_asked_to_end_and_has_its_time(line: Line) -> None:

@@ -113,6 +113,7 @@ class VLAPPO(PPO):
         # Engines and the judge take longest to start and need nothing from the rest, so they start first and are waited for last.
         self.reward_service = start_reward_worker(self._vla) if self._vla.rewards.process else None
         self.engine_pool = start_engines(self.config.engine_spec(), self._vla) if self._vla.engines.num else None
+        self._pulse.doing = f"{self._vla.rollout.num_runners} runner(s) and {self._vla.learners.num} learner(s)"
         with told_why_runners_fail():
             super().setup(config)
         require_runners(self.env_runner_group)
@@ -129,10 +130,13 @@ class VLAPPO(PPO):
             filter_groups=self._vla.rollout.filter_groups,
             if_diverged=lower_the_rates({"training.lr": self._vla.training.lr, "training.value_lr": self._vla.training.value_lr}),
         )
+        self._pulse.doing = f"{self._vla.engines.num} engine(s)"
         if self.engine_pool is not None:
             self.engine_pool.wait_until_ready()
+        self._pulse.doing = "the reward worker"
         if self.reward_service is not None:
             self.reward_service.wait_until_ready()
+        self._pulse.doing = "the first iteration"
         self._start_over()
         self._seconds["startup"] = time.perf_counter() - began
 

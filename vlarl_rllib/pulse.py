@@ -31,6 +31,8 @@ NAMESPACE = "vlarl_rllib"
 LISTEN_SECONDS = 0.25
 """`ray job stop` kills after 3 s, and the checkpoint has to be written by then."""
 BEAT_SECONDS = 2.0
+SAY_SECONDS = 10.0
+"""Between two lines that say whom the start waits for."""
 FROZEN_SECONDS = 45.0
 """A trial without a sign of life for so long is frozen. What holds Python's lock for long in a process that computes is far shorter."""
 
@@ -71,6 +73,8 @@ class Pulse:
     def __init__(self, run_dir: str | None) -> None:
         self.ended = threading.Event()
         """Set when the run is to end."""
+        self.doing = "the trial"
+        """Whom a person is waiting for, until the first iteration is there."""
         self._stopped = threading.Event()
         if run_dir is not None and ray.get_runtime_context().get_actor_id() is not None:  # in a process of its own
             threading.Thread(target=self._beat, args=(run_dir,), name="vlarl-pulse", daemon=True).start()
@@ -84,7 +88,7 @@ class Pulse:
             try:
                 if time.monotonic() >= next_beat:
                     beats, next_beat = beats + 1, time.monotonic() + BEAT_SECONDS
-                    _internal_kv_put(f"{run_dir}:beat", f"{who} {beats}", namespace=NAMESPACE)
+                    _internal_kv_put(f"{run_dir}:beat", f"{who} {beats} {self.doing}", namespace=NAMESPACE)
                 if _internal_kv_get(f"{run_dir}:end", namespace=NAMESPACE):
                     self.ended.set()
             except Exception as error:  # the GCS is away: if for good, the driver ends the run
@@ -98,10 +102,12 @@ class TrialWatch(Callback):
 
     Args:
         run_dir: as the trial's.
+        say: is told every `SAY_SECONDS` whom the first iteration waits for.
     """
 
-    def __init__(self, run_dir: str) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: str, say: Callable[[str], None] = lambda line: None) -> None:
+        self._run_dir, self._say = run_dir, say
+        self._began = self._said = time.monotonic()
         self.abandoned = False
         """Whether the trial was killed because the run is to end: it had nothing to keep, or took longer than it may."""
         self.is_frozen = False
@@ -150,6 +156,10 @@ class TrialWatch(Callback):
             return
         elapsed, self._looked = min(now - self._looked, 2 * BEAT_SECONDS), now
         beat = _internal_kv_get(f"{self._run_dir}:beat", namespace=NAMESPACE)
+        if not self.has_result and now - self._said >= SAY_SECONDS:
+            self._said = now
+            doing = beat.decode().split(maxsplit=3)[3] if beat is not None else "the trial's process"
+            self._say(f"waiting for {doing} ... {now - self._began:.0f} s")
         self._silent_seconds = self._silent_seconds + elapsed if beat is not None and beat == self._beat else 0.0
         self._beat = beat
         if self._silent_seconds >= FROZEN_SECONDS and not self.is_frozen:
@@ -161,7 +171,7 @@ class TrialWatch(Callback):
     def _kill_process(self) -> None:
         """By its id, where it is on this node: a trial that freezes while it starts has no handle yet."""
         assert self._beat is not None, "silent, so it has spoken before"
-        node, pid, _ = self._beat.decode().split()
+        node, pid, *_ = self._beat.decode().split()
         if node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)

@@ -128,7 +128,7 @@ def _fit_through_failures(
     furthest, fruitless = 0, 0
     while True:
         known = len(log.rows), log.rows[-1:]
-        error, abandoned = _fit(config, settings, run, table)
+        error, abandoned = _fit(config, settings, run, table, console)
         if error is None or END.signal is not None:
             return error, abandoned
         if (furthest == 0 and (len(log.rows), log.rows[-1:]) == known) or isinstance(cause_of(error), DivergedError):
@@ -145,9 +145,9 @@ def _fit_through_failures(
         console.print(f"the trial failed after iteration {iteration}: {one_line(error)}; it starts anew from its newest checkpoint", style="yellow")
 
 
-def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, table: LiveTable) -> tuple[Exception | None, bool]:
+def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, table: LiveTable, console: Console) -> tuple[Exception | None, bool]:
     """Run the one trial; what it failed with, or None, and whether it was killed because the run is to end."""
-    watch = TrialWatch(str(run.path))
+    watch = TrialWatch(str(run.path), partial(console.print, style="dim"))
     callbacks: list[Any] = [table, watch, *loggers()]
     if settings.run.wandb:
         from ray.air.integrations.wandb import WandbLoggerCallback
