@@ -303,7 +303,7 @@ class VLAPPO(PPO):
             "reward_worker_restarts": self.reward_service.num_restarts if self.reward_service is not None else 0,
         }
         self._faults["lost_output"] = LOST.count
-        return {name: self.config.faults.get(name, 0) + self._faults[name] + restarts.get(name, 0) for name in (*FAULTS, "lost_output")}
+        return {name: self.config.faults.get(name, 0) + self._faults[name] + restarts.get(name, 0) for name in FAULTS}
 
     # Evaluation
 

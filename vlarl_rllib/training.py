@@ -222,7 +222,7 @@ def summarize(settings: Settings, rows: list[dict[str, Any]], wall_seconds: floa
 
 def _lost_output(rows: list[dict[str, Any]]) -> int:
     """The trials', which is in the rows, and this process's."""
-    return LOST.count + (rows[-1]["faults"].get("lost_output", 0) if rows else 0)  # rows of earlier versions do not have it
+    return LOST.count + (rows[-1]["faults"]["lost_output"] if rows else 0)
 
 
 def _finish_failed(run: RunDirectory, error: Exception, console: Console) -> int:

@@ -73,6 +73,7 @@ FAULTS = (
     "repeated_iterations",
     "failed_checkpoints",
     "damaged_checkpoints",
+    "lost_output",
 )
 """What can go wrong and was mended, counted since the run began."""
 
