@@ -213,7 +213,7 @@ def test_a_full_disk(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def refuse(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "runs/new/config.yaml")
 
-    monkeypatch.setattr("vlarl_rllib.run_directory.write_atomically", refuse)
+    monkeypatch.setattr("vlarl_rllib.run_directory.replace_file", refuse)
     line = told(["train", "good.yaml", "--run-dir", "runs/new"], monkeypatch, capsys)
     assert "runs/new/config.yaml: No space left on device; make room, or give a directory that can be written to" in line
 

@@ -34,7 +34,7 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.registry import register_env
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
-from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, number_of, replacing, write_atomically
+from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, number_of, replacing
 from vlarl_rllib.config import ENVIRONMENT_NAME, VLAPPOConfig
 from vlarl_rllib.coordination import Rollout, RolloutCollector, WeightSync, require_runners, told_why_runners_fail
 from vlarl_rllib.curriculum import SuccessRecord
@@ -43,6 +43,7 @@ from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
 from vlarl_rllib.lost_output import LOST
 from vlarl_rllib.models.fingerprint import model_fingerprints
 from vlarl_rllib.observability.metrics import FAULTS, LastRates, evaluation_metrics, fill_in_episode_means, iteration_details, iteration_metrics
+from vlarl_rllib.own_files import replace_file
 from vlarl_rllib.pulse import EndRequested, Pulse
 from vlarl_rllib.rllib_checkpoint import write_rllib_files
 from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
@@ -240,7 +241,7 @@ class VLAPPO(PPO):
         }
         with LOST.counting("processes.json"):
             self._store.root.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._store.root.parent / "processes.json", json.dumps(processes, indent=2))
+            replace_file(self._store.root.parent / "processes.json", json.dumps(processes, indent=2))
 
     # Faults
 

@@ -223,7 +223,7 @@ def verify(directory: Path) -> None:
         if ".." in Path(name).parts or not path.is_file() or not isinstance(facts, dict):
             raise DamagedCheckpointError(f"{directory} is damaged: {name} is missing; {remedy}")
         if path.stat().st_size != facts.get("bytes"):
-            raise DamagedCheckpointError(f"{directory} is damaged: {name} has {path.stat().st_size:,} bytes of {facts.get('bytes')}; {remedy}")
+            raise DamagedCheckpointError(f"{directory} is damaged: {name} has {path.stat().st_size} bytes of {facts.get('bytes')}; {remedy}")
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for name, digest in zip(files, threads.map(lambda name: _digest(directory / name), files), strict=True):
             if digest != files[name].get("sha256"):
@@ -271,14 +271,6 @@ def _digest(file: Path) -> str:
 def number_of(checkpoint: Path) -> int:
     """The iteration or step of a checkpoint in a store, by its name."""
     return int(checkpoint.name.split("_")[1])
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or the survivor of a crash, sees the old text or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    _fsync(partial)
-    partial.replace(path)
 
 
 def _plain_number(value: Any) -> float | int:

@@ -18,7 +18,6 @@ from typing import Any
 
 from rich.table import Table
 
-from vlarl_rllib.checkpoints import write_atomically
 from vlarl_rllib.collecting import run_collect
 from vlarl_rllib.console import make_console
 from vlarl_rllib.data.rlds import read_statistics
@@ -26,6 +25,7 @@ from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.lost_output import keep_trying
 from vlarl_rllib.models.presets import PRESETS, write_checkpoint
 from vlarl_rllib.observability.curves import evaluation_points
+from vlarl_rllib.own_files import replace_file
 from vlarl_rllib.preflight import DEMONSTRATIONS
 from vlarl_rllib.ray_session import ray_session
 from vlarl_rllib.report import STAGES_FILE, stage_cells
@@ -78,7 +78,7 @@ def run_quickstart(settings: Settings, run: RunDirectory) -> int:
                 return code
             seconds[name] = time.perf_counter() - began
     rows = _stage_rows(settings, run, sft, data, seconds)
-    unwritten = keep_trying(lambda: write_atomically(run.path / STAGES_FILE, json.dumps(rows, indent=2) + "\n"))
+    unwritten = keep_trying(lambda: replace_file(run.path / STAGES_FILE, json.dumps(rows, indent=2) + "\n"))
     console.print(_table(rows))
     if unwritten:
         console.print(f"{STAGES_FILE} could not be written: {unwritten}", style="red")

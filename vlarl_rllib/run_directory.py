@@ -26,7 +26,8 @@ from typing import Any
 
 import yaml
 
-from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, Unit, number_of, write_atomically
+from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, Unit, number_of
+from vlarl_rllib.own_files import replace_file
 from vlarl_rllib.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class RunDirectory:
             yield
 
     def _write_config(self, settings: Settings) -> None:
-        write_atomically(self.path / "config.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
+        replace_file(self.path / "config.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
         latest = RUNS.resolve() / "latest"
         if self.path.parent == latest.parent and (latest.is_symlink() or not latest.exists()):
             latest.unlink(missing_ok=True)
@@ -129,7 +130,7 @@ class RowLog:
     def write(self) -> None:
         """Write what is not written yet. Raises OSError where that fails again."""
         if self._whole and self.rows:
-            write_atomically(self._file, "".join(map(_line, self.rows)))
+            replace_file(self._file, "".join(map(_line, self.rows)))
             self._whole = self._failed = False
 
 

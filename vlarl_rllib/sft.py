@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlarl_rllib.checkpoints import number_of, write_atomically
+from vlarl_rllib.checkpoints import number_of
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.console import make_console
 from vlarl_rllib.data.rlds import fingerprint, read_statistics
@@ -36,6 +36,7 @@ from vlarl_rllib.export import write_model
 from vlarl_rllib.learner.learner_group import LearnerError, VLALearnerGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means
 from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
+from vlarl_rllib.own_files import replace_file
 from vlarl_rllib.ray_session import ray_session
 from vlarl_rllib.run_directory import RowLog, RunDirectory, how_to_go_on, installed_versions
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
@@ -121,7 +122,7 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
 
     def write() -> None:
         log.write()
-        write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        replace_file(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     if unwritten := keep_trying(write, KEEP_TRYING_SECONDS if END.signal is None else 0.0):
         raise unwritten

@@ -20,13 +20,14 @@ from ray.exceptions import RayActorError
 from rich.console import Console
 
 from vlarl_rllib.algorithm import VLAPPO
-from vlarl_rllib.checkpoints import CheckpointStore, number_of, write_atomically
+from vlarl_rllib.checkpoints import CheckpointStore, number_of
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.console import make_console
 from vlarl_rllib.errors import DivergedError, cause_of, one_line
 from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
 from vlarl_rllib.observability.metrics import FAULTS, SECONDS
 from vlarl_rllib.observability.table import LiveTable
+from vlarl_rllib.own_files import replace_file
 from vlarl_rllib.pulse import FROZEN_SECONDS, TrialWatch
 from vlarl_rllib.ray_session import ray_session
 from vlarl_rllib.run_directory import RowLog, RunDirectory, how_to_go_on, installed_versions
@@ -103,7 +104,7 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
 
 def _write(run: RunDirectory, log: RowLog, summary: dict[str, Any]) -> None:
     log.write()
-    write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    replace_file(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _write_error(run: RunDirectory, text: str) -> None:
