@@ -14,8 +14,8 @@ PACKAGE = ROOT / "vlarl_rllib"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("published", "registry", "errors", "console", "import_path", "interpreter", "model_files", "signals", "lost_output"),
-    ("own_files",),
+    ("published", "registry", "errors", "console", "import_path", "interpreter", "json_files", "signals", "lost_output"),
+    ("own_files", "model_files"),
     ("plan", "surroundings"),
     ("types", "settings", "malloc", "pulse", "ray_watch"),
     ("models", "envs", "rewards", "curriculum", "rllib_fields", "rllib_checkpoint"),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlarl_rllib.errors import SettingsError
+from vlarl_rllib.json_files import read_json_object
 
 FACTS_FILE = "facts.json"
 ALGORITHM_FILE = "algorithm.json"
@@ -242,11 +243,9 @@ def read_pointer(directory: Path) -> Path | None:
 def _read_object(file: Path, required: dict[str, type] | None = None) -> dict[str, Any]:
     """A JSON object with these keys of these types."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(f"{file} cannot be read ({error}); give or keep an older checkpoint") from None
-    if not isinstance(values, dict):
-        raise DamagedCheckpointError(f"{file} holds {type(values).__name__}, must hold an object; give or keep an older checkpoint")
+        values = read_json_object(file, "give or keep an older checkpoint")
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from None
     for key, kind in (required or {}).items():
         if not isinstance(values.get(key), kind):
             raise DamagedCheckpointError(f"{file}: {key} is {values.get(key)!r:.40}, must be {kind.__name__}; give or keep an older checkpoint")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlarl_rllib.checkpoints import FACTS_FILE, POINTER_FILE, CheckpointStore
-from vlarl_rllib.model_files import read_json_object
+from vlarl_rllib.json_files import read_json_object
+from vlarl_rllib.model_files import AGAIN
 from vlarl_rllib.models.checkpoint_facts import action_statistics
 from vlarl_rllib.own_files import own_folder, replace_file
 from vlarl_rllib.settings import Settings, SettingsError
@@ -197,7 +198,7 @@ def _copy_files(base: str, out: Path) -> None:
         source = find_checkpoint_file(base, name)
         if source is None:
             continue
-        if name.endswith("_config.json") and "auto_map" in (values := read_json_object(source)):
+        if name.endswith("_config.json") and "auto_map" in (values := read_json_object(source, AGAIN)):
             values["auto_map"] = {key: reference for key, reference in PROCESSOR_MAP.items() if key in (values["auto_map"] or ())}
             replace_file(out / name, json.dumps(values, indent=2) + "\n")
         else:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlarl_rllib.json_files import read_json_object
+
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 OTHER_FORMATS = "weights in another format (*.bin, *.pt) are not read"
@@ -36,17 +38,6 @@ HARMLESS = {"qalora_group_size": 16}
 """Further such values, by field."""
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Raises ValueError, in one line, for what is no JSON object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}); {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__}, must hold an object; {AGAIN}")
-    return content
-
-
 def check_weights(directory: Path) -> None:
     """Whether a model's directory has its weights, whole, and no adapter that transformers would put onto them.
 
@@ -62,7 +53,7 @@ def check_weights(directory: Path) -> None:
             raise FileNotFoundError(f"{directory} has no {WEIGHTS_FILE}; {OTHER_FORMATS}: save the model as safetensors")
         check_safetensors(directory / WEIGHTS_FILE)
         return
-    shards = read_json_object(index).get("weight_map")
+    shards = read_json_object(index, AGAIN).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{index} has no weight_map of file names; {AGAIN}")
     for name in sorted(set(shards.values())):
@@ -99,7 +90,7 @@ def check_adapter(directory: str | Path) -> dict[str, Any]:
     root = Path(directory).expanduser()
     if not (root / ADAPTER_CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{directory}: no PEFT adapter here ({ADAPTER_CONFIG_FILE} is missing)")
-    config = read_json_object(root / ADAPTER_CONFIG_FILE)
+    config = read_json_object(root / ADAPTER_CONFIG_FILE, AGAIN)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{directory}: the adapter is of type {config.get('peft_type')}, must be LORA")
     unsupported = sorted(name for name, value in config.items() if name not in ADAPTER_KEYS and value not in (*UNSET, HARMLESS.get(name)))

@@ -6,11 +6,12 @@ files hold the data. Only TensorFlow Datasets' own classes and files inside the 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from vlarl_rllib.json_files import read_json_object
 
 INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
 FEATURES_PREFIX = "tensorflow_datasets.core.features."
@@ -65,13 +66,7 @@ def num_episodes(path: Path) -> dict[str, int]:
 def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file} is missing; {AGAIN}, with TensorFlow Datasets 4.5 or later")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}); {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} cannot be read (it holds {type(content).__name__}, must hold an object); {AGAIN}")
-    return content
+    return read_json_object(file, AGAIN)
 
 
 # Nothing foreign

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlarl_rllib.model_files import check_weights, read_json_object, refuse_foreign_code
+from vlarl_rllib.json_files import read_json_object
+from vlarl_rllib.model_files import AGAIN, check_weights, refuse_foreign_code
 from vlarl_rllib.types import NUM_ACTION_TOKENS
 
 CONFIG_FILE, STATISTICS_FILE = "config.json", "dataset_statistics.json"
@@ -51,12 +52,12 @@ def read_checkpoint_facts(checkpoint: str) -> CheckpointFacts:
     config_file = _find(checkpoint, CONFIG_FILE)
     if config_file is None:
         raise FileNotFoundError(f"{checkpoint}: has no config.json; give an OpenVLA checkpoint directory, a hub id, or a preset such as tiny")
-    config = read_json_object(config_file)
+    config = read_json_object(config_file, AGAIN)
     if config.get("model_type") != "openvla":
         raise ValueError(f"{checkpoint}: model_type is {config.get('model_type')!r}, must be 'openvla'; other policies are not supported")
     refuse_foreign_code(config, str(config_file))
     statistics_file = _find(checkpoint, STATISTICS_FILE)
-    of_config, of_file = config.get("norm_stats") or {}, read_json_object(statistics_file) if statistics_file else {}
+    of_config, of_file = config.get("norm_stats") or {}, read_json_object(statistics_file, AGAIN) if statistics_file else {}
     if not isinstance(of_config, dict):
         raise ValueError(f"{config_file}: norm_stats is {type(of_config).__name__}, must be an object by data set")
     try:

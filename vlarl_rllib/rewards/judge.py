@@ -8,12 +8,12 @@ T = steps of a chunk of an episode, S = image side in pixels.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from vlarl_rllib.json_files import read_json_object
 from vlarl_rllib.model_files import WEIGHTS_FILE, check_weights, refuse_foreign_code
 
 CONFIG_FILE = "config.json"
@@ -86,13 +86,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     file = Path(directory) / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"{directory} has no {CONFIG_FILE}; {REMEDY}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{directory}: {CONFIG_FILE} cannot be read ({error}); copy or make the model again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{directory}: {CONFIG_FILE} holds {type(config).__name__}, must hold an object; copy or make the model again")
-    return config
+    return read_json_object(file, "copy or make the model again")
 
 
 def weights_digest(content: bytes) -> str:

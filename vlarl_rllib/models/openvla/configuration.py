@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from vlarl_rllib.model_files import read_json_object, refuse_foreign_code
+from vlarl_rllib.json_files import read_json_object
+from vlarl_rllib.model_files import AGAIN, refuse_foreign_code
 from vlarl_rllib.models.checkpoint_facts import action_statistics
 
 CONFIG_FILE = "config.json"
@@ -132,7 +133,7 @@ def merge_dataset_statistics(norm_stats: Mapping[str, Any] | None, checkpoint: s
     merged = dict(norm_stats or {})
     path = find_checkpoint_file(checkpoint, DATASET_STATISTICS_FILE, **hub_options)
     if path is not None:
-        merged.update(read_json_object(path))
+        merged.update(read_json_object(path, AGAIN))
     return merged
 
 
