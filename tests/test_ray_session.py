@@ -148,4 +148,4 @@ def test_what_is_no_ray_is_one_line_in_ten_seconds(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "vlarl_rllib", "train", "config.yaml"]
         done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == f"vlarl: RAY_ADDRESS: no Ray cluster answers at {address} (no answer in 4 s; is it Ray's port?)\n"
+    assert done.stderr == f"vlarl: RAY_ADDRESS: no Ray cluster answers at {address} (no answer in 3 s; is it Ray's port?)\n"

@@ -31,7 +31,7 @@ from vlarl_rllib.signals import END, children_outlive_the_terminal
 from vlarl_rllib.surroundings import check_ray, cluster_address, has_ray_token, home_is_writable, user_directory
 from vlarl_rllib.weights.shared_memory import reap_stale
 
-PING_SECONDS = 4.0
+PING_SECONDS = 3.0
 """Something that takes connections and has not answered as Ray does by then is no Ray."""
 PATIENCE_SECONDS = 10.0
 """Between two lines that say that Ray is still being started."""

@@ -142,6 +142,7 @@ def test_neither_a_lost_reader_nor_a_full_disk_nor_a_closed_terminal_costs_an_it
     assert faults["failed_checkpoints"] >= 1 and faults["lost_output"] >= 3 and faults["trial_restarts"] == faults["repeated_iterations"] == 0
 
 
+@pytest.mark.slow
 def test_a_dead_raylet_ends_the_run_with_the_way_on(train: Callable[..., Command]) -> None:
     run = train("run.checkpoint_every=1")
     run.wait_until(lambda: len(run.rows()) >= 2)
