@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from vlarl_rllib import cli
+from vlarl_rllib.checkpoints import seal
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.preflight import check_model
@@ -38,10 +39,19 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "runs/none_yet/config.yaml": GOOD,
         "damaged/pointer.json": json.dumps({"checkpoint": str(tmp_path / "gone")}),
         "half/facts.json": '{"iteration": 1',
+        "dotted.yaml": "training.lr: 1.0e-4\n",
+        "dotted_below.yaml": "model: {lora.rank: 4}\n",
+        "mine/config.yaml": "# with my own words\n" + GOOD,
+        "runs/linked/config.yaml": GOOD,
+        "linked_again/checkpoints/notes": "",
+        "step_000001/data.json": "{}",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
+    (tmp_path / "runs" / "linked" / "trial_a").symlink_to(tmp_path / "someone")
+    (tmp_path / "linked_again" / "checkpoints" / "iteration_000001").symlink_to(tmp_path / "someone")
+    seal(tmp_path / "step_000001")
     (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\x00")
     monkeypatch.chdir(tmp_path)
     for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", "WANDB_API_KEY", "WANDB_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "NETRC"):
@@ -124,7 +134,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a warm-up without an end": (["train", "good.yaml", "--set", "sft={steps: 5, warmup_steps: 5}"], "use less than sft.steps = 5"),
     "a frozen temperature": (of_key("rollout.temperature", 0.001), "greater than or equal to 0.01"),
     "half a kilobyte of value": (of_key("training.lr", "x" * 500), "valid number"),
+    "a key with a dot in a file": (["train", "dotted.yaml"], "training.lr: unknown key; nest it: training: {lr: ...}; keys with dots are for --set"),
+    "a key with a dot below a section": (["train", "dotted_below.yaml"], "nest it: model: {lora: {rank: ...}}; keys with dots"),
     # Paths and models
+    "a directory with somebody's config": (["train", "good.yaml", "--run-dir", "mine"], "mine holds a config.yaml that is no run's"),
+    "a link out of a run": (["train", "--resume", "--run-dir", "runs/linked"], "linked/trial_a is a link that leads out of "),
+    "a link out of a run's checkpoints": (["train", "good.yaml", "--run-dir", "linked_again"], "is a link that leads out of "),
+    "a checkpoint of fine-tuning": (["train", "good.yaml", "--resume-from", "step_000001"], "is a checkpoint of vlarl sft; set model.path to model/"),
+    "a file as a directory": (["make-checkpoint", "tiny", "good.yaml/x"], "Not a directory"),
     "a run that is none": (["eval", "runs/none", "--env", "synthetic"], "CHECKPOINT: no such run or directory '"),
     "a run for a model": (of_key("model.path", "runs/x"), "/runs/x'; presets are"),
     "a model beside others": (of_key("model.path", "someone/x"), "/someone/x'; presets are"),
@@ -215,7 +232,7 @@ def test_a_full_disk(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     monkeypatch.setattr("vlarl_rllib.run_directory.replace_file", refuse)
     line = told(["train", "good.yaml", "--run-dir", "runs/new"], monkeypatch, capsys)
-    assert "runs/new/config.yaml: No space left on device; make room, or give a directory that can be written to" in line
+    assert "runs/new/config.yaml: No space left on device; make room, or give another path" in line
 
 
 def test_too_little_shared_memory(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,13 @@
 """Checkpoints are complete or absent, and the newest few stay."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +131,7 @@ def test_a_directory_without_checkpoint_is_refused_with_an_example(tmp_path: Pat
 
 def test_a_pointer_to_a_checkpoint_that_was_dropped_is_refused(store: CheckpointStore, tmp_path: Path) -> None:
     write(store, 1)
-    store.write_pointer(tmp_path, store.newest())
+    store.write_pointer(tmp_path, store.newest(), tmp_path)
     for iteration in (2, 3):
         write(store, iteration)
     assert json.loads((tmp_path / POINTER_FILE).read_text())["checkpoint"].endswith("iteration_000001")
@@ -211,7 +213,7 @@ def test_a_file_that_did_not_change_is_read_once(store: CheckpointStore, monkeyp
     copy = store.root.parent / "copy" / checkpoint.name
     shutil.copytree(checkpoint, copy, copy_function=shutil.copyfile)  # new times of change
     read: list[Path] = []
-    monkeypatch.setattr("vlarl_rllib.checkpoints._digest", lambda file: (read.append(file), hashlib.sha256(file.read_bytes()).hexdigest())[1])
+    monkeypatch.setattr("vlarl_rllib.checkpoints.file_digest", lambda file: (read.append(file), hashlib.sha256(file.read_bytes()).hexdigest())[1])
     verify(checkpoint)
     assert read == [], "this process wrote it"
     verify(copy)
@@ -260,3 +262,83 @@ def test_a_save_replaces_an_older_one_and_nothing_else(store: CheckpointStore, t
     with pytest.raises(SettingsError, match="holds something else than a checkpoint; give a new directory"), replacing(tmp_path / "notes"):
         pass
     assert (tmp_path / "notes" / "mine").read_text() == "dear"
+    verify(target)
+    (target / "notes").write_text("dear")
+    with pytest.raises(SettingsError, match="holds something else than a checkpoint"), replacing(target):
+        pass
+    (target / "notes").unlink()
+    (tmp_path / "link").symlink_to(target)
+    with replacing(tmp_path / "link") as directory:
+        (directory / "weights").write_text("newest")
+    assert (target / "weights").read_text() == "newest" and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_file_that_cannot_be_read_is_damage(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, newest = write(store, 5), write(store, 10)
+    read = hashlib.file_digest
+
+    def fail(stream: Any, name: str) -> Any:
+        if str(newest) in stream.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    monkeypatch.setattr("vlarl_rllib.checkpoints._verified", {})
+    told: list[str] = []
+    assert store.newest(told.append) == older
+    assert len(told) == 1 and "iteration_000010 cannot be read" in told[0] and "Input/output error" in told[0]
+
+
+def test_whoever_has_no_time_compares_sizes(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, newest = write(store, 5), write(store, 10)
+    monkeypatch.setattr("vlarl_rllib.checkpoints._verified", {})
+    monkeypatch.setattr("vlarl_rllib.checkpoints.file_digest", lambda file: pytest.fail("a file was read"))
+    assert store.newest(contents=False) == newest
+    cut(newest / "learners" / "rank_0")
+    assert store.newest(contents=False) == older
+
+
+def make_pointer(store: CheckpointStore, trial: Path, number: int) -> None:
+    pointer = trial / f"checkpoint_{number:06d}"
+    pointer.mkdir()
+    store.write_pointer(pointer, store.written, pointer)
+
+
+def test_an_iteration_that_tune_points_to_stays_when_it_is_played_again(tmp_path: Path) -> None:
+    """As in population based training, where a trial goes on from another's checkpoint behind an earlier iteration."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1, pointers=tmp_path)
+    write(store, 12, "own")
+    make_pointer(store, tmp_path, 0)
+    with store.writing(11) as directory:
+        (directory / "learners").mkdir()
+    assert store.written == store.root / "iteration_000011", "not the one that counts furthest"
+    make_pointer(store, tmp_path, 1)
+    for repeat in ("iteration_000012_1", "iteration_000012_2"):
+        with store.writing(12) as directory:
+            (directory / "weights").write_text(repeat)
+        make_pointer(store, tmp_path, 2 + int(repeat[-1]))
+        assert store.written == store.newest() == store.root / repeat
+    assert (CheckpointStore.resolve(tmp_path / "checkpoint_000000") / "learners" / "rank_0").read_text() == "own"
+    assert CheckpointStore.resolve(tmp_path / "checkpoint_000003").name == "iteration_000012_1"
+
+
+def test_a_pointer_that_a_full_disk_has_cut_names_nothing(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1, pointers=tmp_path)
+    write(store, 1)
+    make_pointer(store, tmp_path, 0)
+    (tmp_path / "checkpoint_000000" / POINTER_FILE).write_text("")
+    write(store, 2)
+    assert names(store) == ["iteration_000002"]
+
+
+def test_what_cannot_be_removed_costs_no_checkpoint(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for iteration in (1, 2):
+        write(store, iteration)
+
+    def fail(path: Path, **options: Any) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    write(store, 3)
+    assert store.written == store.root / "iteration_000003" and names(store)[0] == "iteration_000001"

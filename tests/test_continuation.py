@@ -103,3 +103,9 @@ def test_a_model_is_known_by_its_content(tmp_path: Path) -> None:
         SettingsError, match=r"model.path: '.*model as it is now', but the weights of checkpoint were trained with '.* as it was then'"
     ):
         check_resume_from(place, settings)
+
+
+def test_a_warm_up_that_would_be_over_is_refused(checkpoint: Path) -> None:
+    check_resume_from(checkpoint, settings_with(training={"critic_warmup_iterations": 4}))
+    with pytest.raises(SettingsError, match=r"critic_warmup_iterations: 1 would be over, .* behind iteration 2; set it to 3 for 1 more"):
+        check_resume_from(checkpoint, settings_with(training={"critic_warmup_iterations": 1}))

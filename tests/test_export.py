@@ -99,6 +99,13 @@ def test_a_run_is_resolved_to_its_export_once(tmp_path):
     resolve_policy(str(tmp_path))
     assert (first / "model.safetensors").stat().st_mtime_ns != written
     assert resolve_policy("tiny") == resolve_model("tiny")
+    checkpoint = tmp_path / "checkpoints" / "iteration_000003"
+    (checkpoint / "facts.json").write_text((checkpoint / "facts.json").read_text().replace('"iteration": 3', '"iteration": 4'))
+    seal(checkpoint)  # another one of its name
+    resolve_policy(str(tmp_path))
+    assert json.loads((first / "vlarl_export.json").read_text())["iteration"] == 4
+    shutil.copytree(checkpoint, tmp_path / "saves" / "best")
+    assert resolve_policy(str(tmp_path / "saves" / "best")) == str(tmp_path / "saves" / "best-exported")
     with pytest.raises(SettingsError, match="CHECKPOINT: model '/no/such' is no directory"):
         resolve_policy("/no/such")
 

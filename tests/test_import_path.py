@@ -59,11 +59,12 @@ def test_what_is_named_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (".", ["/elsewhere", str(tmp_path)], ["/elsewhere", str(tmp_path)]),
     ):
         monkeypatch.setenv("PYTHONPATH", named)
-        monkeypatch.setattr(sys, "path", path)
+        installed = [os.path.dirname(os.__file__), "/installed", str(tmp_path)]  # the last by a .pth file: a project that is worked on here
+        monkeypatch.setattr(sys, "path", path + installed)
         import_path.leave_working_directory()
-        assert sys.path == kept
+        assert sys.path == kept + installed
         assert "" not in os.environ["PYTHONPATH"].split(os.pathsep) or not os.environ["PYTHONPATH"]
-        assert import_path.is_import_path(str(tmp_path)) == (str(tmp_path) in kept)
+        assert import_path.is_import_path(str(tmp_path))
 
 
 def test_a_checkout_that_the_package_runs_from_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +84,12 @@ def test_a_program_of_somebody_elses_keeps_its_path(monkeypatch: pytest.MonkeyPa
     for name, expected in (("train.py", False), ("/usr/bin/vlarl", True)):
         monkeypatch.setattr(sys, "argv", [name, "-m", "vlarl_rllib"])
         assert import_path.is_our_command() == expected
+
+
+def test_not_even_what_comes_before_all_imports(tmp_path: Path) -> None:
+    """Without site-packages, since an editable installation there has loaded `__future__` before the working directory is on the path."""
+    (tmp_path / "__future__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ImportError")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONSAFEPATH", None)
+    done = subprocess.run([sys.executable, "-S", "-m", "vlarl_rllib"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert not (tmp_path / "ran").exists() and "No module named" in done.stderr

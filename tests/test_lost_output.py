@@ -153,3 +153,23 @@ def test_snapshots_of_the_experiment_may_fail(monkeypatch: pytest.MonkeyPatch, t
     before = LOST.count
     snapshots.sync_up_experiment_state(no_space, force=True)
     assert LOST.count == before + 1
+
+
+NON_BLOCKING = """
+import os, sys, time
+from vlarl_rllib.lost_output import LOST, tolerate_lost_readers
+os.set_blocking(1, False)
+tolerate_lost_readers()
+began = time.process_time()
+for i in range(300):
+    print("x" * 1000)
+sys.stderr.write(f"{LOST.count} {time.process_time() - began}")
+"""
+
+
+def test_a_full_pipe_that_does_not_block_loses_lines() -> None:
+    with subprocess.Popen([sys.executable, "-c", NON_BLOCKING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lost, seconds = process.stderr.read().split()
+        process.kill()
+    assert int(lost) > 0 and float(seconds) < 1.0

@@ -1,5 +1,6 @@
 """RLlib's setters, attributes and Tune's space reach the run through the settings, or are refused in one line."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from ray import tune
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.tune.search.variant_generator import generate_variants
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.errors import SettingsError
@@ -50,6 +52,7 @@ REACHES: dict[str, tuple[Write, dict[str, Any]]] = {
     "evaluation(evaluation_interval)": (lambda c: c.evaluation(evaluation_interval=2), {"evaluation.every": 2}),
     "evaluation(evaluation_duration)": (lambda c: c.evaluation(evaluation_duration=7), {"evaluation.episodes": 7}),
     "debugging(seed)": (lambda c: c.debugging(seed=11), {"run.seed": 11}),
+    "callbacks that are made": (lambda c: c.callbacks(functools.partial(RLlibCallback)), {}),
     "an attribute": (lambda c: setattr(c, "lr", 0.25), {"training.lr": 0.25}),
     "update_from_dict": (lambda c: c.update_from_dict({"lr": 0.5, "lambda": 0.7}), {"training.lr": 0.5, "training.gae_lambda": 0.7}),
     "update_from_dict(vla)": (lambda c: c.update_from_dict({"vla": {"training": {"lr": 0.5}}}), {"training.lr": 0.5}),
@@ -60,6 +63,16 @@ REFUSED: dict[str, tuple[Write, str]] = {
     "a key of env_config": (lambda c: c.environment(env_config={"task": 1}), "env.task: unknown key; did you mean env.tasks"),
     "a schedule": (lambda c: c.training(lr=[[0, 1e-3], [100, 0.0]]), "training.lr: .* is not allowed"),
     "no runner": (lambda c: c.env_runners(num_env_runners=0), "rollout.num_runners: 0 is not allowed"),
+    "a batch of no runner": (
+        lambda c: c.env_runners(num_env_runners=0).training(train_batch_size=512),
+        "rollout.num_runners: 0 is not allowed",
+    ),
+    "RLlib's own default batch": (lambda c: c.training(train_batch_size=4000).env_runners(num_envs_per_env_runner=3), "4000 .* over 3 slots"),
+    "a fragment of whole episodes": (
+        lambda c: c.update_from_dict({"vla": {"rollout": {"episodes_per_iteration": 4}}}).env_runners(rollout_fragment_length=8),
+        "rollout_fragment_length: rollout.episodes_per_iteration counts whole episodes",
+    ),
+    "metrics of the old API": (lambda c: c.reporting(keep_per_episode_custom_metrics=True), "keep_per_episode_custom_metrics: .* no effect"),
     "a batch that does not divide": (
         lambda c: c.training(train_batch_size=130),
         "train_batch_size: 130 .* over 4 slots .* set rollout.steps_per_iteration",
@@ -94,6 +107,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
     ),
     "restarts": (lambda c: c.fault_tolerance(restart_failed_env_runners=False), "restart_failed_env_runners: .* always replaced"),
     "a callback of every step": (lambda c: c.callbacks(StepCallback), "StepCallback.on_episode_step would never be called; use on_episode_end"),
+    "a callback of every step, made": (lambda c: c.callbacks(functools.partial(StepCallback)), "StepCallback.on_episode_step would never"),
     "a function of every step": (lambda c: c.callbacks(on_episode_step=print), "callbacks_on_episode_step: .* would have no effect"),
 }
 
@@ -144,6 +158,28 @@ def test_what_tune_samples_reaches_the_trial(space: dict[str, Any]) -> None:
 def test_a_space_is_sampled_before_it_is_checked() -> None:
     space = make().training(lr=tune.grid_search([1e-3, 1e-4])).to_dict()
     assert space["lr"] == {"grid_search": [1e-3, 1e-4]} and space["vla"]["training"]["lr"] == 1e-5
+
+
+def test_a_placeholder_in_the_settings_is_one() -> None:
+    """Tune makes a trial for each value of each placeholder that it finds."""
+    space = make().to_dict()
+    space["vla"]["training"] |= {"lr": tune.grid_search([1e-3, 1e-4])}
+    assert len(list(generate_variants(space))) == 2
+
+
+def test_an_evaluation_where_there_was_none() -> None:
+    config = VLAPPOConfig.from_settings(Settings.from_dict({"env": {"name": "synthetic"}, "evaluation": {"episodes": 0}}))
+    config.evaluation(evaluation_duration=1)
+    config.validate()
+    assert config.settings().evaluation.episodes == 1
+
+
+def test_a_setting_written_in_place_and_a_field_must_agree() -> None:
+    config = make()
+    config.vla["training"]["lr"] = 0.25
+    config.training(lr=0.5)
+    with pytest.raises(SettingsError, match=r"lr: sets training.lr to 0.5, but the settings say 0.25"):
+        config.validate()
 
 
 def test_bundles_are_those_of_the_fields() -> None:

@@ -35,6 +35,7 @@ def test_the_first_signal_is_remembered_whatever_is_being_done(number: signal.Si
     with END.listening():
         with END.polled(told.append):
             signal.raise_signal(number)
+            time.sleep(0.3)  # a thread tells it
         assert (END.signal, END.code, told) == (counts_as, code, [number.name])
         with pytest.raises(KeyboardInterrupt):
             END.check()
@@ -122,3 +123,33 @@ def test_children_do_not_see_a_closed_terminal_and_this_process_does() -> None:
         assert child.poll() is None
         child.kill()
         child.wait()
+
+
+BLOCKED = """
+import os, sys, time
+from vlarl_rllib.signals import END
+with END.listening():
+    END.sigterm_code = 0
+    with END.polled(print):
+        print("ready", flush=True)
+        while True:
+            print("x" * 1000)  # which nobody reads: a write that waits holds the buffer's lock
+"""
+
+
+def test_a_reader_that_stands_still_holds_up_no_end() -> None:
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None, "the first only asks"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 0
+    process.stdout.close()
+
+
+def test_words_that_fail_hold_up_no_end(capfd: pytest.CaptureFixture[str]) -> None:
+    with END.listening():
+        END.words = lambda: str(1 / 0)
+        assert END.sentence("stopped") == "stopped"

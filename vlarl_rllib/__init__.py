@@ -3,8 +3,6 @@
 Importing this package loads none of torch, Ray, vLLM or LIBERO; the two names below are looked up on first use.
 """
 
-from __future__ import annotations
-
 from vlarl_rllib.import_path import is_our_command, leave_working_directory
 
 if is_our_command():  # before anything is imported that the working directory might hold

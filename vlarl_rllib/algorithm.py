@@ -20,12 +20,9 @@ from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     ENV_RUNNER_SAMPLING_TIMER,
-    EPISODE_LEN_MEAN,
-    EPISODE_RETURN_MEAN,
     LEARNER_RESULTS,
     LEARNER_UPDATE_TIMER,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
-    NUM_EPISODES,
     SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
 )
@@ -42,10 +39,19 @@ from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError
 from vlarl_rllib.lost_output import LOST
 from vlarl_rllib.models.fingerprint import model_fingerprints
-from vlarl_rllib.observability.metrics import FAULTS, LastRates, evaluation_metrics, fill_in_episode_means, iteration_details, iteration_metrics
+from vlarl_rllib.observability.metrics import (
+    FAULTS,
+    LastRates,
+    evaluation_metrics,
+    fill_in_episode_means,
+    iteration_details,
+    iteration_metrics,
+    plain_state,
+    rllib_evaluation,
+)
 from vlarl_rllib.own_files import replace_file
 from vlarl_rllib.pulse import EndRequested, Pulse
-from vlarl_rllib.rllib_checkpoint import write_rllib_files
+from vlarl_rllib.rllib_checkpoint import trial_directory, write_rllib_files
 from vlarl_rllib.rollout.env_runner import REWARD_FAULTS
 from vlarl_rllib.rollout.evaluation import held_out_starts
 from vlarl_rllib.rollout.players import EpisodeResult
@@ -102,7 +108,7 @@ class VLAPPO(PPO):
         self._plan = calculate_runtime_args(self._vla)
         self._pulse = Pulse(self.config.run_dir)
         self._seconds: dict[str, float] = {}
-        self._faults: Counter[str] = Counter()
+        self._faults = Counter[str]()
         self._initial_evaluation: dict[str, Any] | None = None
         self._failed_iteration: int | None = None
         self._episodes: list[EpisodeResult] = []
@@ -119,11 +125,9 @@ class VLAPPO(PPO):
             super().setup(config)
         require_runners(self.env_runner_group)
         self.weight_sync = WeightSync(self.learner_group, self.engine_pool, self.config.policy_version)
+        parts = self.env_runner_group, self.weight_sync, self.engine_pool, self.learner_group
         self.collector = RolloutCollector(
-            self.env_runner_group,
-            self.weight_sync,
-            self.engine_pool,
-            self.learner_group,
+            *parts,
             reward_service=self.reward_service,
             restore_runners=lambda: self.restore_env_runners(self.env_runner_group),
             timeout_seconds=self._vla.rollout.timeout_seconds,
@@ -145,13 +149,8 @@ class VLAPPO(PPO):
         """In the run's directory; in the trial's where a Tune experiment names none, and then Tune decides what is kept; else None."""
         if self.config.run_dir:
             return CheckpointStore(Path(self.config.run_dir) / "checkpoints", self._vla.run.keep_checkpoints)
-        trial = self._trial_directory()
+        trial = trial_directory(self._storage)
         return CheckpointStore(trial / "checkpoints", keep=1, pointers=trial) if trial else None
-
-    def _trial_directory(self) -> Path | None:
-        """Tune's; None outside of Tune, or where its storage is not a local file system."""
-        storage = self._storage
-        return Path(storage.trial_fs_path) if storage is not None and storage.storage_filesystem.type_name == "local" else None
 
     def cleanup(self) -> None:
         self._pulse.stop()
@@ -159,8 +158,8 @@ class VLAPPO(PPO):
             for runner in self.env_runner_group._worker_manager.actors().values():
                 ray.kill(runner, no_restart=True)
         super().cleanup()
-        for group in (getattr(self, "engine_pool", None), getattr(self, "reward_service", None)):
-            if group is not None:
+        for name in ("engine_pool", "reward_service"):
+            if group := getattr(self, name, None):
                 group.shutdown()
 
     # One iteration
@@ -239,9 +238,10 @@ class VLAPPO(PPO):
             "engines": self.engine_pool.pids if self.engine_pool is not None else [],
             "reward_worker": self.reward_service.pid if self.reward_service is not None else None,
         }
-        with LOST.counting("processes.json"):
-            self._store.root.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self._store.root.parent / "processes.json", json.dumps(processes, indent=2))
+        file = self._store.root.with_name("processes.json")
+        with LOST.counting(file.name):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, json.dumps(processes, indent=2))
 
     # Faults
 
@@ -273,8 +273,7 @@ class VLAPPO(PPO):
     def _start_over(self) -> None:
         """Begin from what this trial saved or restored last, else the newest checkpoint that verifies, else from the model as it is."""
         if checkpoint := self._newest_checkpoint():
-            self.restore_from_path(checkpoint)
-            return
+            return self.restore_from_path(checkpoint)
         self.metrics.reset()
         self._successes.set_state([])
         self._rates = LastRates()
@@ -319,14 +318,13 @@ class VLAPPO(PPO):
         """
         if not self._plan.evaluation_episodes:
             raise SettingsError("evaluation.episodes: 0, so there is nothing to play; set how many episodes an evaluation has")
-        metrics = self._evaluate(due=True, after=self.iteration)
-        assert metrics is not None, "it was due"
-        means = {EPISODE_RETURN_MEAN: metrics["success_rate"], EPISODE_LEN_MEAN: metrics["mean_length"], NUM_EPISODES: metrics["episodes"]}
-        return {ENV_RUNNER_RESULTS: means, "vlarl": metrics}
+        if (metrics := self._evaluate(due=True, after=self.iteration)) is None:
+            raise EndRequested
+        return rllib_evaluation(metrics)
 
     def _evaluate(self, *, due: bool, after: int) -> dict[str, Any] | None:
         """The greedy evaluation behind so many iterations, where it is due."""
-        if not due or not self._plan.evaluation_episodes:
+        if not (due and self._plan.evaluation_episodes):
             return None
         began = time.perf_counter()
         self._call_back("on_evaluate_start")
@@ -358,7 +356,7 @@ class VLAPPO(PPO):
             self.save_to_path(directory)
             return
         self._save_in_run()
-        trial = self._trial_directory()
+        trial = trial_directory(self._storage)
         CheckpointStore.write_pointer(directory, self._origin, trial and trial / directory.name)
         write_rllib_files(directory, type(self), {"vla": self.config.vla})
         if not self._pulse.ended.is_set():  # the runners may still be at what nobody waits for
@@ -377,7 +375,7 @@ class VLAPPO(PPO):
             logger.warning("no checkpoint of iteration %d: %s", self.iteration, error)
             self._faults["failed_checkpoints"] += 1
         else:
-            self._origin = self._store.list()[-1]
+            self._origin = self._store.written
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
         """Tune's call. Where Tune cannot copy the pointer, the checkpoint behind it is there all the same."""
@@ -391,9 +389,14 @@ class VLAPPO(PPO):
             return _TrainingResult(checkpoint=None, metrics=dict(self._last_result or {}))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Tune's restart of a trial."""
-        if not CheckpointStore.points_nowhere(Path(checkpoint_dir)):
-            self.restore_from_path(checkpoint_dir)
+        """Tune's restart of a trial; where what it names is not there or damaged, as at the trial's own start."""
+        try:
+            if not CheckpointStore.points_nowhere(Path(checkpoint_dir)):
+                self.restore_from_path(checkpoint_dir)
+                return
+        except (FileNotFoundError, DamagedCheckpointError) as error:
+            self._pass_over(str(error))
+        self._start_over()
 
     def save_to_path(self, path: str | Path | None = None, **kwargs: Any) -> str:  # type: ignore[override]
         """Write everything an exact continuation needs into `path`, a local directory; the running episodes end here.
@@ -423,8 +426,10 @@ class VLAPPO(PPO):
         self.learner_group.call("load_sharded", str(directory / "learners"))
         running = CheckpointStore.read_algorithm(directory)
         self.metrics.set_state(running["metrics"])
-        self._successes.set_state(running["successes"])
-        self._rates = LastRates(**running["rates"])
+        then, now = facts["settings"]["env"], self._vla.env
+        same_tasks = (then["name"], then["suite"]) == (now.name, now.suite)
+        self._successes.set_state(running["successes"] if same_tasks else [])
+        self._rates = LastRates(**running["rates"]) if same_tasks else LastRates()
         self._iteration = facts["iteration"]
         self._origin = directory
         self.collector.begin_new_episodes()
@@ -440,6 +445,6 @@ class VLAPPO(PPO):
             policy_version=self.weight_sync.version,
             settings=self.config.vla,
             models=self._models,
-            algorithm={"metrics": self.metrics.get_state(), "successes": self._successes.state(), "rates": asdict(self._rates)},
+            algorithm={"metrics": plain_state(self.metrics), "successes": self._successes.state(), "rates": asdict(self._rates)},
         )
         write_rllib_files(directory, type(self), {"vla": self.config.vla})

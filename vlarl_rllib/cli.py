@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from vlarl_rllib.console import pasted
 from vlarl_rllib.lost_output import tolerate_lost_readers
 from vlarl_rllib.settings import Settings, SettingsError
 from vlarl_rllib.signals import END
@@ -306,7 +307,7 @@ def _report(run: Path) -> None:
     """At a run's end; a picture that cannot be drawn is no reason to fail."""
     from vlarl_rllib.report import write_report
 
-    END.words = lambda: f"no report; write it with: vlarl report {os.path.relpath(run)}"
+    END.words = lambda: f"no report; write it with: vlarl report {pasted(run)}"
     try:
         typer.echo(f"report: {os.path.relpath(write_report(run))}")
     except (SettingsError, ImportError, OSError) as error:
@@ -345,14 +346,16 @@ def main() -> None:
 
 
 def _run_command() -> None:
+    if not os.path.isdir(os.curdir):
+        _fail("the working directory is not there any more; go to another one")
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except SettingsError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in FULL_OR_FORBIDDEN:
+        if error.errno not in FULL_OR_FORBIDDEN and error.filename is None:  # not of a path that somebody gave
             raise
-        _fail(f"{error.filename or 'a file'}: {error.strerror}; make room, or give a directory that can be written to")
+        _fail(f"{error.filename or 'a file'}: {error.strerror}; make room, or give another path")
     except typer.TyperException as error:  # an unknown command or option, a value of the wrong type
         _fail(error.format_message())
     except _Stopped:
@@ -362,5 +365,5 @@ def _run_command() -> None:
 
 
 def _fail(message: str) -> None:
-    typer.echo(f"vlarl: {' '.join(message.split())}", err=True)
+    typer.echo(f"vlarl: {' '.join(line.strip() for line in message.splitlines())}", err=True)
     sys.exit(2)

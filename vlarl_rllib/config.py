@@ -23,6 +23,8 @@ from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 ENVIRONMENT_NAME = "vlarl_rllib"
 """Name under which RLlib knows the environment; the runners build the real one from the settings."""
+NO_EVALUATION = 2**31 - 1
+"""RLlib refuses a duration of 0 episodes. This is none that anybody asks for, so that 1 is one that somebody did."""
 
 
 def resolved(settings: Settings) -> Settings:
@@ -52,9 +54,9 @@ class VLAPPOConfig(PPOConfig):
         self.vla: dict[str, Any]
         """The settings, nested as in the YAML file."""
         self.derived_fields: dict[str, Any]
-        """RLlib's fields as they were derived from the settings, and"""
+        """RLlib's fields as they were derived from `derived_from`. One that is different now was written by RLlib's setters, or by Tune."""
         self.derived_from: dict[str, Any]
-        """those settings: what is different now was written by RLlib's setters, or by Tune."""
+        """`vla` when RLlib's fields were last derived from it."""
         self.run_dir: str | None = None
         """Where checkpoints go; None = into the directory that Tune names."""
         self.restore_from: str | None = None
@@ -174,6 +176,7 @@ class VLAPPOConfig(PPOConfig):
             add_default_connectors_to_learner_pipeline=False,
         )
         self.training(
+            train_batch_size=None,  # the next but two says it
             lr=training.lr,
             gamma=training.gamma,
             lambda_=training.gae_lambda,
@@ -189,6 +192,7 @@ class VLAPPOConfig(PPOConfig):
         )
         model = settings.model.model_dump(mode="json")
         self.rl_module(model_config={"model": model, "seed": settings.run.seed, "device": "cuda" if learners.gpus else "cpu"})
-        self.evaluation(evaluation_interval=None, evaluation_duration=max(1, settings.evaluation.episodes))
+        self.evaluation(evaluation_interval=None, evaluation_duration=settings.evaluation.episodes or NO_EVALUATION)
         self.debugging(seed=settings.run.seed)
-        self.derived_fields, self.derived_from = rllib_fields.fields_of(self), self.vla
+        # A dict of its own: Tune looks for placeholders in both, and `vla` is written in place.
+        self.derived_fields, self.derived_from = rllib_fields.fields_of(self), settings.to_dict()

@@ -41,6 +41,11 @@ def check_resume_from(checkpoint: Path, settings: Settings) -> None:
             raise SettingsError(
                 f"{key}: {new!r}, but the weights of {checkpoint.name} were trained with {old!r}; set it to that, or start without --resume-from"
             )
+        if key == "training.critic_warmup_iterations" and 0 < new <= (done := CheckpointStore.read_facts(checkpoint)["iteration"]):
+            raise SettingsError(
+                f"{key}: {new} would be over, since iterations count from the run's first and {checkpoint.name} is behind iteration {done}; "
+                f"set it to {done + new} for {new} more"
+            )
 
 
 def _changes(checkpoint: Path, settings: Settings) -> Iterator[tuple[str, Any, Any]]:

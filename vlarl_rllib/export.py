@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlarl_rllib.checkpoints import FACTS_FILE, POINTER_FILE, CheckpointStore
+from vlarl_rllib.checkpoints import FACTS_FILE, FILES_FILE, POINTER_FILE, CheckpointStore, file_digest
 from vlarl_rllib.json_files import read_json_object
 from vlarl_rllib.model_files import AGAIN
 from vlarl_rllib.models.checkpoint_facts import action_statistics
@@ -85,7 +85,7 @@ def find_training_checkpoint(path: Path) -> TrainingCheckpoint | None:
 def resolve_policy(path: str) -> str:
     """What `from_pretrained` loads for a run's directory, training checkpoint, model directory, preset or hub id.
 
-    A run or training checkpoint is exported once, into `exports/` of its run.
+    A run or training checkpoint is exported once, into `exports/` of its run, or beside one that lies elsewhere.
 
     Raises:
         SettingsError: none of these.
@@ -98,12 +98,21 @@ def resolve_policy(path: str) -> str:
             return resolve_model(path)
         except ValueError as error:
             raise SettingsError(f"CHECKPOINT: {error}, nor a run with a checkpoint") from None
-    exports = own_folder(checkpoint.directory.parent.parent, "exports", "CHECKPOINT")
-    target = own_folder(exports, checkpoint.directory.name, "CHECKPOINT")
-    if not (target / PROVENANCE_FILE).is_file():  # written last
+    directory = checkpoint.directory
+    if directory.parent.name == "checkpoints":
+        target = own_folder(own_folder(directory.parent.parent, "exports", "CHECKPOINT"), directory.name, "CHECKPOINT")
+    else:
+        target = own_folder(directory.parent, f"{directory.name}-exported", "CHECKPOINT")
+    if not _is_export_of(checkpoint, target):
         shutil.rmtree(target, ignore_errors=True)
         export_merged(checkpoint, target)
     return str(target)
+
+
+def _is_export_of(checkpoint: TrainingCheckpoint, target: Path) -> bool:
+    """Whether `target` is whole and made from this very checkpoint: another one may have had its name."""
+    file = target / PROVENANCE_FILE  # written last
+    return file.is_file() and read_json_object(file, AGAIN).get("files_sha256") == file_digest(checkpoint.directory / FILES_FILE)
 
 
 def export_merged(checkpoint: TrainingCheckpoint, out: Path, dtype: str | None = None) -> None:
@@ -209,6 +218,7 @@ def _write_provenance(checkpoint: TrainingCheckpoint, out: Path, kind: str) -> N
     origin = {
         "kind": kind,
         "checkpoint": str(checkpoint.directory),
+        "files_sha256": file_digest(checkpoint.directory / FILES_FILE),
         "iteration": checkpoint.iteration,
         "base_model": checkpoint.settings.model.path,
         "unnorm_key": checkpoint.settings.unnorm_key,

@@ -1,17 +1,18 @@
 """What a command imports from: what is installed and what PYTHONPATH names, not the directory that it happens to be run in.
 
 `cd MODEL; python -m vlarl_rllib train ...` would take a numpy.py that lies in MODEL for numpy. This concerns commands alone: a script or
-notebook has its own path. Nothing that a directory could stand in for is imported here.
+notebook has its own path. Nothing that a directory could stand in for is imported here, not even `__future__`.
 """
-
-from __future__ import annotations
 
 import os
 import sys
 
 
 def leave_working_directory() -> None:
-    """Take the working directory off the path of this process and of those that it starts, unless PYTHONPATH or an import of ours is there."""
+    """Take the working directory off the path of this process and of those that it starts, unless PYTHONPATH or an import of ours is there.
+
+    Only what Python has put before its own library goes: behind that are installed projects, one of which may be worked on right here.
+    """
     if "PYTHONPATH" in os.environ:  # an empty entry means the working directory, and is most often left by `$PYTHONPATH:more`
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, os.environ["PYTHONPATH"].split(os.pathsep)))
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -20,7 +21,9 @@ def leave_working_directory() -> None:
     except FileNotFoundError:  # removed meanwhile
         return
     if here not in _wanted():
-        sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here]
+        library = os.path.dirname(os.__file__)
+        first = next((index for index, entry in enumerate(sys.path) if entry.endswith(".zip") or entry == library), len(sys.path))
+        sys.path[:first] = [entry for entry in sys.path[:first] if os.path.realpath(entry) != here]
 
 
 def is_import_path(directory: str) -> bool:

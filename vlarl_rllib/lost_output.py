@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,13 @@ class _TolerantFile(io.FileIO):
     """A descriptor that takes everything, also what cannot be written."""
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
-        try:
-            return super().write(data) or 0
-        except OSError:
+        written = None
+        with suppress(OSError):
+            written = super().write(data)  # None: somebody has made it non-blocking, and it is full
+        if written is None:
             LOST.count += 1
             return len(data)
+        return written
 
 
 def tolerate_lost_readers() -> None:

@@ -7,7 +7,6 @@ import something, and weights that a library would fail at, or fall back from, l
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,9 +105,11 @@ def refuse_foreign_code(config: Mapping[str, Any], where: str) -> None:
     """Raise ValueError where a model's config asks for code or weights from elsewhere. `auto_map` is no such thing: nobody follows it."""
     for name in ("", "text_config", "vision_config"):
         values = config.get(name) if name else config
-        for key in KERNEL_KEYS if isinstance(values, Mapping) else ():
-            asked = values.get(key) if isinstance(values, Mapping) else None
-            if asked is not None and (not isinstance(asked, str) or "/" in asked or os.sep in asked):
+        if not isinstance(values, Mapping):
+            continue
+        for key in KERNEL_KEYS:
+            asked = values.get(key)
+            if asked is not None and (not isinstance(asked, str) or "/" in asked):
                 raise ValueError(f"{where}: {name}{'.' if name else ''}{key} is {asked!r}, which would run code from elsewhere; remove it")
     if config.get("transformers_weights") is not None:
         raise ValueError(

@@ -31,18 +31,30 @@ def own_folder(directory: Path, name: str, what: str) -> Path:
     return folder
 
 
+def refuse_links(directory: Path, what: str) -> None:
+    """Raise `SettingsError`, beginning with `what`, where a link anywhere below `directory` leads out of it."""
+    for parent, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            if os.path.islink(link := Path(parent, name)) and not is_inside(link, directory):
+                raise SettingsError(f"{what}: {link} is a link that leads out of {directory}, where a run would write through it; remove it")
+
+
 def is_inside(path: Path, directory: Path) -> bool:
     """Whether `path`, links followed, lies below `directory`, links followed."""
     return path.resolve().is_relative_to(directory.resolve())
 
 
-def replace_file(file: Path, content: str | bytes) -> None:
+def replace_file(file: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Put a new file in place of what is there, which a link would be too: whoever reads it sees the old content or the new."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from vlarl_rllib.model_files import check_adapter
 from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
 from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
 from vlarl_rllib.plan import num_training_starts
-from vlarl_rllib.published import absolute_unless_name
+from vlarl_rllib.published import absolute_unless_name, is_model_name
 from vlarl_rllib.registry import ENVIRONMENTS, expert_class, experts
 from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
@@ -103,13 +102,14 @@ def check_sft(settings: Settings, *, data_to_come: bool = False) -> None:
 
 def check_tensorflow_datasets(what: str) -> None:
     """Raise `SettingsError`, beginning with `what`, where RLDS data cannot be read or written."""
-    if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise SettingsError(f"{what}: RLDS data need TensorFlow Datasets, which is not installed; run: pip install 'vlarl-rllib[data]'")
+    for package, name in (("tensorflow_datasets", "TensorFlow Datasets"), ("tensorflow", "TensorFlow")):
+        if importlib.util.find_spec(package) is None:
+            raise SettingsError(f"{what}: RLDS data need {name}, which is not installed; run: pip install 'vlarl-rllib[data]'")
 
 
 def _check_data(sft: SFTSettings, num_learners: int) -> None:
     """Whether the data set is there, is one that we read, has the split, and an episode of it for each learner."""
-    from vlarl_rllib.data.rlds import check_dataset
+    from vlarl_rllib.data.rlds import check_dataset, episodes_of_split
 
     if sft.data is None:
         raise SettingsError("sft.data: missing; give the directory of an RLDS data set, for example one that vlarl collect wrote")
@@ -117,14 +117,13 @@ def _check_data(sft: SFTSettings, num_learners: int) -> None:
         splits = check_dataset(sft.data)
     except (OSError, ValueError) as error:
         raise SettingsError(f"sft.data: {error}") from None
-    name = sft.split.partition("[")[0]
-    if name not in splits:
+    try:
+        num_episodes = episodes_of_split(sft.split, splits)
+    except ValueError as error:
+        raise SettingsError(f"sft.split: {error}") from None
+    if num_episodes < num_learners:
         raise SettingsError(
-            f"sft.split: {sft.split!r} is no split of {sft.data}, which has {', '.join(splits)}; choose one, or a part such as train[:95%]"
-        )
-    if splits[name] < num_learners:
-        raise SettingsError(
-            f"learners.num: {num_learners} learners cannot share the {splits[name]} episode(s) of {name} in {sft.data}; use fewer, or more data"
+            f"learners.num: {num_learners} learners cannot share the {num_episodes} episode(s) of {sft.split} in {sft.data}; use fewer, or more data"
         )
 
 
@@ -191,7 +190,7 @@ def check_model(path: str, unnorm_key: str, *, path_name: str = "model.path", ke
 def _read_facts(path: str, path_name: str) -> CheckpointFacts:
     """Of a directory or hub id. Raises `SettingsError` where it is no OpenVLA checkpoint."""
     path = absolute_unless_name(path)
-    local = Path(path).is_dir()
+    local = not is_model_name(path) and Path(path).is_dir()
     presets = f"presets are {', '.join([*PRESETS, *HUB_MODELS])}"
     if not local and path.startswith("/"):
         raise SettingsError(f"{path_name}: no such {'run or directory' if path_name == 'CHECKPOINT' else 'directory'} {path!r}; {presets}")
@@ -200,8 +199,6 @@ def _read_facts(path: str, path_name: str) -> CheckpointFacts:
     offline = not local and not forgo_the_hub_where_it_is_not_reached()
     try:
         return read_checkpoint_facts(HUB_MODELS.get(path, path))
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"{path_name}: a JSON file of {path} cannot be read ({error}); copy the checkpoint again") from error
     except KeyError as error:
         raise SettingsError(f"{path_name}: config.json of {path} has no {error}; give an OpenVLA checkpoint") from error
     except (OSError, ValueError) as error:  # missing, not to be fetched, or another kind of model

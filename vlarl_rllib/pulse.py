@@ -13,8 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import ray
@@ -58,8 +57,8 @@ def call_unless(ended: threading.Event, call: Callable[[], T]) -> T:
     if not ended.is_set():
         threading.Thread(target=run, name="vlarl-call", daemon=True).start()
     while not ended.is_set():
-        with contextlib.suppress(NotYet):
-            return done.result(LISTEN_SECONDS)
+        if wait([done], LISTEN_SECONDS).done:
+            return done.result()
     raise EndRequested
 
 

@@ -10,7 +10,6 @@ RUN/demonstrations/  what the scripted expert showed (RLDS)
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from vlarl_rllib.collecting import run_collect
-from vlarl_rllib.console import make_console
+from vlarl_rllib.console import make_console, pasted
 from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.lost_output import keep_trying
@@ -74,9 +73,11 @@ def run_quickstart(settings: Settings, run: RunDirectory) -> int:
                 if number == 1:
                     console.print(END.words())
                 elif stage is fine_tune:
-                    console.print(f"then go on to PPO with: vlarl train CONFIG --set model.path={os.path.relpath(sft.path / MODEL_DIRECTORY)}")
+                    console.print(f"then go on to PPO with: vlarl train CONFIG --set model.path={pasted(sft.path / MODEL_DIRECTORY)}")
                 return code
             seconds[name] = time.perf_counter() - began
+    if not run.read_rows():  # ended while PPO started
+        return END.code
     rows = _stage_rows(settings, run, sft, data, seconds)
     unwritten = keep_trying(lambda: replace_file(run.path / STAGES_FILE, json.dumps(rows, indent=2) + "\n"))
     console.print(_table(rows))

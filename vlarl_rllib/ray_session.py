@@ -25,6 +25,7 @@ from ray.tune.execution import class_cache
 
 from vlarl_rllib.console import make_console
 from vlarl_rllib.import_path import is_import_path
+from vlarl_rllib.own_files import replace_file
 from vlarl_rllib.ray_watch import ray_watched
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
 from vlarl_rllib.signals import END, children_outlive_the_terminal
@@ -105,8 +106,7 @@ def _make_token() -> None:
         return
     file = Path.home() / ".ray" / "auth_token"
     file.parent.mkdir(mode=0o700, exist_ok=True)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-        stream.write(token)
+    replace_file(file, token, mode=0o600)
 
 
 def _keep_secrets_out_of_runtime_environments() -> None:

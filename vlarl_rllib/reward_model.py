@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from vlarl_rllib.console import make_console
+from vlarl_rllib.console import make_console, pasted
 from vlarl_rllib.data.rlds import RLDSDataset, find_dataset, fingerprint
 from vlarl_rllib.preflight import check_tensorflow_datasets
 from vlarl_rllib.settings import SettingsError
+from vlarl_rllib.signals import END
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,8 +30,8 @@ READ_AT_ONCE = 256
 def run_reward_model(
     data: Path, out: Path, split: str, image_size: int, steps: int, batch_size: int, lr: float, near: int, held_out: float, seed: int
 ) -> int:
-    """Train, measure on held-out episodes, and write the classifier; the process's exit code: 0 = done, 130 = ended by Ctrl-C."""
-    _check(data, out, image_size, steps, batch_size, lr, near, held_out)
+    """Train, measure on held-out episodes, and write the classifier; the process's exit code: 0 = done, 130 or 143 = ended by Ctrl-C or SIGTERM."""
+    _check(data, out, image_size, steps, batch_size, lr, near, held_out, seed)
     from vlarl_rllib.rewards.fitting import FitOptions
 
     console = make_console()
@@ -45,7 +46,7 @@ def run_reward_model(
         raise SettingsError(f"--data: {error}") from error
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")
-        return 130
+        return END.code
     try:
         quality = _fit(frames, FitOptions(steps, batch_size, lr, near, held_out, seed), identity, out, console)
     except ValueError as error:
@@ -54,14 +55,14 @@ def run_reward_model(
         raise SettingsError(f"--out: {error}") from error
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")
-        return 130
+        return END.code
     solved, judged = quality.num_solved, quality.num_judgements
     always_no = f"always no: {100 * (1 - solved / judged):.1f} %"
     console.print(f"{quality.num_episodes} held-out episodes, {judged} judgements, {solved} of them yes:")
     console.print(f"accuracy {100 * quality.accuracy:.1f} % ({always_no}), average precision {quality.average_precision:.3f}")
     other = "" if quality.mean_other is None else f", solved ones under another instruction {quality.mean_other:.2f}"
     console.print(f"mean score: solved frames {quality.mean_solved:.2f}, first frames {quality.mean_first:.2f}{other}")
-    where = os.path.relpath(out)
+    where = pasted(out)
     console.print(f"wrote {where}; use it with --set rewards.judge={where} --set rewards.process=WEIGHT")
     return 0
 
@@ -106,9 +107,9 @@ def _fit(frames: DemonstrationFrames, options: FitOptions, data: str, out: Path,
     return quality
 
 
-def _check(data: Path, out: Path, image_size: int, steps: int, batch_size: int, lr: float, near: int, held_out: float) -> None:
+def _check(data: Path, out: Path, image_size: int, steps: int, batch_size: int, lr: float, near: int, held_out: float, seed: int) -> None:
     """Raise `SettingsError` for the first mistake."""
-    least = {"image-size": (image_size, MIN_IMAGE_SIZE), "steps": (steps, 1), "batch-size": (batch_size, 4), "near": (near, 1)}
+    least = {"image-size": (image_size, MIN_IMAGE_SIZE), "steps": (steps, 1), "batch-size": (batch_size, 4), "near": (near, 1), "seed": (seed, 0)}
     for name, (value, smallest) in least.items():
         if value < smallest:
             raise SettingsError(f"--{name}: {value} must be at least {smallest}")

@@ -1,4 +1,4 @@
-"""The files by which RLlib's own `Algorithm.from_checkpoint` knows a checkpoint.
+"""Where Tune keeps a trial, and the files by which RLlib's own `Algorithm.from_checkpoint` knows a checkpoint.
 
 RLlib unpickles the class and its arguments from `class_and_ctor_args.pkl`. Nothing of ours reads that file: `VLAPPO.from_checkpoint`
 takes the settings from `facts.json`. So load checkpoints of strangers through that one.
@@ -13,6 +13,11 @@ from typing import Any
 
 from ray import cloudpickle
 from ray.rllib.utils.checkpoints import CHECKPOINT_VERSION_LEARNER_AND_ENV_RUNNER
+
+
+def trial_directory(storage: Any) -> Path | None:
+    """Tune's, by a Trainable's storage context; None outside of Tune, or where its storage is not a local file system."""
+    return Path(storage.trial_fs_path) if storage is not None and storage.storage_filesystem.type_name == "local" else None
 
 
 def write_rllib_files(directory: Path, algorithm_class: type, config: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ alone; so `VLAPPOConfig.validate` asks here what was written since the fields we
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -28,14 +29,25 @@ def _same(key: str) -> Callable[[Any, Lookup], Changes]:
 def _batch(field: str, value: Any, learners: int, lookup: Lookup) -> Changes:
     """Steps of an iteration over all slots, as steps of each."""
     slots = lookup("rollout.num_runners") * lookup("env.num_envs")
-    if lookup("rollout.episodes_per_iteration"):
-        raise SettingsError(f"{field}: rollout.episodes_per_iteration counts whole episodes; set that, or set it to null first")
+    _refuse_steps_of_episodes(field, lookup)
+    if slots < 1:  # which the settings refuse in their own words
+        return {}
     if not isinstance(value, int) or value < 1 or value * learners % slots:
         raise SettingsError(
             f"{field}: {value!r} times {learners} does not divide over {slots} slots (rollout.num_runners x env.num_envs); "
             "use a multiple, or set rollout.steps_per_iteration"
         )
     return {"rollout.steps_per_iteration": value * learners // slots}
+
+
+def _fragment(value: Any, lookup: Lookup) -> Changes:
+    _refuse_steps_of_episodes("rollout_fragment_length", lookup)
+    return {"rollout.steps_per_iteration": value}
+
+
+def _refuse_steps_of_episodes(field: str, lookup: Lookup) -> None:
+    if lookup("rollout.episodes_per_iteration"):
+        raise SettingsError(f"{field}: rollout.episodes_per_iteration counts whole episodes; set that, or set it to null first")
 
 
 def _whole_batch(value: Any, lookup: Lookup) -> Changes:
@@ -73,7 +85,7 @@ HONOURED: dict[str, Callable[[Any, Lookup], Changes]] = {
     "evaluation_interval": lambda value, lookup: {"evaluation.every": value or 0},
     "evaluation_duration": _same("evaluation.episodes"),
     # Behind those that say how many slots and learners there are.
-    "rollout_fragment_length": _same("rollout.steps_per_iteration"),
+    "rollout_fragment_length": _fragment,
     "train_batch_size": _whole_batch,
     "_train_batch_size_per_learner": _batch_of_a_learner,
 }
@@ -85,7 +97,7 @@ PASSED_ON = frozenset(
         "callbacks_on_environment_created", "callbacks_on_episode_end", "callbacks_on_sample_end", "callbacks_on_train_result",
         "callbacks_on_evaluate_start", "callbacks_on_evaluate_end",
         "env_runner_cls", "_learner_class", "learner_config_dict", "placement_strategy", "log_level", "log_sys_usage",
-        "keep_per_episode_custom_metrics", "metrics_num_episodes_for_smoothing", "stats_cls_lookup", "validate_env_runners_after_construction",
+        "metrics_num_episodes_for_smoothing", "stats_cls_lookup", "validate_env_runners_after_construction",
         "max_num_env_runner_restarts", "env_runner_health_probe_timeout_s", "env_runner_restore_timeout_s",
         "num_consecutive_env_runner_failures_tolerance",
     )
@@ -195,11 +207,13 @@ def refuse(fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         raise SettingsError(f"{_shown(name)}: {value!r:.60} would have no effect on VLAPPO; {remedy} ({DOCUMENTATION})")
 
 
-def refuse_callbacks(classes: Sequence[type]) -> None:
+def refuse_callbacks(classes: Sequence[Any]) -> None:
     """Raise `SettingsError` for a callback that would never be called."""
     for kind in classes:
+        while isinstance(kind, functools.partial):
+            kind = kind.func
         for name in NEVER_CALLED:
-            if getattr(kind, name) is not getattr(RLlibCallback, name):
+            if getattr(kind, name, None) not in (None, getattr(RLlibCallback, name)):  # None: a function that makes them
                 raise SettingsError(f"callbacks: {kind.__name__}.{name} would never be called; use on_episode_end or on_sample_end ({DOCUMENTATION})")
 
 

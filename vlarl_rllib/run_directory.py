@@ -26,13 +26,17 @@ from typing import Any
 
 import yaml
 
-from vlarl_rllib.checkpoints import CheckpointStore, DamagedCheckpointError, Unit, number_of
-from vlarl_rllib.own_files import replace_file
+from vlarl_rllib.checkpoints import FACTS_FILE, CheckpointStore, DamagedCheckpointError, Unit, number_of
+from vlarl_rllib.console import pasted
+from vlarl_rllib.lost_output import LOST
+from vlarl_rllib.own_files import refuse_links, replace_file
 from vlarl_rllib.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
+ERROR_FILE = "error.txt"
+LOCK_FILE = ".lock"
 COMMANDS: dict[Unit, str] = {"iteration": "vlarl train", "step": "vlarl sft"}
 """Whose checkpoints count what."""
 
@@ -57,8 +61,15 @@ class RunDirectory:
         replace_file(self.path / "config.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
         latest = RUNS.resolve() / "latest"
         if self.path.parent == latest.parent and (latest.is_symlink() or not latest.exists()):
-            latest.unlink(missing_ok=True)
-            latest.symlink_to(self.path.name)
+            new = latest.with_name(f".{latest.name}.{os.getpid()}")  # renamed into place: another run may start in the same moment
+            new.unlink(missing_ok=True)
+            new.symlink_to(self.path.name)
+            new.replace(latest)
+
+    def write_error(self, text: str) -> None:
+        """What went wrong last, in `error.txt`."""
+        with LOST.counting(ERROR_FILE):
+            replace_file(self.path / ERROR_FILE, text)
 
     def checkpoints(self, keep: int = 1, unit: Unit = "iteration") -> CheckpointStore:
         return CheckpointStore(self.path / "checkpoints", keep, unit)
@@ -140,10 +151,10 @@ def _line(row: dict[str, Any]) -> str:
 
 def how_to_go_on(run: RunDirectory, unit: Unit = "iteration") -> str:
     """The command that continues a run."""
-    newest = run.newest_checkpoint(unit)
+    newest = run.checkpoints(unit=unit).newest(contents=False)  # whoever has sent a signal does not wait for them
     if newest is None:
         return "nothing was finished yet that could be kept: start again with the same command"
-    return f"continue from {unit} {number_of(newest)} with: {COMMANDS[unit]} --resume --run-dir {os.path.relpath(run.path)}"
+    return f"continue from {unit} {number_of(newest)} with: {COMMANDS[unit]} --resume --run-dir {pasted(run.path)}"
 
 
 @contextmanager
@@ -151,7 +162,7 @@ def claimed(directory: Path, option: str) -> Iterator[None]:
     """Make a directory and keep other processes from claiming it. Raises `SettingsError`, naming `option`, where that fails, or one has it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        lock = os.open(directory / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise SettingsError(f"{option}: {directory} cannot be made ({error.strerror}); give another directory") from None
     try:
@@ -180,7 +191,10 @@ def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) ->
     """Where a new run goes. Raises `SettingsError` where that holds a run already, or `resume_from` is no checkpoint."""
     path = path or RUNS / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunDirectory(path.resolve())
-    if run.read_rows() or run.newest_checkpoint():  # a run that failed before its first iteration may be started again in place
+    refuse_links(run.path, "--run-dir")
+    if (run.path / "config.yaml").exists() and not (run.path / LOCK_FILE).exists():
+        raise SettingsError(f"--run-dir: {path} holds a config.yaml that is no run's, which would be written over; give another directory")
+    if run.read_rows() or run.checkpoints().list():  # a run that failed before its first iteration may be started again in place
         raise SettingsError(f"--run-dir: {path} holds a run already; continue it with --resume, or give another directory")
     if resume_from is not None:
         find_checkpoint(resume_from)
@@ -192,9 +206,12 @@ def find_checkpoint(path: Path) -> Path:
     if (newest := RunDirectory(path).newest_checkpoint(passed_over=logger.warning)) is not None:
         return newest
     try:
-        return CheckpointStore.resolve(path)
+        found = CheckpointStore.resolve(path)
     except (FileNotFoundError, DamagedCheckpointError) as error:
         raise SettingsError(f"--resume-from: {error}") from None
+    if not (found / FACTS_FILE).is_file():
+        raise SettingsError(f"--resume-from: {path} is a checkpoint of vlarl sft; set model.path to model/ in the directory of that run")
+    return found
 
 
 def open_run_directory(path: Path, unit: Unit = "iteration") -> RunDirectory:
@@ -205,6 +222,7 @@ def open_run_directory(path: Path, unit: Unit = "iteration") -> RunDirectory:
     run = RunDirectory(path.resolve())  # runs/latest is a link, which `claimed` sets anew
     if not (run.path / "config.yaml").is_file():
         raise SettingsError(f"--run-dir: {path} holds no run (config.yaml is missing); give the directory of one, for example runs/latest")
+    refuse_links(run.path, "--run-dir")
     damages: list[str] = []
     newest = run.newest_checkpoint(unit, damages.append)
     if newest is None:

@@ -31,7 +31,7 @@ Count = Annotated[int, Field(ge=0, le=MANY)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=MANY)]
 Metric = Annotated[float, AfterValidator(_within)]
-TaskRates = dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], Rate]
+TaskRates = dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})$")], Rate]
 
 
 class Evaluation(BaseModel):

@@ -29,22 +29,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlarl_rllib.checkpoints import number_of
 from vlarl_rllib.config import VLAPPOConfig
-from vlarl_rllib.console import make_console
+from vlarl_rllib.console import make_console, pasted
 from vlarl_rllib.data.rlds import fingerprint, read_statistics
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.export import write_model
 from vlarl_rllib.learner.learner_group import LearnerError, VLALearnerGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means
-from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
+from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, keep_trying
 from vlarl_rllib.own_files import replace_file
 from vlarl_rllib.ray_session import ray_session
-from vlarl_rllib.run_directory import RowLog, RunDirectory, how_to_go_on, installed_versions
+from vlarl_rllib.run_directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on, installed_versions
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 from vlarl_rllib.signals import END
 from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS
 from vlarl_rllib.weights import make_reader
 
-MODEL_DIRECTORY, ERROR_FILE = "model", "error.txt"
+MODEL_DIRECTORY = "model"
 DATA_FILE = "data.json"
 """In a checkpoint: the fingerprint of the data that its step number counts in."""
 SECONDS_PER_CALL = 5.0
@@ -65,21 +65,16 @@ def run_sft(settings: Settings, run: RunDirectory, *, resume: bool = False) -> i
     """
     console = make_console()
     END.limit_seconds, END.words = settings.run.stop_seconds, partial(how_to_go_on, run, "step")
-    END.on_loss = partial(_write_error, run)
+    END.on_loss = run.write_error
     try:
         return _run(settings, run, console, run.newest_checkpoint("step") if resume else None)
     except SettingsError:
         raise
     except Exception as error:  # a learner's, the reader's, the disk's: none is a reason for a traceback on the screen
-        _write_error(run, traceback.format_exc())
+        run.write_error(traceback.format_exc())
         console.print(f"fine-tuning failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/{ERROR_FILE})", style="red")
         console.print(how_to_go_on(run, "step"))
         return 1
-
-
-def _write_error(run: RunDirectory, text: str) -> None:
-    with LOST.counting(ERROR_FILE):
-        (run.path / ERROR_FILE).write_text(text)
 
 
 def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Path | None) -> int:
@@ -126,7 +121,7 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
 
     if unwritten := keep_trying(write, KEEP_TRYING_SECONDS if END.signal is None else 0.0):
         raise unwritten
-    console.print(f"wrote {os.path.relpath(model)}; {_how_to_use(os.path.relpath(model), name, settings)}")
+    console.print(f"wrote {os.path.relpath(model)}; {_how_to_use(pasted(model), name, settings)}")
     if END.signal is None:
         return 0
     if row["step"] < settings.sft.steps:

@@ -27,6 +27,8 @@ GRACE_SECONDS = 20.0
 DUPLICATE_SECONDS = 0.1
 """One Ctrl-C may arrive twice, from the terminal and from a program in between; nobody presses it twice as fast."""
 POLL_SECONDS = 0.5
+LAST_WORDS_SECONDS = 1.0
+"""How long the last line may take: a reader that stands still would keep it back for ever."""
 
 
 class End:
@@ -125,16 +127,22 @@ class End:
         if self.signal is not None:
             raise KeyboardInterrupt
 
-    def now(self, code: int, line: str) -> None:
-        """End this process and its children at once, from any thread, with a last line."""
+    def now(self, code: int, first: str) -> None:
+        """End this process and its children at once, from any thread, with a last line: `first`, and how to go on."""
         if not self._ending.acquire(blocking=False):
             return
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.write(f"{line}\n")
-            sys.stdout.flush()
-        kill_children()
-        self.sweep()
+        for end in (kill_children, self.sweep):
+            with contextlib.suppress(Exception):
+                end()
+        speaker = threading.Thread(target=self._say_last, args=(first,), name="vlarl-last-words", daemon=True)
+        speaker.start()
+        speaker.join(LAST_WORDS_SECONDS)
         os._exit(code)
+
+    def _say_last(self, first: str) -> None:
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            sys.stdout.write(f"{self.sentence(first)}\n")
+            sys.stdout.flush()
 
     def lost(self, cause: str) -> None:
         """`now`, for a cause that no signal has asked for: exit code 1, and what must be kept is kept first."""
@@ -142,11 +150,16 @@ class End:
             self.on_loss(cause)
         except Exception:  # whatever it is, the process has to end
             logger.exception("while keeping what is there")
-        self.now(1 if self.signal is None else self.code, self.sentence(cause))
+        self.now(1 if self.signal is None else self.code, cause)
 
     def sentence(self, first: str) -> str:
         """`first`, and how to go on."""
-        return "; ".join(filter(None, (first, self.words())))
+        words = ""
+        try:
+            words = self.words()
+        except Exception:  # whatever it is, the process has to end
+            logger.exception("while looking how to go on")
+        return "; ".join(filter(None, (first, words)))
 
     def _handle(self, number: int, frame: Any) -> None:
         signal.alarm(0)  # where Ray has just begun to handle SIGTERM in C++, that calls us, and aborts after 3 s
@@ -156,7 +169,6 @@ class End:
         self.signal = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
         if self._raises:
             raise KeyboardInterrupt
-        self._notice(signal.Signals(number).name)
 
     def _watch(self, reader: socket.socket, wanted: frozenset[int]) -> None:
         """Python writes the number of each signal to a socket when it arrives, also while the main thread hangs or has another's handler."""
@@ -173,10 +185,17 @@ class End:
             for number in wanted.intersection(numbers):
                 if first is None:
                     first = number, time.monotonic()
+                    # In a thread of its own, which may wait for a reader: the handler would write in the middle of a write.
+                    threading.Thread(target=self._tell, args=(signal.Signals(number).name,), name="vlarl-notice", daemon=True).start()
                 elif number != signal.SIGHUP and time.monotonic() - first[1] > DUPLICATE_SECONDS:  # a shell passes on the kernel's SIGHUP
-                    self.now(self._code_of(first[0]), self.sentence(f"{signal.Signals(number).name} again: ended at once"))
+                    self.now(self._code_of(first[0]), f"{signal.Signals(number).name} again: ended at once")
             if first is not None and time.monotonic() - first[1] > self.limit_seconds + GRACE_SECONDS:
-                self.now(self._code_of(first[0]), self.sentence(f"the end took longer than {self.limit_seconds + GRACE_SECONDS:g} s: broken off"))
+                self.now(self._code_of(first[0]), f"the end took longer than {self.limit_seconds + GRACE_SECONDS:g} s: broken off")
+
+    def _tell(self, name: str) -> None:
+        if not self._raises:
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                self._notice(name)
 
     def _code_of(self, number: int) -> int:
         return 128 + signal.SIGINT if number == signal.SIGINT else self.sigterm_code

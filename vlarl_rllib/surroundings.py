@@ -83,9 +83,12 @@ def cache_directory() -> Path:
 
 def keep_caches_where_they_can_be_written() -> None:
     """Without a home to write to: Numba refuses to compile where its cache cannot be kept, and Matplotlib makes a new directory each time."""
-    if not home_is_writable():
-        for name, folder in (("NUMBA_CACHE_DIR", "numba"), ("MPLCONFIGDIR", "matplotlib")):
-            os.environ.setdefault(name, str(user_directory() / folder))
+    folders = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
+    missing = [name for name in folders if name not in os.environ]
+    if missing and not home_is_writable():
+        with suppress(SettingsError):  # there is no other place either, which a command that needs one says
+            for name in missing:
+                os.environ[name] = str(user_directory() / folders[name])
 
 
 def home_is_writable() -> bool:

@@ -22,7 +22,7 @@ from rich.console import Console
 from vlarl_rllib.algorithm import VLAPPO
 from vlarl_rllib.checkpoints import CheckpointStore, number_of
 from vlarl_rllib.config import VLAPPOConfig
-from vlarl_rllib.console import make_console
+from vlarl_rllib.console import make_console, pasted
 from vlarl_rllib.errors import DivergedError, cause_of, one_line
 from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
 from vlarl_rllib.observability.metrics import FAULTS, SECONDS
@@ -30,7 +30,7 @@ from vlarl_rllib.observability.table import LiveTable
 from vlarl_rllib.own_files import replace_file
 from vlarl_rllib.pulse import FROZEN_SECONDS, TrialWatch
 from vlarl_rllib.ray_session import ray_session
-from vlarl_rllib.run_directory import RowLog, RunDirectory, how_to_go_on, installed_versions
+from vlarl_rllib.run_directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on, installed_versions
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.signals import END
 from vlarl_rllib.tune_output import loggers, tolerant_tune
@@ -83,7 +83,7 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
         return keep_trying(lambda: _write(run, log, summarize(settings, log.rows, earlier_seconds + time.time() - began)), seconds)
 
     def keep_at_least(cause: str) -> None:
-        _write_error(run, cause)
+        run.write_error(cause)
         keep()
 
     END.limit_seconds, END.words, END.sigterm_code = settings.run.stop_seconds, partial(how_to_go_on, run), 0
@@ -105,11 +105,6 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
 def _write(run: RunDirectory, log: RowLog, summary: dict[str, Any]) -> None:
     log.write()
     replace_file(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def _write_error(run: RunDirectory, text: str) -> None:
-    with LOST.counting("error.txt"):
-        (run.path / "error.txt").write_text(text)
 
 
 def _notice(console: Console, settings: Settings, name: str) -> None:
@@ -142,7 +137,7 @@ def _fit_through_failures(
         config = config.copy(copy_frozen=False)
         config.faults = log.rows[-1]["faults"] | {"trial_restarts": log.rows[-1]["faults"]["trial_restarts"] + 1}
         config.policy_version = log.rows[-1]["policy_version"]
-        _write_error(run, str(error))
+        run.write_error(str(error))
         console.print(f"the trial failed after iteration {iteration}: {one_line(error)}; it starts anew from its newest checkpoint", style="yellow")
 
 
@@ -151,9 +146,9 @@ def _fit(config: VLAPPOConfig, settings: Settings, run: RunDirectory, table: Liv
     watch = TrialWatch(str(run.path), partial(console.print, style="dim"))
     callbacks: list[Any] = [table, watch, *loggers()]
     if settings.run.wandb:
-        from ray.air.integrations.wandb import WandbLoggerCallback
+        from vlarl_rllib.observability.weights_and_biases import WandbLogger
 
-        callbacks.append(WandbLoggerCallback(project=settings.run.wandb, log_config=False))
+        callbacks.append(WandbLogger(project=settings.run.wandb, log_config=False))
     errors: list[Exception] = []
     for outdated in run.path.glob("trial_*/checkpoint_*"):  # pointers of trials before this one, to what may be gone
         shutil.rmtree(outdated, ignore_errors=True)
@@ -227,15 +222,15 @@ def _lost_output(rows: list[dict[str, Any]]) -> int:
 
 
 def _finish_failed(run: RunDirectory, error: Exception, console: Console) -> int:
-    _write_error(run, str(error))
-    console.print(f"the run failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/error.txt)", style="red")
+    run.write_error(str(error))
+    console.print(f"the run failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/{ERROR_FILE})", style="red")
     console.print(how_to_go_on(run))
     return 1
 
 
 def _finish(settings: Settings, run: RunDirectory, log: RowLog, abandoned: bool, console: Console) -> int:
     """What is said behind a run that has not failed, and the exit code; 1 where the last iteration's checkpoint could not be written."""
-    newest, last = run.newest_checkpoint(), log.rows[-1] if log.rows else None
+    newest, last = run.checkpoints().newest(contents=False), log.rows[-1] if log.rows else None
     kept, done = number_of(newest) if newest else 0, last["iteration"] if last else 0
     if kept < done and not abandoned:
         console.print(
@@ -253,6 +248,6 @@ def _finish(settings: Settings, run: RunDirectory, log: RowLog, abandoned: bool,
     else:
         dropped = calculate_runtime_args(settings).evaluation_episodes and not last["evaluation"]
         where = f"--suite {settings.env.suite}" if settings.env.name == "libero" else f"--env {settings.env.name}"
-        missing = f"; its evaluation was dropped: vlarl eval {os.path.relpath(run.path)} {where}" if dropped else ""
+        missing = f"; its evaluation was dropped: vlarl eval {pasted(run.path)} {where}" if dropped else ""
         console.print(f"stopped behind the last iteration{missing}")
     return END.code

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rlds_files import INFO, PREFIX, STEP, TEXT, features, features_dict, image, tensor, write_metadata
 
-from vlarl_rllib.data.rlds import check_dataset
+from vlarl_rllib.data.rlds import check_dataset, episodes_of_split
 from vlarl_rllib.preflight import check_sft
 from vlarl_rllib.settings import Settings, SettingsError
 
@@ -148,3 +148,32 @@ def test_statistics_that_cannot_be_used_are_told_before_anything_starts(tmp_path
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"x": {"action": action, "num_transitions": 3}}))
     with pytest.raises(SettingsError, match=r"^sft\.data: .*dataset_statistics\.json is damaged .*action\.q99 is .*nan\], must be 7 finite numbers"):
         check_sft(Settings.from_dict({"sft": {"data": str(tmp_path)}}))
+
+
+@pytest.mark.parametrize(
+    ("split", "episodes"),
+    [("train", 40), ("train[:95%]", 38), ("train[10:]", 30), ("train[10:12]", 2), ("train[-5:]", 5), ("train[50%:-10]", 10), ("train[5:3]", 0)],
+)
+def test_episodes_of_a_part_of_a_split(split: str, episodes: int) -> None:
+    assert episodes_of_split(split, {"train": 40, "val": 3}) == episodes
+
+
+@pytest.mark.parametrize("split", ["train[:95", "train[:abc]", "test", "train[41:]", "train+val", "train[1]", ""])
+def test_what_is_no_part_of_a_split_is_told(split: str) -> None:
+    with pytest.raises(ValueError, match=r"is no split of the data set, which has train, val|reaches beyond the 40 episodes of train"):
+        episodes_of_split(split, {"train": 40, "val": 3})
+
+
+def without_a_sequence(feature: dict[str, Any]) -> None:
+    del feature["featuresDict"]["features"]["steps"]["sequence"]
+
+
+def with_an_image_that_is_a_list(feature: dict[str, Any]) -> None:
+    step_of(feature)["observation"]["featuresDict"]["features"]["image"]["image"] = []
+
+
+@pytest.mark.parametrize("damage", [without_a_sequence, with_an_image_that_is_a_list])
+def test_damaged_metadata_are_one_line(damage: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    write_metadata(tmp_path, changed(damage))
+    with pytest.raises(ValueError, match=r"^[^\n]+features.json[^\n]+$"):
+        check_dataset(tmp_path)

@@ -1,6 +1,7 @@
 """An algorithm in a script or notebook, without engines and learner actors: RLlib's own calls, and what a checkpoint brings along."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ def make_callbacks() -> type[RLlibCallback]:
     class Callbacks(RLlibCallback):
         """Notes what is called, in the runners too."""
 
-        def on_train_result(self, *, result: dict[str, Any], **kwargs: Any) -> None:
+        def on_train_result(self, *, result: dict[str, Any], metrics_logger: Any, **kwargs: Any) -> None:
             result["noted"] = True
+            metrics_logger.log_value("noted_percentile", 1.0, reduce="percentiles", window=10)
 
         def on_evaluate_end(self, *, algorithm: Any, evaluation_metrics: dict[str, Any], **kwargs: Any) -> None:
             algorithm.noted_evaluation = evaluation_metrics
@@ -47,6 +49,7 @@ def make_callbacks() -> type[RLlibCallback]:
 
         def on_episode_end(self, *, episode: Any, metrics_logger: Any, env_index: int, **kwargs: Any) -> None:
             metrics_logger.log_value("noted_length", float(episode.custom_data["length"]), reduce="mean", window=1)
+            metrics_logger.log_value("noted_pair", episode.get_rewards()[-2:], reduce="item_series", window=2)  # no checkpoint can keep it
 
     return Callbacks
 
@@ -151,6 +154,20 @@ def test_a_save_goes_to_a_directory_or_is_refused(algorithm: VLAPPO, tmp_path: P
     with pytest.raises(SettingsError, match="s3://bucket/x: checkpoints are written to directories"):
         algorithm.save_to_path("s3://bucket/x")
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["of a run without a checkpoint", "to a damaged one"])
+def test_a_pointer_of_tunes_that_is_no_use_is_as_good_as_none(algorithm: VLAPPO, saved: Path, tmp_path: Path, damaged: bool) -> None:
+    before = algorithm._faults["damaged_checkpoints"]
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    (copy / "facts.json").write_text("{}")
+    CheckpointStore.write_pointer(tmp_path, copy if damaged else None)
+    algorithm._origin = saved
+    algorithm._iteration = 17  # as Tune has it of the trial's last result
+    algorithm.load_checkpoint(str(tmp_path))
+    assert algorithm.iteration == CheckpointStore.read_facts(saved)["iteration"] != 17
+    assert algorithm._faults["damaged_checkpoints"] == before + damaged
 
 
 @pytest.mark.parametrize("where", ["__init__", "on_environment_created"])

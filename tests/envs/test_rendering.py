@@ -104,3 +104,15 @@ def test_a_chosen_device_is_not_looked_for_again(machine, monkeypatch: pytest.Mo
     assert configure_rendering(environ=environ) == GLBackend("egl", 2)
     monkeypatch.setattr(rendering, "find_egl_devices", lambda: pytest.fail("the display was looked at again"))
     assert configure_rendering(environ=environ) == GLBackend("egl", 2)
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"MUJOCO_GL": "nonsense"}, "MUJOCO_GL: 'nonsense' is no backend of MuJoCo; unset it, or choose from egl"),
+        ({"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "cuda0"}, "MUJOCO_EGL_DEVICE_ID: 'cuda0' is no number of a GPU"),
+    ],
+)
+def test_a_variable_that_names_nothing_is_told(environ: dict[str, str], told: str) -> None:
+    with pytest.raises(RuntimeError, match=told):
+        choose_gl_backend(environ=environ)

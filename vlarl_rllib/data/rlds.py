@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ from vlarl_rllib.models.checkpoint_facts import check_action_statistics
 STATISTICS_FILE = "dataset_statistics.json"
 INCOMPLETE = ".incomplete"
 """Behind the name of a data set's directory while it is being written."""
+SPLIT = re.compile(r"(?P<name>[^\[\]+]+)(\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\])?")
 JPEG_QUALITY = 95
 """As TensorFlow encodes by default, and so the published data."""
 EPISODES_AT_ONCE = 32
@@ -295,6 +296,31 @@ def check_dataset(directory: str | Path) -> dict[str, int]:
     if (path / STATISTICS_FILE).is_file():
         _stored_statistics(path / STATISTICS_FILE)
     return num_episodes(path)
+
+
+def episodes_of_split(split: str, splits: Mapping[str, int]) -> int:
+    """Episodes of a split, or of a part of one such as `train[:95%]` or `train[10:-10]`, counted as TensorFlow Datasets does.
+
+    Args:
+        splits: the episodes of each.
+
+    Raises:
+        ValueError: there is no such split, or that is no part of it.
+    """
+    parts = SPLIT.fullmatch(split)
+    if parts is None or parts["name"] not in splits:
+        raise ValueError(f"{split!r} is no split of the data set, which has {', '.join(splits)}; choose one, or a part such as train[:95%]")
+    whole = splits[parts["name"]]
+
+    def index(bound: str | None, default: int) -> int:
+        if not bound:
+            return default
+        number = round(int(bound[:-1]) * whole / 100) if bound.endswith("%") else int(bound)
+        if abs(number) > whole:
+            raise ValueError(f"{split!r} reaches beyond the {whole} episodes of {parts['name']}; choose a smaller part")
+        return number + whole if number < 0 else number
+
+    return max(0, index(parts["last"], whole) - index(parts["first"], 0))
 
 
 def read_episodes(path: Path, split: str) -> Iterator[dict[str, Any]]:

@@ -126,7 +126,7 @@ def _check_steps(file: Path, features: Feature) -> None:
     steps = _entries(features).get("steps", {})
     if _kind(steps) != "dataset_feature.Dataset":
         raise ValueError(f"{file}: steps is {_kind(steps)}, must be dataset_feature.Dataset; {LAYOUT}")
-    step = _entries(steps["sequence"]["feature"])
+    step = _entries(steps.get("sequence", {}).get("feature", {}))
     observation = _entries(step.get("observation", {}))
     missing = [name for name in ("observation", "action", "language_instruction") if name not in step]
     if not missing and "image" not in observation:
@@ -144,7 +144,7 @@ def _check_steps(file: Path, features: Feature) -> None:
 
 def _check_image(file: Path, image: Feature) -> None:
     """JPEG, PNG or raw, of three colours."""
-    shape, encoding = _shape(image), image.get("image", {}).get("encodingFormat") or "jpeg"
+    shape, encoding = _shape(image), _content(image).get("encodingFormat") or "jpeg"
     fits = len(shape) == 3 and shape[2] in (3, -1) and _dtype(image) == "uint8"
     if _kind(image) not in ("image_feature.Image", "tensor_feature.Tensor") or not fits or encoding not in ("jpeg", "png"):
         raise ValueError(f"{file}: steps/observation/image is {_described(image)}, must be JPEG, PNG or raw frames [H, W, 3] of uint8; {LAYOUT}")

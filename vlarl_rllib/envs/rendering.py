@@ -19,6 +19,10 @@ _SOFTWARE_DEVICE = "EGL_MESA_device_software"
 """Extension that Mesa lists for its software rasteriser (EGL_MESA_device_software)."""
 
 
+BACKENDS = ("egl", "osmesa", "glx", "glfw")
+"""What MuJoCo takes for MUJOCO_GL on Linux; the last two need a display."""
+
+
 @dataclass(frozen=True)
 class EGLDevices:
     """Indices, in EGL's own order (which `MUJOCO_EGL_DEVICE_ID` counts in), of the devices that can be initialised."""
@@ -61,12 +65,16 @@ def choose_gl_backend(render_device: int = 0, environ: MutableMapping[str, str] 
         environ: where `MUJOCO_GL` is looked up; a value there wins.
 
     Raises:
-        RuntimeError: neither EGL nor OSMesa can be loaded.
+        RuntimeError: neither EGL nor OSMesa can be loaded, or a variable names what there is not.
     """
     chosen = environ.get("MUJOCO_GL", "").strip().lower()
+    if chosen not in ("", *BACKENDS):
+        raise RuntimeError(f"MUJOCO_GL: {chosen!r} is no backend of MuJoCo; unset it, or choose from {', '.join(BACKENDS)}")
     if chosen not in ("", "egl"):
         return GLBackend(chosen)
     if chosen and (device := environ.get("MUJOCO_EGL_DEVICE_ID")):
+        if not device.isdecimal():
+            raise RuntimeError(f"MUJOCO_EGL_DEVICE_ID: {device!r} is no number of a GPU; unset it, or give one, counted from 0")
         # Not asked again: looking at a display ends with terminating it, and MuJoCo may be drawing on that very one by now.
         return GLBackend("egl", int(device))
     devices = find_egl_devices()

@@ -111,7 +111,7 @@ class EvaluationRequest:
     def question(self) -> dict[str, Any]:
         """All that the outcome depends on, as JSON: two evaluations with equal questions have the same episodes."""
         directory = Path(self.policy_path).expanduser()
-        local = directory.is_dir()
+        local = not is_model_name(self.policy_path) and directory.is_dir()
         return {
             "checkpoint": str(directory.resolve()) if local else self.policy_path,
             "checkpoint_files": _fingerprint(directory) if local else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlarl_rllib.console import make_console
+from vlarl_rllib.console import make_console, pasted
 from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
 from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
 from vlarl_rllib.evaluation.report import INCOMPLETE, EvaluationResult, summarize, to_table, write_reports
@@ -76,7 +75,7 @@ def run_evaluation(request: EvaluationRequest, out: Path) -> int:
     """
     console = make_console()
     request.check()
-    where = os.path.relpath(out)
+    where = pasted(out)
     END.words = lambda: f"what was finished is kept; the same command with --out {where} goes on"
     with open_evaluation(out, request.question()) as directory:
         watch = _Terminal(console, directory, total=len(request.starts()))

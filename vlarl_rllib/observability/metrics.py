@@ -5,6 +5,8 @@ docs/metrics.md gives the formula of each.
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from ray.rllib.utils import metrics as names
 
 from vlarl_rllib.rollout.players import EpisodeResult, success_by_task
 from vlarl_rllib.types import WeightManifest
+
+logger = logging.getLogger(__name__)
 
 EPISODE_MEANS = (
     names.EPISODE_RETURN_MEAN, names.EPISODE_RETURN_MIN, names.EPISODE_RETURN_MAX,
@@ -117,6 +121,12 @@ def fill_in_episode_means(runners: dict[str, Any]) -> None:
         runners.setdefault(name, math.nan)
 
 
+def rllib_evaluation(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluation_metrics` made, under RLlib's names too: the mean return is 1 for a success."""
+    means = {"success_rate": names.EPISODE_RETURN_MEAN, "mean_length": names.EPISODE_LEN_MEAN, "episodes": names.NUM_EPISODES}
+    return {names.ENV_RUNNER_RESULTS: {name: metrics[ours] for ours, name in means.items()}, "vlarl": metrics}
+
+
 def iteration_row(result: dict[str, Any]) -> dict[str, Any]:
     """An iteration's line of `metrics.jsonl`, from Tune's or `Algorithm.train`'s result: the numbers, and over them the details."""
     return result["vlarl"] | result["vlarl_details"]
@@ -173,3 +183,14 @@ def _success(results: Sequence[EpisodeResult]) -> dict[str, Any]:
         "success_rate": float(np.mean([result.success for result in results])) if results else None,
         "success_rate_by_task": {str(task): rate for task, rate in success_by_task(list(results)).items()},
     }
+
+
+def plain_state(metrics: names.metrics_logger.MetricsLogger) -> dict[str, Any]:
+    """RLlib's running metrics for a checkpoint, as JSON. One of values that are no numbers, which callbacks may log, begins anew on a resume."""
+    kept: dict[str, Any] = {}
+    for name, state in metrics.get_state()["stats"].items():
+        try:
+            kept[name] = json.loads(json.dumps(state, default=lambda value: value.item()))
+        except (AttributeError, TypeError, ValueError) as error:  # no numpy number, or an array of several
+            logger.debug("the metric %s is not kept: %s", name, error)
+    return {"stats": kept}

@@ -43,6 +43,9 @@ def one_line(error: ValidationError, settings: type[BaseModel]) -> str:
 
 
 def _nearest(key: str, known: dict[str, str]) -> str:
+    if key in known:  # written as one word, with a dot in it
+        *sections, leaf = key.split(".")
+        return f"nest it: {': {'.join(sections)}: {{{leaf}: ...}}{'}' * (len(sections) - 1)}; keys with dots are for --set"
     sections = sorted({name.split(".")[0] for name in known})
     if "." not in key:
         close = difflib.get_close_matches(key, sections, n=1)
