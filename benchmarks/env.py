@@ -1,6 +1,7 @@
 """What an environment costs on this machine: speed of one core, resets, memory, and the observation path.
 
-    python benchmarks/env.py [--env libero] [--suite libero_spatial] [--image-size 224] [--only-observation-path] [--out FILE]
+    python benchmarks/env.py [--env libero] [--suite libero_spatial] [--image-size 224] [--only-observation-path]
+        [--out FILE]
 
 Prints a table and writes the same numbers as JSON. Takes a few minutes, or seconds for the observation path alone; run
 it on an idle machine.
@@ -171,7 +172,11 @@ def measure_observation_path() -> list[Figure]:
             "small_resize": partial(Image.fromarray(resized).resize, (112, 112), Image.Resampling.BICUBIC),
         }
         for stage, run in stages.items():
-            what = "whole observation path, 256 to 224 pixels" if stage == "observation_path" else f"of which {stage}, alone"
+            what = (
+                "whole observation path, 256 to 224 pixels"
+                if stage == "observation_path"
+                else f"of which {stage}, alone"
+            )
             figures.append(Figure(f"{stage}_{name}_ms", f"{what}, {name} picture", median_milliseconds(run), "ms"))
     return figures
 
@@ -212,10 +217,16 @@ def main() -> None:
         table.add_row(figure.description, f"{figure.value:.3g}", figure.unit)
     Console().print(table)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "processor": platform.processor() or platform.machine()}
+    machine = {
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "processor": platform.processor() or platform.machine(),
+    }
     versions = {name: version(name) for name in ("mujoco", "robosuite", "numpy")}
     values = {figure.key: figure.value for figure in figures}
-    arguments.out.write_text(json.dumps({"env": asdict(full), "machine": machine, "versions": versions, **values}, indent=1))
+    arguments.out.write_text(
+        json.dumps({"env": asdict(full), "machine": machine, "versions": versions, **values}, indent=1)
+    )
     Console().print(f"written to {arguments.out}")
 
 

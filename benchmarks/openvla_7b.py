@@ -1,11 +1,13 @@
-"""OpenVLA-7B on one GPU, with random weights in published shards: load, sample through vLLM, train adapters, sync, export, reload.
+"""OpenVLA-7B on one GPU, with random weights in published shards: load, sample through vLLM, train adapters, sync,
+export, reload.
 
-    python benchmarks/openvla_7b.py SCRATCH --json 7b.json                       # bfloat16 base
+    python benchmarks/openvla_7b.py SCRATCH --json 7b.json         # bfloat16 base
     python benchmarks/openvla_7b.py SCRATCH --quantization 4bit --json 7b-4bit.json
-    python benchmarks/openvla_7b.py SCRATCH --in-tree                            # the export through vLLM's own OpenVLA class
-    python benchmarks/openvla_7b.py SCRATCH --preset tiny                        # the same steps in a minute on a CPU
+    python benchmarks/openvla_7b.py SCRATCH --in-tree              # the export through vLLM's own OpenVLA class
+    python benchmarks/openvla_7b.py SCRATCH --preset tiny          # the same steps in a minute on a CPU
 
-SCRATCH takes 15 GB for the weights and 15 GB for each export; two versions of the weights (30 GB) must fit into /dev/shm.
+SCRATCH takes 15 GB for the weights and 15 GB for each export; two versions of the weights (30 GB) must fit into
+/dev/shm.
 """
 
 from __future__ import annotations
@@ -38,14 +40,17 @@ def timed(name: str) -> Iterator[None]:
 
 
 def write_random_7b(directory: Path, device: str) -> None:
-    """Published sizes, names and shards (at most 5 GB each), random bfloat16 weights, a word-level tokenizer with Llama's id ranges."""
+    """Published sizes, names and shards (at most 5 GB each), random bfloat16 weights, a word-level tokenizer with
+    Llama's id ranges."""
     from huggingface_hub import save_torch_state_dict
 
     from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor
     from vlarl_rllib.models.presets import PRESETS, action_statistics, initialize_for_exploration, write_tokenizer
 
     text = {"pad_token_id": 32000, "vocab_size": 32064, "torch_dtype": "bfloat16"}
-    config = OpenVLAConfig(text_config=text, norm_stats=action_statistics(), dtype="bfloat16", architectures=["OpenVLAForActionPrediction"])
+    config = OpenVLAConfig(
+        text_config=text, norm_stats=action_statistics(), dtype="bfloat16", architectures=["OpenVLAForActionPrediction"]
+    )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         torch.manual_seed(0)
@@ -69,7 +74,13 @@ def settings_for(arguments: argparse.Namespace, model: str) -> Any:
     gpu = {} if arguments.cpu else {"gpus": 0.45}
     return Settings.from_dict(
         {
-            "model": {"path": model, "unnorm_key": "libero_spatial", "dtype": dtype, "lora": {"rank": 32}, "quantization": arguments.quantization},
+            "model": {
+                "path": model,
+                "unnorm_key": "libero_spatial",
+                "dtype": dtype,
+                "lora": {"rank": 32},
+                "quantization": arguments.quantization,
+            },
             "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 16, "num_processes": 2, "models_per_process": 2},
             "rollout": {"steps_per_iteration": arguments.steps},
             "engines": {"dtype": dtype, "max_batch": 16, **gpu},
@@ -104,12 +115,19 @@ def train(arguments: argparse.Namespace, model: str, run: Path) -> dict[str, Any
         row = algorithm.train()["vlarl"]
         rows.append(row)
         seconds = ", ".join(f"{name} {row['seconds'][name]:.1f} s" for name in ("sample", "update", "sync"))
-        print(f"iteration {iteration + 1}: {row['env_steps']} steps, {seconds}, log-prob gap mean {row['logprob_gap_mean']:.1e}", flush=True)
+        print(
+            f"iteration {iteration + 1}: {row['env_steps']} steps, {seconds}, log-prob gap mean "
+            f"{row['logprob_gap_mean']:.1e}",
+            flush=True,
+        )
     with timed("checkpoint"):
         pointer = run / "pointer"
         pointer.mkdir()
         algorithm.save_checkpoint(str(pointer))
-    memory = {"learner_peak_gb": algorithm.learner_group.call("apply", peak_memory_gb)[0], "device_used_gb": device_used_gb()}
+    memory = {
+        "learner_peak_gb": algorithm.learner_group.call("apply", peak_memory_gb)[0],
+        "device_used_gb": device_used_gb(),
+    }
     image_size = read_checkpoint_facts(algorithm.config.settings().model.path).image_size
     requests = [SampleRequest(frame, INSTRUCTIONS[i % 2], 0, 0.0) for i, frame in enumerate(frames(image_size))]
     replies = ray.get(algorithm.engine_pool.handles[0].sample.remote(requests))
@@ -117,7 +135,15 @@ def train(arguments: argparse.Namespace, model: str, run: Path) -> dict[str, Any
     ray.shutdown()
     tokens, log_probs = np.stack([reply.tokens for reply in replies]), np.stack([reply.log_probs for reply in replies])
     np.savez(run / "engine.npz", tokens=tokens, log_probs=log_probs)
-    picked = ("logprob_gap_mean", "logprob_gap_max", "approx_kl", "grad_norm", "skipped_updates", "sync_bytes", "seconds")
+    picked = (
+        "logprob_gap_mean",
+        "logprob_gap_max",
+        "approx_kl",
+        "grad_norm",
+        "skipped_updates",
+        "sync_bytes",
+        "seconds",
+    )
     return {"iterations": [{name: row[name] for name in picked} for row in rows], "memory": memory}
 
 
@@ -129,7 +155,12 @@ def device_used_gb() -> float:
     """Of the whole card, all processes together."""
     if not torch.cuda.is_available():
         return 0.0
-    out = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(out.stdout.split()[0]) * 2**20 / 1e9
 
 
@@ -149,12 +180,18 @@ def reload(out: Path, run: Path, device: str, dtype: torch.dtype) -> dict[str, A
     # Behind the first token that differs the two go different ways.
     agreeing = np.cumprod(same, axis=1).astype(bool)
     gap = np.abs(prediction.log_probs.cpu().numpy() - engine["log_probs"])[agreeing]
-    return {"first_tokens_equal": float(same[:, 0].mean()), "tokens_equal": float(same.mean()), "log_prob_gap_max": float(gap.max())}
+    return {
+        "first_tokens_equal": float(same[:, 0].mean()),
+        "tokens_equal": float(same.mean()),
+        "log_prob_gap_max": float(gap.max()),
+    }
 
 
 def inputs_on(processor: Any, model: Any) -> dict[str, torch.Tensor]:
     pictures = frames(model.config.image_size)
-    inputs = processor(images=pictures, instructions=[INSTRUCTIONS[i % 2] for i in range(len(pictures))], raw_images=True)
+    inputs = processor(
+        images=pictures, instructions=[INSTRUCTIONS[i % 2] for i in range(len(pictures))], raw_images=True
+    )
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
@@ -170,8 +207,12 @@ def quantization_error(arguments: argparse.Namespace, model: str, device: str) -
         chosen = settings if name == "quantised" else settings.model_copy(update={"quantization": None})
         policy = build_policy(chosen, device).to(device)
         ids = policy.action_token_ids
-        tokens = torch.randint(ids.start, ids.stop, (NUM_FRAMES, 7), generator=torch.Generator().manual_seed(0)).to(device)
-        logits[name] = policy.action_logits(**inputs_on(OpenVLAProcessor.from_pretrained(model), policy), action_tokens=tokens).cpu()
+        tokens = torch.randint(ids.start, ids.stop, (NUM_FRAMES, 7), generator=torch.Generator().manual_seed(0)).to(
+            device
+        )
+        logits[name] = policy.action_logits(
+            **inputs_on(OpenVLAProcessor.from_pretrained(model), policy), action_tokens=tokens
+        ).cpu()
         del policy
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -197,15 +238,31 @@ def in_tree(out: Path, run: Path) -> dict[str, Any]:
 
     processor = OpenVLAProcessor.from_pretrained(out)
     with timed("start vLLM's own OpenVLA"):
-        llm = LLM(str(out), dtype="bfloat16", max_model_len=512, max_num_seqs=16, enforce_eager=True, limit_mm_per_prompt={"image": 1})
+        llm = LLM(
+            str(out),
+            dtype="bfloat16",
+            max_model_len=512,
+            max_num_seqs=16,
+            enforce_eager=True,
+            limit_mm_per_prompt={"image": 1},
+        )
     prompts = [
-        {"prompt_token_ids": processor.prompt_ids(INSTRUCTIONS[i % 2]), "multi_modal_data": {"image": Image.fromarray(frame)}}
+        {
+            "prompt_token_ids": processor.prompt_ids(INSTRUCTIONS[i % 2]),
+            "multi_modal_data": {"image": Image.fromarray(frame)},
+        }
         for i, frame in enumerate(frames(224))
     ]
-    greedy = SamplingParams(temperature=0.0, max_tokens=7, ignore_eos=True, allowed_token_ids=list(range(31744, 32000)), detokenize=False)
+    greedy = SamplingParams(
+        temperature=0.0, max_tokens=7, ignore_eos=True, allowed_token_ids=list(range(31744, 32000)), detokenize=False
+    )
     tokens = np.array([list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy)])
     same = tokens == np.load(run / "engine.npz")["tokens"]
-    return {"architecture": "OpenVLAForActionPrediction (vLLM)", "first_tokens_equal": float(same[:, 0].mean()), "tokens_equal": float(same.mean())}
+    return {
+        "architecture": "OpenVLAForActionPrediction (vLLM)",
+        "first_tokens_equal": float(same[:, 0].mean()),
+        "tokens_equal": float(same.mean()),
+    }
 
 
 def main() -> None:
@@ -220,7 +277,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.cpu = not torch.cuda.is_available()
     device, dtype = ("cpu", torch.float32) if arguments.cpu else ("cuda", torch.bfloat16)
-    run, out = (arguments.scratch.resolve() / f"{name}-{arguments.quantization or 'bf16'}" for name in ("run", "export"))
+    run, out = (
+        arguments.scratch.resolve() / f"{name}-{arguments.quantization or 'bf16'}" for name in ("run", "export")
+    )
     if arguments.in_tree:
         result = in_tree(out, run)
     else:
@@ -239,7 +298,7 @@ def main() -> None:
             print(json.dumps(result), flush=True)
         result |= train(arguments, model, run)
         print(json.dumps(result), flush=True)
-        from vlarl_rllib.export import export_merged, find_training_checkpoint
+        from vlarl_rllib.runs.export import export_merged, find_training_checkpoint
 
         checkpoint = find_training_checkpoint(run)
         assert checkpoint is not None

@@ -44,19 +44,35 @@ if TYPE_CHECKING:
 DEFAULT_DIRECTORY = Path(__file__).parents[1] / "tests" / "data" / "golden"
 CHECKPOINTS = ("S", "B", "A")
 INPUTS = {
-    *("images_u8", "instructions", "sample_image", "sample_instruction", "forced_tokens", "suites", "grid_values", "decode_tokens"),
+    *(
+        "images_u8",
+        "instructions",
+        "sample_image",
+        "sample_instruction",
+        "forced_tokens",
+        "suites",
+        "grid_values",
+        "decode_tokens",
+    ),
     *("full_logits_samples", "sft_batch_samples"),
 }
 """Arrays that the others are computed from."""
 ADAPTER_PREFIX = "lora_"
 """Arrays with the LoRA adapter in `adapter_<name>/` active, where there is one."""
-ADAPTER_TOLERANCES = {"lora gradients (relative L2)": 1e-4, "lora merged weights": 5e-6, "lora merged weights' sums (relative)": 1e-6}
+ADAPTER_TOLERANCES = {
+    "lora gradients (relative L2)": 1e-4,
+    "lora merged weights": 5e-6,
+    "lora merged weights' sums (relative)": 1e-6,
+}
 
 FEATURE_TOLERANCE, LOSS_TOLERANCE, ACTION_TOLERANCE = 5e-6, 1e-4, 1e-12
 TOLERANCES = {
     **dict.fromkeys(("vision_features", "projector_output", "lora_projector_output"), FEATURE_TOLERANCE),
     **dict.fromkeys(("sft_loss", "sft_batch_loss", "lora_pg_loss"), LOSS_TOLERANCE),
-    **dict.fromkeys(("actions", "actions_normalized", "actions_all_suites", "env_actions", "grid_decoded", "decode_values"), ACTION_TOLERANCE),
+    **dict.fromkeys(
+        ("actions", "actions_normalized", "actions_all_suites", "env_actions", "grid_decoded", "decode_values"),
+        ACTION_TOLERANCE,
+    ),
     **dict.fromkeys(("bins", "bin_centers", "gripper_unnormalized", "gripper_scaled", "gripper_env"), ACTION_TOLERANCE),
 }
 """Absolute; `Golden.tolerance` for other computed floats, and 0 for integers, texts and pixels."""
@@ -219,7 +235,10 @@ def _forced(golden: Golden) -> Iterator[tuple[str, Any]]:
     action_logits = model.action_logits(**inputs, action_tokens=tokens.flatten(0, 1)).unflatten(0, (-1, 3))
     yield "forced_action_logits", action_logits
     full = torch.stack(
-        [chosen_log_probs(model.language_model.lm_head(part), row, 1.0) for part, row in zip(hidden, tokens.flatten(0, 1), strict=True)]
+        [
+            chosen_log_probs(model.language_model.lm_head(part), row, 1.0)
+            for part, row in zip(hidden, tokens.flatten(0, 1), strict=True)
+        ]
     )
     yield "forced_logprob_fullvocab_T1.0", full.unflatten(0, (-1, 3))
     for temperature in TEMPERATURES:
@@ -236,7 +255,10 @@ def _supervised(golden: Golden) -> Iterator[tuple[str, Any]]:
     samples = golden.arrays["sft_batch_samples"]
     pad = golden.processor.tokenizer.pad_token_id
     texts = [str(golden.arrays["instructions"][golden.arrays["sample_instruction"][sample]]) for sample in samples]
-    rows = [[*golden.processor.prompt_ids(text), *targets[sample].tolist()] for text, sample in zip(texts, samples, strict=True)]
+    rows = [
+        [*golden.processor.prompt_ids(text), *targets[sample].tolist()]
+        for text, sample in zip(texts, samples, strict=True)
+    ]
     longest = max(len(row) for row in rows)
     input_ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])[:, None]
@@ -313,7 +335,9 @@ def _adapted(golden: Golden, model: OpenVLAForActionPrediction) -> Iterator[tupl
         yield f"lora_greedy_logprob_T{temperature}", prediction.log_probs
     yield "lora_greedy_tokens", prediction.tokens
     forced = golden.tensor("forced_tokens")
-    logits = torch.stack([model.action_logits(**golden.inputs(), action_tokens=forced[:, i]) for i in range(forced.shape[1])], dim=1)
+    logits = torch.stack(
+        [model.action_logits(**golden.inputs(), action_tokens=forced[:, i]) for i in range(forced.shape[1])], dim=1
+    )
     yield "lora_forced_action_logits", logits
     for temperature in TEMPERATURES:
         yield f"lora_forced_logprob_T{temperature}", chosen_log_probs(logits, forced - first, temperature)
@@ -330,10 +354,15 @@ def _adapter_files(golden: Golden, model: OpenVLAForActionPrediction, directory:
     tokens = golden.tensor("forced_tokens")[:, 0]
     logits = model.action_logits(**golden.inputs(), action_tokens=tokens)
     parameters = adapter_parameters(model)
-    gradients = torch.autograd.grad(-chosen_log_probs(logits, tokens - model.action_token_ids[0], 1.6).mean(), list(parameters.values()))
+    gradients = torch.autograd.grad(
+        -chosen_log_probs(logits, tokens - model.action_token_ids[0], 1.6).mean(), list(parameters.values())
+    )
     expected = load_file(directory / "gradients.safetensors")
     errors = {name: gradient - expected[name] for name, gradient in zip(parameters, gradients, strict=True)}
-    yield "lora gradients (relative L2)", max(float(error.norm() / expected[name].norm()) for name, error in errors.items())
+    yield (
+        "lora gradients (relative L2)",
+        max(float(error.norm() / expected[name].norm()) for name, error in errors.items()),
+    )
 
     merged = dict(iterate_weights(model, torch.float32))
     changed = load_file(directory / "merged_weights.safetensors")
@@ -346,12 +375,15 @@ def _adapter_files(golden: Golden, model: OpenVLAForActionPrediction, directory:
 
 @torch.no_grad()
 def engine_differences(golden: Golden, pool: EnginePool, timeout_seconds: float = 300.0) -> dict[str, Difference]:
-    """vLLM's greedy tokens and log-probs against the original's, and its samples' log-probs against this package's model."""
+    """vLLM's greedy tokens and log-probs against the original's, and its samples' log-probs against this package's
+    model."""
     import ray
 
     def sample(requests: list[SampleRequest]) -> tuple[Tensor, Tensor]:
         replies = ray.get(pool.handles[0].sample.remote(requests), timeout=timeout_seconds)
-        return torch.from_numpy(np.stack([reply.tokens for reply in replies])), torch.from_numpy(np.stack([reply.log_probs for reply in replies]))
+        return torch.from_numpy(np.stack([reply.tokens for reply in replies])), torch.from_numpy(
+            np.stack([reply.log_probs for reply in replies])
+        )
 
     tokens, log_probs = sample(golden.requests(temperature=0.0))
     differences = {
@@ -394,7 +426,9 @@ def measure(folder: Path, name: str, *, with_engine: bool) -> dict[str, Differen
 
     with tempfile.TemporaryDirectory() as scratch:
         write_engine_checkpoint(golden, Path(scratch) / name)
-        pool = EnginePool(engine_spec(Path(scratch) / name), 1, actor_options=[{"num_cpus": 1}], start_timeout_seconds=300)
+        pool = EnginePool(
+            engine_spec(Path(scratch) / name), 1, actor_options=[{"num_cpus": 1}], start_timeout_seconds=300
+        )
         try:
             pool.wait_until_ready()
             differences |= engine_differences(golden, pool)
@@ -405,7 +439,9 @@ def measure(folder: Path, name: str, *, with_engine: bool) -> dict[str, Differen
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("golden_dir", type=Path, nargs="?", default=DEFAULT_DIRECTORY, help="folder of the checkpoints and their arrays")
+    parser.add_argument(
+        "golden_dir", type=Path, nargs="?", default=DEFAULT_DIRECTORY, help="folder of the checkpoints and their arrays"
+    )
     parser.add_argument("--no-engine", action="store_true", help="the model only, without vLLM")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parity.json"), help="JSON file to write")
     arguments = parser.parse_args()
@@ -418,15 +454,25 @@ def main() -> None:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     results = {name: measure(arguments.golden_dir, name, with_engine=not arguments.no_engine) for name in names}
 
-    table = Table("array", *names, "tolerance", title="largest absolute difference from the original OpenVLA code, float32, CPU")
+    table = Table(
+        "array", *names, "tolerance", title="largest absolute difference from the original OpenVLA code, float32, CPU"
+    )
     for array in dict.fromkeys(array for differences in results.values() for array in differences):
         cells = [results[name].get(array) for name in names]
         tolerances = sorted({cell.tolerance for cell in cells if cell})
-        shown = ["-" if cell is None else f"{cell.largest:.1e}" if cell.is_small else f"[red]{cell.largest:.1e}[/red]" for cell in cells]
-        table.add_row(array, *shown, " / ".join(f"{tolerance:.0e}" if tolerance else "exact" for tolerance in tolerances))
+        shown = [
+            "-" if cell is None else f"{cell.largest:.1e}" if cell.is_small else f"[red]{cell.largest:.1e}[/red]"
+            for cell in cells
+        ]
+        table.add_row(
+            array, *shown, " / ".join(f"{tolerance:.0e}" if tolerance else "exact" for tolerance in tolerances)
+        )
     Console().print(table)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: {array: asdict(difference) for array, difference in differences.items()} for name, differences in results.items()}
+    values = {
+        name: {array: asdict(difference) for array, difference in differences.items()}
+        for name, differences in results.items()
+    }
     arguments.out.write_text(json.dumps(values, indent=1))
     Console().print(f"written to {arguments.out}")
     sys.exit(not all(difference.is_small for differences in results.values() for difference in differences.values()))

@@ -1,12 +1,13 @@
 """Does it learn? The quickstart on several seeds, beside more fine-tuning, and controls that must not learn.
 
-    python benchmarks/quickstart.py SCRATCH [--seeds 5 6 7] [--parts quickstart more_sft frozen shuffled local] [--out FILE]
+    python benchmarks/quickstart.py SCRATCH [--seeds 5 6 7] [--parts quickstart more_sft frozen shuffled local]
+        [--out FILE]
 
 For each seed, all from the model that the quickstart's fine-tuning left:
     quickstart  `vlarl quickstart configs/quickstart.yaml`
     more_sft    fine-tuning anew on the same demonstrations, for longer by PPO's wall time
     frozen      PPO with learning rates of 0: the greedy episodes must stay as they are
-    shuffled    PPO with the rewards of each iteration dealt out to its chunks at random
+    shuffled    PPO with the rewards of each iteration dealt out to its fragments at random
     local       the quickstart's PPO with `engines.num: 0`
 """
 
@@ -33,11 +34,11 @@ from rich.table import Table
 from torch import Tensor
 
 import vlarl_rllib
+from vlarl_rllib.commands.report import STAGES_FILE
 from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.learner.collate import RolloutBatch
 from vlarl_rllib.learner.learner import VLALearner
-from vlarl_rllib.report import STAGES_FILE
-from vlarl_rllib.run_directory import RunDirectory
+from vlarl_rllib.runs.directory import RunDirectory
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PARTS = ("quickstart", "more_sft", "frozen", "shuffled", "local")
@@ -45,7 +46,7 @@ FROZEN = {"training.lr": 0.0, "training.value_lr": 0.0}
 
 
 class ShuffledLearner(VLALearner):
-    """Every chunk of an iteration gets the rewards of another one, at its end."""
+    """Every fragment of an iteration gets the rewards of another one, at its end."""
 
     def _targets(self, batch: RolloutBatch) -> dict[str, Tensor]:
         ends = torch.from_numpy(batch.column).diff(append=torch.zeros(1, dtype=torch.long)) <= 0
@@ -60,7 +61,9 @@ def command(log: Path, *arguments: str, **overrides: Any) -> float:
     sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
     began = time.perf_counter()
     with log.open("w") as file:
-        subprocess.run([sys.executable, "-m", "vlarl_rllib", *arguments, *sets], check=True, stdout=file, stderr=subprocess.STDOUT)
+        subprocess.run(
+            [sys.executable, "-m", "vlarl_rllib", *arguments, *sets], check=True, stdout=file, stderr=subprocess.STDOUT
+        )
     return time.perf_counter() - began
 
 
@@ -72,7 +75,9 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 def quickstart(scratch: Path, seed: int) -> dict[str, Any]:
     run = scratch / f"quickstart_{seed}"
-    wall = command(scratch / f"quickstart_{seed}.log", "quickstart", str(CONFIG), "--run-dir", str(run), **{"run.seed": seed})
+    wall = command(
+        scratch / f"quickstart_{seed}.log", "quickstart", str(CONFIG), "--run-dir", str(run), **{"run.seed": seed}
+    )
     stages = {stage["stage"]: stage for stage in json.loads((run / STAGES_FILE).read_text())}
     before, after = evaluations(run)[0], evaluations(run)[-1]
     return {
@@ -91,11 +96,23 @@ def more_sft(scratch: Path, seed: int) -> dict[str, Any]:
     settings = RunDirectory(first / "sft").settings()
     factor = 1.0 + stages["PPO"] / stages["supervised fine-tuning"]
     overrides = {"sft.steps": round(settings.sft.steps * factor)}
-    wall = command(scratch / f"more_sft_{seed}.log", "sft", str(first / "sft" / "config.yaml"), "--run-dir", str(tuned), **overrides)
-    return {"after": frozen(scratch, seed, tuned / "model", f"more_sft_eval_{seed}", iterations=1)["before"], "wall_seconds": wall}
+    wall = command(
+        scratch / f"more_sft_{seed}.log",
+        "sft",
+        str(first / "sft" / "config.yaml"),
+        "--run-dir",
+        str(tuned),
+        **overrides,
+    )
+    return {
+        "after": frozen(scratch, seed, tuned / "model", f"more_sft_eval_{seed}", iterations=1)["before"],
+        "wall_seconds": wall,
+    }
 
 
-def frozen(scratch: Path, seed: int, model: Path | None = None, name: str | None = None, *, iterations: int = 3) -> dict[str, Any]:
+def frozen(
+    scratch: Path, seed: int, model: Path | None = None, name: str | None = None, *, iterations: int = 3
+) -> dict[str, Any]:
     """Greedy success before and after PPO without learning, from `model` or what the quickstart fine-tuned."""
     name = name or f"frozen_{seed}"
     overrides = FROZEN | {"run.iterations": iterations, "training.critic_warmup_iterations": 0}
@@ -105,12 +122,20 @@ def frozen(scratch: Path, seed: int, model: Path | None = None, name: str | None
 def train(scratch: Path, seed: int, name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """The quickstart's PPO again with some settings changed."""
     run = scratch / name
-    command(scratch / f"{name}.log", "train", str(scratch / f"quickstart_{seed}" / "config.yaml"), "--run-dir", str(run), **overrides)
+    command(
+        scratch / f"{name}.log",
+        "train",
+        str(scratch / f"quickstart_{seed}" / "config.yaml"),
+        "--run-dir",
+        str(run),
+        **overrides,
+    )
     return {"before": evaluations(run)[0], "after": evaluations(run)[-1]}
 
 
 def shuffled(scratch: Path, seed: int) -> dict[str, Any]:
-    """The quickstart's PPO with a learner that shuffles; in this process, since the command line has no such learner."""
+    """The quickstart's PPO with a learner that shuffles; in this process, since the command line has no such
+    learner."""
     import ray
 
     from vlarl_rllib.config import VLAPPOConfig
@@ -119,14 +144,23 @@ def shuffled(scratch: Path, seed: int) -> dict[str, Any]:
     settings = RunDirectory(scratch / f"quickstart_{seed}").settings()
     config = VLAPPOConfig.from_settings(settings, scratch / f"shuffled_{seed}")
     config.learners(learner_class=ShuffledLearner)
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}})
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
+    )
     algorithm = config.build_algo()
     try:
         rows = [iteration_row(algorithm.train()) for _ in range(settings.run.iterations)]
     finally:
         algorithm.stop()
         ray.shutdown()
-    return {"before": rows[0]["initial_evaluation"], "after": rows[-1]["evaluation"], "training_success": [row["success_rate"] for row in rows]}
+    return {
+        "before": rows[0]["initial_evaluation"],
+        "after": rows[-1]["evaluation"],
+        "training_success": [row["success_rate"] for row in rows],
+    }
 
 
 def local(scratch: Path, seed: int) -> dict[str, Any]:
@@ -159,8 +193,12 @@ def measure(scratch: Path, seeds: list[int], parts: list[str]) -> dict[str, dict
     file, digest = scratch / "results.json", code_digest()
     stored = json.loads(file.read_text()) if file.is_file() else {"code": digest, "results": {}}
     if stored["code"] != digest:
-        raise RuntimeError(f"{file} was measured with other code or settings; remove {scratch}, or give another directory")
-    results = {part: {int(seed): result for seed, result in by_seed.items()} for part, by_seed in stored["results"].items()}
+        raise RuntimeError(
+            f"{file} was measured with other code or settings; remove {scratch}, or give another directory"
+        )
+    results = {
+        part: {int(seed): result for seed, result in by_seed.items()} for part, by_seed in stored["results"].items()
+    }
     for seed in seeds:
         for part in (part for part in PARTS if part in parts):  # the quickstart first, which the others go on from
             if seed not in results.setdefault(part, {}):
@@ -178,7 +216,10 @@ def table(results: dict[str, dict[int, dict[str, Any]]]) -> Table:
             if result := by_seed.get(seed):
                 before = result.get("before") or results["quickstart"][seed]["before"]
                 points = 100 * (result["after"]["success_rate"] - before["success_rate"])
-                amounts = (f"{result[key]:,.0f}" if key in result else "-" for key in ("env_steps", "ppo_seconds", "wall_seconds"))
+                amounts = (
+                    f"{result[key]:,.0f}" if key in result else "-"
+                    for key in ("env_steps", "ppo_seconds", "wall_seconds")
+                )
                 shown.add_row(str(seed), part, _rate(before), _rate(result["after"]), f"{points:+.1f}", *amounts)
     return shown
 

@@ -1,4 +1,5 @@
-"""Rollout time with closed loops and in lock-step: steps a second, and wall time over the busier of environments and engine.
+"""Rollout time with closed loops and in lock-step: steps a second, and wall time over the busier of environments and
+engine.
 
     python benchmarks/rollout.py [--env libero|synthetic] [--num-envs 8] [--steps 24] [--out FILE]
 
@@ -52,7 +53,14 @@ def measure(arguments: argparse.Namespace, lockstep: bool) -> dict[str, Any]:
         wall = time.perf_counter() - began
         engine = algorithm.engine_pool.statuses()[0].busy_seconds - engine_before
         env = sum(float(metrics["env_seconds"].peek()) for metrics in rollout.metrics) / settings.env.num_processes
-        results.append({"wall_seconds": wall, "env_seconds": env, "engine_seconds": engine, "steps": sum(slot[2] for slot in rollout.slots)})
+        results.append(
+            {
+                "wall_seconds": wall,
+                "env_seconds": env,
+                "engine_seconds": engine,
+                "steps": sum(slot[2] for slot in rollout.slots),
+            }
+        )
     algorithm.stop()
     best = min(results, key=lambda result: result["wall_seconds"])
     return best | {
@@ -75,7 +83,13 @@ def main() -> None:
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     results = {name: measure(arguments, lockstep) for name, lockstep in (("lock-step", True), ("closed loops", False))}
     table = Table(
-        "loop", "steps/s", "wall s", "env s per process", "engine s", "wall / busiest", title=f"{arguments.env}, {arguments.num_envs} slots"
+        "loop",
+        "steps/s",
+        "wall s",
+        "env s per process",
+        "engine s",
+        "wall / busiest",
+        title=f"{arguments.env}, {arguments.num_envs} slots",
     )
     for name, row in results.items():
         numbers = ("steps_per_second", "wall_seconds", "env_seconds", "engine_seconds", "wall_over_busiest")

@@ -20,5 +20,5 @@ case $lock in *cpu*) ls ${UV_FIND_LINKS:-/nonexistent}/torch-*+cpu-*.whl >/dev/n
 
 # The first import compiles bytecode: better now than in every actor of the first run. It is also the check that all is there.
 # TensorFlow is imported alone, as the data process does.
-"$python" -c "import vlarl_rllib.training, vlarl_rllib.report, vlarl_rllib.learner.supervised, vlarl_rllib.rollout.env_runner, vlarl_rllib.engines.vllm_stepper, vlarl_rllib.envs.libero"
+"$python" -c "import vlarl_rllib.commands.train, vlarl_rllib.commands.report, vlarl_rllib.learner.supervised, vlarl_rllib.rollout.env_runner, vlarl_rllib.engines.vllm.stepper, vlarl_rllib.envs.libero"
 TF_CPP_MIN_LOG_LEVEL=3 "$python" -c "import tensorflow, tensorflow_datasets"

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token file in the home directory
-# A shell starts what it puts into the background with Ctrl-C ignored, and the programs that tests interrupt would inherit that.
+# A shell starts what it puts into the background with Ctrl-C ignored, and the programs that tests interrupt would
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,11 +1,12 @@
-"""Learning rate and clip range of a config, by random search: `python tune_experiments/learning_rate.py CONFIG.yaml [SAMPLES]`."""
+"""Learning rate and clip range of a config, by random search: `python tune_experiments/learning_rate.py CONFIG.yaml
+[SAMPLES]`."""
 
 import sys
 
 from ray import tune
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
-from vlarl_rllib.ray_session import start_ray
+from vlarl_rllib.runs.ray_session import start_ray
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 if __name__ == "__main__":
@@ -23,4 +24,8 @@ if __name__ == "__main__":
             failure_config=tune.FailureConfig(max_failures=settings.run.max_restarts),
         ),
     )
-    print(tuner.fit().get_dataframe()[["config/vla/training/lr", "config/vla/training/clip_high", "vlarl/success_rate", "vlarl/approx_kl"]])
+    print(
+        tuner.fit().get_dataframe()[
+            ["config/vla/training/lr", "config/vla/training/clip_high", "vlarl/success_rate", "vlarl/approx_kl"]
+        ]
+    )

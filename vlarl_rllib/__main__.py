@@ -2,7 +2,7 @@
 
 import sys
 
-from vlarl_rllib.signals import END
+from vlarl_rllib.process.signals import END
 
 
 def main() -> None:

@@ -1,10 +1,8 @@
-"""The `vlarl` command. Ray and torch are imported inside the commands, so that `--help` and a mistake are answered at once."""
+"""The `vlarl` command. Its commands import Ray and torch, so that `--help` and a mistake are answered at once."""
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,65 +10,70 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from vlarl_rllib.console import pasted
-from vlarl_rllib.lost_output import tolerate_lost_readers
+from vlarl_rllib.envs.registry import DEFAULT_ENVIRONMENT
+from vlarl_rllib.process.command_line import Commands, run
+from vlarl_rllib.process.console import pasted
+from vlarl_rllib.process.signals import END
 from vlarl_rllib.settings import Settings, SettingsError
-from vlarl_rllib.signals import END
-from vlarl_rllib.surroundings import keep_caches_where_they_can_be_written
 
-
-class _Stopped(Exception):
-    """A KeyboardInterrupt of a command, of which Typer itself makes exit code 130, whatever the signal."""
-
-
-class _Commands(typer.core.TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise _Stopped from None
-
-
-app = typer.Typer(
-    cls=_Commands,
-    name="vlarl",
-    help="PPO fine-tuning of vision-language-action models with RLlib, vLLM and FSDP.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+HELP = "PPO fine-tuning of vision-language-action models with RLlib, vLLM and FSDP."
+PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+app = typer.Typer(cls=Commands, name="vlarl", help=HELP, **PLAIN)  # type: ignore[arg-type]
 
 
 def _expanded(text: str) -> Path:
     """A path from the command line; shells leave `--run-dir=~/x` as it is."""
+    if not text:
+        raise SettingsError("an empty path; give one (a variable of the shell may not be set)")
     return Path(os.path.expanduser(text))
 
 
 PATH: dict[str, Any] = {"parser": _expanded, "metavar": "PATH"}
 ConfigPath = Annotated[
     Path | None,
-    typer.Argument(help="YAML file, for example configs/libero_smoke_cpu.yaml.", show_default=False, parser=_expanded, metavar="CONFIG"),
+    typer.Argument(
+        help="YAML file, for example configs/libero_smoke_cpu.yaml.",
+        show_default=False,
+        parser=_expanded,
+        metavar="CONFIG",
+    ),
 ]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one key; may be repeated.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one key; may be repeated.")
+]
 
 
 @app.command()
 def train(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config.")] = False,
-    resume_from: Annotated[Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.", **PATH)] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config."),
+    ] = False,
+    resume_from: Annotated[
+        Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.", **PATH)
+    ] = None,
 ) -> None:
     """Train a policy: one run through ray.tune.Tuner."""
-    from vlarl_rllib.continuation import check_resume, check_resume_from
-    from vlarl_rllib.run_directory import check_unfinished, find_checkpoint, how_to_go_on, new_run_directory, open_run_directory
+    from vlarl_rllib.runs.continuation import check_resume, check_resume_from
+    from vlarl_rllib.runs.directory import (
+        check_unfinished,
+        find_checkpoint,
+        how_to_go_on,
+        new_run_directory,
+        open_run_directory,
+    )
 
     END.sigterm_code = 0  # a scheduler's way to end a run is no failure
     if resume:
         if run_dir is None or config is not None or resume_from is not None or overrides:
             raise SettingsError(
-                "--resume: needs --run-dir, and takes no CONFIG, --set or --resume-from (a changed config is a new run: use --resume-from)"
+                "--resume: needs --run-dir, and takes no CONFIG, --set or --resume-from (a changed config is a "
+                "new run: use --resume-from)"
             )
         run = open_run_directory(run_dir)
         settings = run.settings()
@@ -84,7 +87,7 @@ def train(
         (check_resume if resume else check_resume_from)(checkpoint, settings)
         check_unfinished(checkpoint, settings)
     with run.claimed(settings):
-        from vlarl_rllib.training import run_training
+        from vlarl_rllib.commands.train import run_training
 
         code = run_training(settings, run, resume_from=checkpoint)
         if run.read_rows():
@@ -96,16 +99,23 @@ def train(
 def sft(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config.")] = False,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config."),
+    ] = False,
 ) -> None:
     """Fine-tune a policy on demonstrations (RLDS); leaves a checkpoint that train and eval take."""
-    from vlarl_rllib.preflight import check_sft, sft_doubts
-    from vlarl_rllib.run_directory import check_sft_unfinished, how_to_go_on, new_run_directory, open_run_directory
+    from vlarl_rllib.runs.directory import check_sft_unfinished, how_to_go_on, new_run_directory, open_run_directory
+    from vlarl_rllib.runs.preflight import check_sft, sft_doubts
 
     if resume:
         if run_dir is None or config is not None or overrides:
-            raise SettingsError("--resume: needs --run-dir, and takes no CONFIG or --set (a changed config is a new run)")
+            raise SettingsError(
+                "--resume: needs --run-dir, and takes no CONFIG or --set (a changed config is a new run)"
+            )
         run = open_run_directory(run_dir, "step")
         settings = run.settings()
         check_sft_unfinished(run, settings)
@@ -116,7 +126,7 @@ def sft(
     check_sft(settings)
     _remark(sft_doubts(settings))
     with run.claimed(settings):
-        from vlarl_rllib.sft import run_sft
+        from vlarl_rllib.commands.sft import run_sft
 
         code = run_sft(settings, run, resume=resume)
     raise typer.Exit(code)
@@ -127,7 +137,7 @@ def doctor(config: ConfigPath = None, overrides: Overrides = None) -> None:
     """Check this machine and, with CONFIG, print the plan of a run."""
     settings = Settings.from_yaml(config, overrides or []) if config else None
 
-    from vlarl_rllib.doctor import report
+    from vlarl_rllib.commands.doctor import report
 
     raise typer.Exit(0 if report(settings) else 1)
 
@@ -153,18 +163,20 @@ def make_checkpoint(
 def quickstart(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where everything goes; default runs/<config>-<time>.", **PATH)] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where everything goes; default runs/<config>-<time>.", **PATH)
+    ] = None,
 ) -> None:
     """Collect demonstrations, fine-tune on them and improve the policy with PPO, one after the other."""
-    from vlarl_rllib.preflight import check_quickstart, doubts, sft_doubts
-    from vlarl_rllib.run_directory import new_run_directory
+    from vlarl_rllib.runs.directory import new_run_directory
+    from vlarl_rllib.runs.preflight import check_quickstart, doubts, sft_doubts
 
     settings, name = _load(config, overrides, "configs/quickstart.yaml")
     run = new_run_directory(run_dir, name, None)
     check_quickstart(settings, run.path)
     _remark([*doubts(settings), *sft_doubts(settings)])
 
-    from vlarl_rllib.quickstart import run_quickstart
+    from vlarl_rllib.commands.quickstart import run_quickstart
 
     code = run_quickstart(settings, run)
     if run.read_rows():
@@ -176,17 +188,19 @@ def quickstart(
 def collect(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The data set goes into OUT/<environment>/1.0.0.", show_default=False, **PATH)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The data set goes into OUT/<environment>/1.0.0.", show_default=False, **PATH)
+    ] = None,
 ) -> None:
     """Have a scripted expert play, and keep what succeeds as an RLDS data set (env, collect)."""
     settings, _ = _load(config, overrides, "configs/quickstart.yaml")
     if out is None:
         raise SettingsError("--out: missing; give a directory for the data set")
-    from vlarl_rllib.preflight import check_collect
+    from vlarl_rllib.runs.preflight import check_collect
 
     check_collect(settings, out)
 
-    from vlarl_rllib.collecting import run_collect
+    from vlarl_rllib.commands.collect import run_collect
 
     raise typer.Exit(run_collect(settings, out))
 
@@ -205,46 +219,74 @@ def reward_model(
     seed: Annotated[int, typer.Option(help="Of weights, batches and the choice of held-out episodes.")] = 0,
 ) -> None:
     """Train a classifier that tells solved frames from others: the learned process reward."""
-    from vlarl_rllib.reward_model import run_reward_model
+    from vlarl_rllib.commands.reward_model import run_reward_model
 
     raise typer.Exit(run_reward_model(data, out, split, image_size, steps, batch_size, lr, near, held_out, seed))
 
 
+PolicyName = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT", help="A run's directory, a training checkpoint, a model's directory, hub id or preset."
+    ),
+]
+RESULTS = "Where results go, or are continued; default runs/eval-<suite>-<time>."
+EvaluationDirectory = Annotated[Path | None, typer.Option(help=RESULTS, show_default=False, **PATH)]
+
+
 @app.command(name="eval")
 def evaluate(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A run's directory, a training checkpoint, a model's directory, hub id or preset.")
-    ],
-    suite: Annotated[str | None, typer.Option(help="LIBERO suite; none for the other environments.", show_default=False)] = None,
-    env: Annotated[str, typer.Option(help="libero, tabletop, synthetic, or one that an installed package adds.")] = "libero",
-    tasks: Annotated[str | None, typer.Option(metavar="0,3", help="Tasks of the suite; default all.", show_default=False)] = None,
-    trials: Annotated[int, typer.Option(help="Initial states of each task, from the first.")] = 50,
-    out: Annotated[
-        Path | None, typer.Option(help="Where results go, or are continued; default runs/eval-<suite>-<time>.", show_default=False, **PATH)
+    checkpoint: PolicyName,
+    suite: Annotated[
+        str | None, typer.Option(help="LIBERO suite; none for the other environments.", show_default=False)
     ] = None,
-    engine: Annotated[str, typer.Option(help="vllm, or hf = Hugging Face inside each runner.")] = "vllm",
-    unnorm_key: Annotated[str | None, typer.Option(help="Action statistics; default the run's, else the suite's.", show_default=False)] = None,
-    center_crop: Annotated[bool, typer.Option(help="Crop 90 % of the frame's area, as the LIBERO checkpoints were trained.")] = True,
-    max_steps: Annotated[int | None, typer.Option(help="Cut episodes off here; default the suite's horizon.", show_default=False)] = None,
+    env: Annotated[
+        str, typer.Option(help="libero, tabletop, synthetic, or one that an installed package adds.")
+    ] = DEFAULT_ENVIRONMENT,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="0,3", help="Tasks of the suite; default all.", show_default=False)
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Initial states of each task, from the first.")] = 50,
+    out: EvaluationDirectory = None,
+    engine: Annotated[str, typer.Option(help="vllm, or torch = inside each runner.")] = "vllm",
+    unnorm_key: Annotated[
+        str | None, typer.Option(help="Action statistics; default the run's, else the suite's.", show_default=False)
+    ] = None,
+    center_crop: Annotated[
+        bool, typer.Option(help="Crop 90 % of the frame's area, as the LIBERO checkpoints were trained.")
+    ] = True,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Cut episodes off here; default the suite's horizon.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the poses of fixtures.")] = 7,
     gpus: Annotated[float, typer.Option(help="GPUs of each engine; a fraction shares one, 0 = CPU.")] = 0.0,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default bfloat16 on a GPU, float32 on a CPU.", show_default=False)] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16; default bfloat16 on a GPU, float32 on a CPU.", show_default=False),
+    ] = None,
     num_engines: Annotated[int, typer.Option(help="vLLM engines.")] = 1,
     num_runners: Annotated[int, typer.Option(help="Runner actors.")] = 1,
-    num_envs: Annotated[int | None, typer.Option(help="Slots of each runner; default cores.", show_default=False)] = None,
-    num_processes: Annotated[int | None, typer.Option(help="Environment processes of each runner; default cores.", show_default=False)] = None,
+    num_envs: Annotated[
+        int | None, typer.Option(help="Slots of each runner; default cores.", show_default=False)
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(help="Environment processes of each runner; default cores.", show_default=False)
+    ] = None,
     videos: Annotated[int, typer.Option(help="Films of each task, of its first episodes.")] = 1,
-    fast_render: Annotated[bool, typer.Option("--fast-render", help="Faster in software, but not the pictures of the protocol.")] = False,
+    fast_render: Annotated[
+        bool, typer.Option("--fast-render", help="Faster in software, but not the pictures of the protocol.")
+    ] = False,
 ) -> None:
     """Evaluate a policy under LIBERO's protocol; the same command goes on where it was stopped."""
     from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
     from vlarl_rllib.evaluation.session import run_evaluation
-    from vlarl_rllib.run_directory import RUNS
+    from vlarl_rllib.runs.directory import RUNS
 
     request = EvaluationRequest(
-        checkpoint, suite=suite, env=env, tasks=_task_numbers(tasks), trials=trials, seed=seed, max_steps=max_steps, unnorm_key=unnorm_key,
-        center_crop=center_crop, fast_render=fast_render, engine=engine, dtype=dtype, gpus=gpus, num_engines=num_engines,
-        num_runners=num_runners, num_envs=num_envs, num_processes=num_processes, videos=videos,
+        checkpoint, suite=suite, env=env, tasks=_task_numbers(tasks), trials=trials, seed=seed, max_steps=max_steps,
+        unnorm_key=unnorm_key,
+        center_crop=center_crop, fast_render=fast_render, engine=engine, dtype=dtype, gpus=gpus,
+        num_engines=num_engines, num_runners=num_runners, num_envs=num_envs, num_processes=num_processes, videos=videos,
     )  # fmt: skip
     raise typer.Exit(run_evaluation(request, out or RUNS / f"eval-{suite or env}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
@@ -259,21 +301,33 @@ def _task_numbers(text: str | None) -> tuple[int, ...] | None:
 @app.command()
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's directory (its newest checkpoint), or one checkpoint.", parser=_expanded)
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            help="A run's directory (its newest checkpoint), or one checkpoint.",
+            parser=_expanded,
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.", parser=_expanded)],
-    adapter: Annotated[bool, typer.Option("--adapter/--merge", help="Only the PEFT adapter, or a whole checkpoint with it merged.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the type that the run's engines used.")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter/--merge", help="Only the PEFT adapter, or a whole checkpoint with it merged.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default: the type that the run's engines used.")
+    ] = None,
 ) -> None:
     """Write a run's policy as a Hugging Face checkpoint, or its adapter."""
-    from vlarl_rllib.export import find_training_checkpoint
+    from vlarl_rllib.runs.export import find_training_checkpoint
 
     try:
         checkpoint = find_training_checkpoint(source)
     except (OSError, ValueError) as error:
         raise SettingsError(f"RUN_OR_CHECKPOINT: {error}") from None
     if checkpoint is None:
-        raise SettingsError(f"RUN_OR_CHECKPOINT: {source} is neither a run with a checkpoint nor one; give a directory such as runs/latest")
+        raise SettingsError(
+            f"RUN_OR_CHECKPOINT: {source} is neither a run with a checkpoint nor one; give a directory such as "
+            "runs/latest"
+        )
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise SettingsError(f"OUT: {out} exists and is not empty; give a new directory")
     if dtype not in (None, "float32", "bfloat16"):
@@ -282,20 +336,24 @@ def export(
         raise SettingsError("--dtype: an adapter is always float32; leave it out")
     from rich.text import Text
 
-    from vlarl_rllib.console import make_console
-    from vlarl_rllib.export import export_adapter, export_merged
+    from vlarl_rllib.process.console import make_console
+    from vlarl_rllib.runs.export import export_adapter, export_merged
 
     console = make_console()
     with console.status(Text(f"exporting iteration {checkpoint.iteration} of {source}")):
         export_adapter(checkpoint, out) if adapter else export_merged(checkpoint, out, dtype)
-    console.print(f"wrote {out}: the {'adapter' if adapter else 'merged checkpoint'} of iteration {checkpoint.iteration}")
+    console.print(
+        f"wrote {out}: the {'adapter' if adapter else 'merged checkpoint'} of iteration {checkpoint.iteration}"
+    )
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.", parser=_expanded)]) -> None:
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.", parser=_expanded)],
+) -> None:
     """Write curves.png and report.html of runs, and print one line for each."""
-    from vlarl_rllib.console import make_console
-    from vlarl_rllib.report import compare, write_report
+    from vlarl_rllib.commands.report import compare, write_report
+    from vlarl_rllib.process.console import make_console
 
     written = [write_report(run) for run in runs]
     make_console().print(compare(runs))
@@ -305,7 +363,7 @@ def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help
 
 def _report(run: Path) -> None:
     """At a run's end; a picture that cannot be drawn is no reason to fail."""
-    from vlarl_rllib.report import write_report
+    from vlarl_rllib.commands.report import write_report
 
     END.words = lambda: f"no report; write it with: vlarl report {pasted(run)}"
     try:
@@ -322,7 +380,7 @@ def _load(config: Path | None, overrides: list[str] | None, example: str) -> tup
 
 
 def _preflight(settings: Settings) -> None:
-    from vlarl_rllib.preflight import check, doubts
+    from vlarl_rllib.runs.preflight import check, doubts
 
     check(settings)
     _remark(doubts(settings))
@@ -333,37 +391,6 @@ def _remark(doubts: list[str]) -> None:
         typer.echo(f"note: {doubt}", err=True)
 
 
-FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What the system says of a disk or directory that a person has to see to."""
-
-
 def main() -> None:
-    """Entry point. A user's mistake is one line on stderr and exit code 2; nothing at all is a question for help."""
-    tolerate_lost_readers()
-    keep_caches_where_they_can_be_written()
-    with END.listening():
-        _run_command()
-
-
-def _run_command() -> None:
-    if not os.path.isdir(os.curdir):
-        _fail("the working directory is not there any more; go to another one")
-    try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except SettingsError as error:
-        _fail(str(error))
-    except OSError as error:
-        if error.errno not in FULL_OR_FORBIDDEN and error.filename is None:  # not of a path that somebody gave
-            raise
-        _fail(f"{error.filename or 'a file'}: {error.strerror}; make room, or give another path")
-    except typer.TyperException as error:  # an unknown command or option, a value of the wrong type
-        _fail(error.format_message())
-    except _Stopped:
-        typer.echo(END.sentence("stopped"))
-        sys.exit(END.code)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"vlarl: {' '.join(line.strip() for line in message.splitlines())}", err=True)
-    sys.exit(2)
+    """Entry point."""
+    run(app)

@@ -1,8 +1,9 @@
 """VLAPPOConfig: the settings as RLlib's AlgorithmConfig.
 
-All of our settings live in ONE attribute, `vla`, a plain nested dict as in the YAML file. That is what Tune samples (dotted keys of
-`vla`), what is pickled to actors, and what every actor validates again. RLlib's own fields are derived from it; what its setters or
-Tune write into them afterwards reaches `vla` when the config is validated, or is refused (`rllib_fields`).
+All of our settings live in ONE attribute, `vla`, a plain nested dict as in the YAML file. That is what Tune samples
+(dotted keys of `vla`), what is pickled to actors, and what every actor validates again. RLlib's own fields are derived
+from it; what its setters or Tune write into them afterwards reaches `vla` when the config is validated, or is refused
+(`rllib_fields`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils import force_list
-from ray.util.debug import log_once
+from ray.tune.registry import register_env
 
-from vlarl_rllib import rllib_fields
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.settings import Settings, calculate_runtime_args
+from vlarl_rllib.rllib_compat import keep_quiet_about_the_new_api_stack
+from vlarl_rllib.settings import Settings, calculate_runtime_args, rllib_fields
 
 ENVIRONMENT_NAME = "vlarl_rllib"
 """Name under which RLlib knows the environment; the runners build the real one from the settings."""
@@ -27,14 +28,24 @@ NO_EVALUATION = 2**31 - 1
 """RLlib refuses a duration of 0 episodes. This is none that anybody asks for, so that 1 is one that somebody did."""
 
 
+def _no_environment(context: Any) -> None:
+    raise RuntimeError("the environments of vlarl_rllib live in VLAEnvRunner; RLlib does not create one")
+
+
+register_env(ENVIRONMENT_NAME, _no_environment)
+
+
 def resolved(settings: Settings) -> Settings:
-    """The settings with what depends on this machine filled in, once for all actors: where models lie, how many cores there are.
+    """The settings with what depends on this machine filled in, once for all actors: where models lie, how many cores
+    there are.
 
     A model preset is written to disk.
     """
     model = settings.model
     return settings.replaced(
-        model={key: resolve_model(path) for key, path in (("path", model.path), ("critic_path", model.critic_path)) if path},
+        model={
+            key: resolve_model(path) for key, path in (("path", model.path), ("critic_path", model.critic_path)) if path
+        },
         env={"num_processes": calculate_runtime_args(settings).num_processes},
     )
 
@@ -54,7 +65,10 @@ class VLAPPOConfig(PPOConfig):
         self.vla: dict[str, Any]
         """The settings, nested as in the YAML file."""
         self.derived_fields: dict[str, Any]
-        """RLlib's fields as they were derived from `derived_from`. One that is different now was written by RLlib's setters, or by Tune."""
+        """RLlib's fields as they were derived from `derived_from`.
+
+        One that is different now was written by RLlib's setters, or by Tune.
+        """
         self.derived_from: dict[str, Any]
         """`vla` when RLlib's fields were last derived from it."""
         self.run_dir: str | None = None
@@ -64,7 +78,8 @@ class VLAPPOConfig(PPOConfig):
         self.faults: dict[str, int] = {}
         """Faults of earlier starts of the same run, by kind (`observability.metrics.FAULTS`)."""
         self.policy_version = 0
-        """Newest version that earlier starts of the same run have used, also after the checkpoint that this one begins with."""
+        """Newest version that earlier starts of the same run have used, also after the checkpoint that this one begins
+        with."""
         self.framework("torch")
         self.fault_tolerance(
             restart_failed_env_runners=True,
@@ -120,13 +135,15 @@ class VLAPPOConfig(PPOConfig):
         )
 
     def validate(self) -> None:
-        written_by_user = not self._is_frozen and not self.in_evaluation  # RLlib derives a config for evaluations, which is not used
+        written_by_user = (
+            not self._is_frozen and not self.in_evaluation
+        )  # RLlib derives a config for evaluations, which is not used
         if written_by_user:
             settings = self.settings()
             rllib_fields.refuse(self._written_fields(), self.derived_fields)
             rllib_fields.refuse_callbacks(force_list(self.callbacks_class))
             self._derive(settings)
-        log_once(f"{self.algo_class.__name__}_on_new_api_stack")  # or RLlib explains its new API stack to users, who did not choose it
+        keep_quiet_about_the_new_api_stack(self.algo_class)
         super().validate()
         if written_by_user:
             self.derived_fields = rllib_fields.fields_of(self)  # RLlib fills in some of its own
@@ -141,7 +158,9 @@ class VLAPPOConfig(PPOConfig):
 
         return VLALearner
 
-    def build_learner_group(self, *, env: Any = None, spaces: Any = None, rl_module_spec: Any = None, placement_group: Any = None) -> Any:
+    def build_learner_group(
+        self, *, env: Any = None, spaces: Any = None, rl_module_spec: Any = None, placement_group: Any = None
+    ) -> Any:
         from vlarl_rllib.learner.learner_group import VLALearnerGroup
 
         settings = self.settings()
@@ -191,7 +210,9 @@ class VLAPPOConfig(PPOConfig):
             use_kl_loss=False,
         )
         model = settings.model.model_dump(mode="json")
-        self.rl_module(model_config={"model": model, "seed": settings.run.seed, "device": "cuda" if learners.gpus else "cpu"})
+        self.rl_module(
+            model_config={"model": model, "seed": settings.run.seed, "device": "cuda" if learners.gpus else "cpu"}
+        )
         self.evaluation(evaluation_interval=None, evaluation_duration=settings.evaluation.episodes or NO_EVALUATION)
         self.debugging(seed=settings.run.seed)
         # A dict of its own: Tune looks for placeholders in both, and `vla` is written in place.

@@ -1,4 +1,7 @@
-"""A mistake of the user, and what an exception that crossed a process boundary says to a person. Importing this loads no Ray."""
+"""A mistake of the user, and what an exception that crossed a process boundary says to a person.
+
+Importing this loads no Ray.
+"""
 
 from __future__ import annotations
 
@@ -30,5 +33,7 @@ def one_line(error: BaseException) -> str:
 
     cause = cause_of(error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
-    killed = isinstance(cause, RayActorError) and "creation task" not in lines[0]  # Ray explains that in the lines behind the first
+    killed = (
+        isinstance(cause, RayActorError) and "creation task" not in lines[0]
+    )  # Ray explains that in the lines behind the first
     return f"{type(cause).__name__}: {lines[0 if killed else -1]}"

@@ -6,13 +6,80 @@ Letters: A = action tokens of one action (7), S = side of the policy's square in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 NUM_ACTION_TOKENS = 7
 """Tokens of one action: x, y, z, roll, pitch, yaw, gripper (OpenVLA, arXiv 2406.09246, section 3)."""
 NUM_ACTION_BINS = 256
 """Values an action token can take (OpenVLA, section 3.2)."""
+
+
+INSTRUCTION_KEY = "instruction"
+"""Where a rollout keeps the task's instruction in `episode.custom_data`."""
+LOG_PROBS_KEY = "token_log_probs"
+"""Extra model output [A]: the sampler's log-probabilities of the action tokens."""
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What a process must know to build an environment."""
+
+    name: str
+    """Short name from `envs.registry.ENVIRONMENTS`, or `module:Class`."""
+    suite: str = ""
+    """Task suite; environments with a single suite ignore it."""
+    image_size: int = 224
+    """Side of the policy's square image in pixels."""
+    center_crop: bool = True
+    """Keep the central 90 % of the area, for checkpoints trained with image augmentation."""
+    max_steps: int | None = None
+    """Policy steps after which an episode is cut off; None = the suite's published horizon."""
+    fast_render: bool = False
+    """No multisampling, shadows or reflections: several times faster in software, but not the pictures that checkpoints
+    were trained on.
+    """
+    camera_size: int = 256
+    """Side of the rendered image in pixels, before the observation path; OpenVLA's evaluation uses 256."""
+    render_device: int = 0
+    """Which of the machine's GPUs renders, modulo their number; no meaning in software rendering."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where an episode begins."""
+
+    task_id: int
+    initial_state: int
+    """Index into the task's published initial states."""
+    seed: int
+    """Seeds what the environment draws at reset."""
+
+
+def derive_seed(*parts: int) -> int:
+    """A 31-bit seed that is a function of `parts` alone; distinct tuples of the same length give unrelated seeds."""
+    import numpy as np
+
+    return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeResult:
+    """A finished episode, for metrics."""
+
+    task_id: int
+    initial_state: int
+    length: int
+    success: bool
+    reward: float
+    video: bytes | None = None
+    """MP4 of the frames that the policy saw, where it was asked for."""
+
+
+INITIAL_VERSION = -1
+"""`policy_version` of weights as loaded from the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

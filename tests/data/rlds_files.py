@@ -33,7 +33,14 @@ INFO = {
     "fileFormat": "tfrecord",
     "moduleName": "tabletop",
     "name": "tabletop",
-    "splits": [{"filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "name": "train", "numBytes": "9", "shardLengths": ["1", "2"]}],
+    "splits": [
+        {
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            "name": "train",
+            "numBytes": "9",
+            "shardLengths": ["1", "2"],
+        }
+    ],
     "version": "1.0.0",
 }
 

@@ -60,7 +60,9 @@ def test_a_crop_at_0_begins_in_the_corner_and_one_at_1_ends_in_it() -> None:
     ramp = torch.linspace(0.0, 1.0, SIDE).expand(1, 3, SIDE, SIDE)
     first, last = crop(ramp, torch.tensor([0.0])), crop(ramp, torch.tensor([1.0]))
     assert first[0, 0, 0, 0] == pytest.approx(0.0, abs=1e-6) and first[0, 0, 0, -1] == pytest.approx(0.9**0.5, abs=1e-5)
-    assert last[0, 0, 0, 0] == pytest.approx(1 - 0.9**0.5, abs=1e-5) and last[0, 0, 0, -1] == pytest.approx(1.0, abs=1e-5)
+    assert last[0, 0, 0, 0] == pytest.approx(1 - 0.9**0.5, abs=1e-5) and last[0, 0, 0, -1] == pytest.approx(
+        1.0, abs=1e-5
+    )
 
 
 def test_colours_by_hand() -> None:
@@ -72,13 +74,21 @@ def test_colours_by_hand() -> None:
     assert value.flatten().tolist() == pytest.approx([1.0, 0.5, 0.8, 0.4])
     torch.testing.assert_close(to_rgb(hue, saturation, value), pixels)
     two = torch.tensor([0.2, 0.6]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
-    assert adjust_contrast(two, torch.tensor(0.5)).flatten()[:2].tolist() == pytest.approx([0.3, 0.5])  # the mean is 0.4
+    assert adjust_contrast(two, torch.tensor(0.5)).flatten()[:2].tolist() == pytest.approx(
+        [0.3, 0.5]
+    )  # the mean is 0.4
 
 
 def test_draws_are_within_their_bounds_and_repeat() -> None:
     chosen, again = (draw(1000, torch.Generator().manual_seed(3)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(vars(chosen).values(), vars(again).values(), strict=True))
-    bounds = {"offset": (0, 1), "brightness": (-0.2, 0.2), "contrast": (0.8, 1.2), "saturation": (0.8, 1.2), "hue": (-0.05, 0.05)}
+    bounds = {
+        "offset": (0, 1),
+        "brightness": (-0.2, 0.2),
+        "contrast": (0.8, 1.2),
+        "saturation": (0.8, 1.2),
+        "hue": (-0.05, 0.05),
+    }
     for name, (low, high) in bounds.items():
         values = getattr(chosen, name)
         assert low <= values.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < values.max() <= high

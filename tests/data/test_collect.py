@@ -16,12 +16,12 @@ import pytest
 if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
 
-from vlarl_rllib.curriculum import Start
 from vlarl_rllib.data import RLDSDataset
 from vlarl_rllib.data.collect import CollectRequest, collect, play, starts
 from vlarl_rllib.data.experts import make_expert
+from vlarl_rllib.envs.registry import training_and_held_out_states
 from vlarl_rllib.envs.tabletop import POSITION_STEP
-from vlarl_rllib.registry import EnvSpec, training_and_held_out_states
+from vlarl_rllib.types import EnvSpec, Start
 
 SPEC = EnvSpec(name="synthetic", image_size=28, max_steps=6)
 
@@ -34,7 +34,9 @@ def test_successes_are_kept_in_an_order_that_does_not_depend_on_the_processes(tm
     data = RLDSDataset(path)
     assert data.num_episodes == 6
     expected = list(islice((demo for start in starts(request) if (demo := play(SPEC, start, 0.25, (1.0,)))), 6))
-    np.testing.assert_allclose(data.actions[:, :6], np.concatenate([demo.actions[:, :6] for demo in expected]), atol=1e-6)
+    np.testing.assert_allclose(
+        data.actions[:, :6], np.concatenate([demo.actions[:, :6] for demo in expected]), atol=1e-6
+    )
     assert {data[i]["instruction"] for i in range(len(data))} == {"point at the red square", "point at the blue square"}
 
 
@@ -59,8 +61,12 @@ def test_an_expert_that_fails_is_told(tmp_path: Path) -> None:
 
 
 def test_the_tabletops_expert_is_noisy_and_nearly_always_kept() -> None:
-    request = CollectRequest(EnvSpec(name="tabletop", image_size=28), tasks=tuple(range(18)), episodes=24, out=Path("unused"), noise=0.2)
-    played = [play(request.spec, start, request.noise, request.paces) for start in islice(starts(request), request.episodes)]
+    request = CollectRequest(
+        EnvSpec(name="tabletop", image_size=28), tasks=tuple(range(18)), episodes=24, out=Path("unused"), noise=0.2
+    )
+    played = [
+        play(request.spec, start, request.noise, request.paces) for start in islice(starts(request), request.episodes)
+    ]
     kept = [demonstration for demonstration in played if demonstration is not None]
     assert len(kept) >= 18
     assert len({demonstration.instruction for demonstration in kept}) >= 14
@@ -77,7 +83,9 @@ def test_with_noise_the_experts_own_action_is_recorded_and_a_slow_pace_takes_mor
     moved = (fast.states[1] - fast.states[0])[:3] / POSITION_STEP
     assert np.abs(moved - fast.actions[0, :3]).max() < 0.25 and np.abs(fast.actions[0, :3]).max() > 0.5
     np.testing.assert_allclose(fast.states[:, 3:6], np.tile([np.pi, 0.0, 0.0], (len(fast.states), 1)), atol=0.05)
-    slow = [demo for seed in range(4) if (demo := play(spec, Start(3, start.initial_state, seed), 0.0, (0.25,))) is not None]
+    slow = [
+        demo for seed in range(4) if (demo := play(spec, Start(3, start.initial_state, seed), 0.0, (0.25,))) is not None
+    ]
     assert np.mean([len(demo.actions) for demo in slow]) > len(fast.actions)
 
 
@@ -90,7 +98,9 @@ class DrawerEnv(SyntheticEnv):
 """
 
 
-def test_an_installed_package_adds_an_environment_and_its_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_adds_an_environment_and_its_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site = tmp_path / "site"
     (site / "my_robots-1.0.dist-info").mkdir(parents=True)
     (site / "my_robots-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: my-robots\nVersion: 1.0\n")
@@ -105,12 +115,18 @@ def test_an_installed_package_adds_an_environment_and_its_expert(tmp_path: Path,
         return subprocess.run([sys.executable, "-m", "vlarl_rllib", *arguments], capture_output=True, text=True)
 
     config = tmp_path / "config.yaml"
-    config.write_text("{env: {name: drawer, tasks: [1], num_processes: 1}, collect: {episodes: 6, tasks: all, image_size: 40}}")
+    config.write_text(
+        "{env: {name: drawer, tasks: [1], num_processes: 1}, collect: {episodes: 6, tasks: all, image_size: 40}}"
+    )
     done = vlarl("collect", str(config), "--out", str(tmp_path / "data"))
     assert done.returncode == 0, done.stderr
     data = RLDSDataset(tmp_path / "data" / "drawer")
     assert data[0]["image"].shape == (40, 40, 3)
-    assert {data[i]["instruction"] for i in range(len(data))} == {"open the drawer", "close the drawer", "leave the drawer alone"}
+    assert {data[i]["instruction"] for i in range(len(data))} == {
+        "open the drawer",
+        "close the drawer",
+        "leave the drawer alone",
+    }
 
     for override, message in (
         ("env.name=drawr", "env.name: 'drawr' is not allowed: choose one of drawer, lost, libero, tabletop, synthetic"),
@@ -126,12 +142,16 @@ def test_workers_that_still_import_end_quietly_with_their_parent(tmp_path: Path,
     config = tmp_path / "config.yaml"
     config.write_text("{env: {name: synthetic, tasks: [0], num_processes: 2}, collect: {episodes: 100000}}")
     command = [sys.executable, "-m", "vlarl_rllib", "collect", str(config), "--out", str(tmp_path / "data")]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    parent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     workers: list[psutil.Process] = []
     try:
         while len(workers) < 2:
             assert parent.poll() is None, parent.communicate()[0]
-            workers = [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+            workers = [
+                child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())
+            ]
             time.sleep(0.01)
         if ending == signal.SIGINT:
             os.killpg(parent.pid, ending)  # a terminal sends it to the whole group

@@ -16,9 +16,9 @@ import pytest
 if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
 
-from vlarl_rllib.data import Demonstration, RLDSDataset, RLDSWriter, read_statistics, rlds
+from vlarl_rllib.data import Demonstration, RLDSDataset, RLDSWriter, read_statistics, rlds, rlds_writer
 from vlarl_rllib.data.rlds import action_statistics, standardized
-from vlarl_rllib.models.action_tokenizer import ActionTokenizer
+from vlarl_rllib.models.openvla.actions import ActionTokenizer
 
 SIDE = 32
 LENGTHS = (3, 5, 4, 6)
@@ -30,7 +30,13 @@ def demonstration(length: int, seed: int) -> Demonstration:
     actions[:, 6] = np.where(actions[:, 6] > 0, 1.0, -1.0)
     y, x = np.mgrid[0:SIDE, 0:SIDE] * 4
     images = [np.stack([x, y, np.full_like(x, 40 * step)], axis=-1).astype(np.uint8) for step in range(length)]
-    return Demonstration(images, actions, f"push cube {seed}", states=generator.normal(size=(length, 8)).astype(np.float32), origin=f"demo {seed}")
+    return Demonstration(
+        images,
+        actions,
+        f"push cube {seed}",
+        states=generator.normal(size=(length, 8)).astype(np.float32),
+        origin=f"demo {seed}",
+    )
 
 
 DEMONSTRATIONS = [demonstration(length, seed) for seed, length in enumerate(LENGTHS)]
@@ -40,7 +46,7 @@ DEMONSTRATIONS = [demonstration(length, seed) for seed, length in enumerate(LENG
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rlds")
     with pytest.MonkeyPatch.context() as patch, RLDSWriter(root, "tabletop") as writer:
-        patch.setattr(rlds, "EPISODES_AT_ONCE", 3)  # two lots
+        patch.setattr(rlds_writer, "EPISODES_AT_ONCE", 3)  # two lots
         for episode in DEMONSTRATIONS:
             writer.add(episode)
     return root
@@ -77,23 +83,30 @@ import tensorflow_datasets as tfds
 data_sets = []
 for directory in sys.argv[2:]:
     dataset = tfds.builder_from_directory(directory).as_dataset(split="train")
-    data_sets.append([(e["episode_metadata"]["file_path"].numpy().decode(), list(e["steps"].as_numpy_iterator())) for e in dataset])
+    read = lambda e: (e["episode_metadata"]["file_path"].numpy().decode(), list(e["steps"].as_numpy_iterator()))
+    data_sets.append([read(e) for e in dataset])
 pickle.dump(data_sets, open(sys.argv[1], "wb"))
 """
 """In a process of its own: rendering crashes in one that has imported TensorFlow."""
 
 
 @pytest.fixture(scope="module")
-def read_plainly(directory: Path, published: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[str, list[Any]]]]:
+def read_plainly(
+    directory: Path, published: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[list[tuple[str, list[Any]]]]:
     """Of both data sets, the episodes as (origin, steps)."""
     scratch = tmp_path_factory.mktemp("plain") / "episodes.pickle"
     data_sets = [str(rlds.find_dataset(root)) for root in (directory, published)]
-    done = subprocess.run([sys.executable, "-c", PLAIN_READER, str(scratch), *data_sets], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_READER, str(scratch), *data_sets], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return pickle.loads(scratch.read_bytes())
 
 
-def test_plain_tensorflow_datasets_and_ours_read_the_same(directory: Path, read_plainly: list[Any], read_once: None) -> None:
+def test_plain_tensorflow_datasets_and_ours_read_the_same(
+    directory: Path, read_plainly: list[Any], read_once: None
+) -> None:
     ours = RLDSDataset(directory)
     assert (len(ours), ours.num_episodes) == (sum(LENGTHS), len(LENGTHS))
     index = 0
@@ -111,14 +124,22 @@ def test_plain_tensorflow_datasets_and_ours_read_the_same(directory: Path, read_
             assert example["instruction"] == step["language_instruction"].decode() == wrote.instruction
             assert (example["episode"], example["step"]) == (number, position)
             last = position == len(steps) - 1
-            assert (step["is_first"], step["is_last"], step["is_terminal"], step["reward"]) == (position == 0, last, last, float(last))
+            assert (step["is_first"], step["is_last"], step["is_terminal"], step["reward"]) == (
+                position == 0,
+                last,
+                last,
+                float(last),
+            )
             index += 1
     assert "tensorflow" not in sys.modules
 
 
 def test_shards_share_the_episodes_and_a_transform_is_applied(directory: Path, read_once: None) -> None:
     whole = {(example["instruction"], example["step"]) for example in RLDSDataset(directory)}
-    parts = [RLDSDataset(directory, shard=shard, num_shards=3, transform=lambda e: (e["instruction"], e["step"])) for shard in range(3)]
+    parts = [
+        RLDSDataset(directory, shard=shard, num_shards=3, transform=lambda e: (e["instruction"], e["step"]))
+        for shard in range(3)
+    ]
     assert [part.num_episodes for part in parts] == [2, 1, 1]
     seen = [example for part in parts for example in part]
     assert len(seen) == len(whole) and set(seen) == whole
@@ -167,7 +188,9 @@ def test_statistics_by_hand() -> None:
 
 def test_no_ops_are_dropped_unless_the_gripper_moves() -> None:
     still, move = [0.0] * 6, [0.5] + [0.0] * 5
-    actions = np.array([[*still, -1], [*move, -1], [*still, -1], [*still, 1], [*still, 1], [*move, 1]], dtype=np.float32)
+    actions = np.array(
+        [[*still, -1], [*move, -1], [*still, -1], [*still, 1], [*still, 1], [*move, 1]], dtype=np.float32
+    )
     images = [np.full((2, 2, 3), step, np.uint8) for step in range(6)]
     kept = Demonstration(images, actions, "push").without_no_ops()
     # The first stands still; so do the third, with the gripper of the second, and the fifth.
@@ -202,13 +225,24 @@ def test_a_truncated_a_tampered_and_a_missing_file_and_a_wrong_split_are_told(di
     (file,) = (directory / "tabletop" / "1.0.0").glob("*.tfrecord*")
     whole = file.read_bytes()
     middle = len(whole) // 2
-    first_record = 8 + 4 + int.from_bytes(whole[:8], "little") + 4  # TFRecord: length, its checksum, content, its checksum
-    with pytest.raises(ValueError, match=r"tampered: damaged or incomplete after \d episodes \(.*\); copy or collect it again") as caught:
+    first_record = (
+        8 + 4 + int.from_bytes(whole[:8], "little") + 4
+    )  # TFRecord: length, its checksum, content, its checksum
+    with pytest.raises(
+        ValueError, match=r"tampered: damaged or incomplete after \d episodes \(.*\); copy or collect it again"
+    ) as caught:
         RLDSDataset(damaged("tampered", whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]))
     assert "\n" not in str(caught.value)
 
-    paths = [damaged("cut", whole[: first_record + 7]), damaged("cut_between_records", whole[:first_record]), damaged("missing", None)]
-    arguments = [part for path in paths for part in (str(path), "train")] + [str(directory / "tabletop" / "1.0.0"), "test"]
+    paths = [
+        damaged("cut", whole[: first_record + 7]),
+        damaged("cut_between_records", whole[:first_record]),
+        damaged("missing", None),
+    ]
+    arguments = [part for path in paths for part in (str(path), "train")] + [
+        str(directory / "tabletop" / "1.0.0"),
+        "test",
+    ]
     done = subprocess.run([sys.executable, "-c", READER_OF_MISTAKES, *arguments], capture_output=True, text=True)
     *lines, no_such_split = done.stdout.splitlines()
     assert len(lines) == 3, done.stderr
@@ -225,7 +259,9 @@ def test_damaged_metadata_are_told(directory: Path, tmp_path: Path) -> None:
     wrong = [entry | {"num_transitions": 0}, *(entry | {"action": entry["action"] | change} for change in changes)]
     for damaged in (statistics[:200], "{}", *(json.dumps({"tabletop": values}) for values in wrong)):
         (copy / "dataset_statistics.json").write_text(damaged)
-        with pytest.raises(ValueError, match=r"dataset_statistics\.json is damaged \(.*\); remove it to compute it anew") as caught:
+        with pytest.raises(
+            ValueError, match=r"dataset_statistics\.json is damaged \(.*\); remove it to compute it anew"
+        ) as caught:
             read_statistics(copy)
         assert "\n" not in str(caught.value)
     features = (copy / "features.json").read_text()
@@ -235,13 +271,18 @@ def test_damaged_metadata_are_told(directory: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_is_called_as_its_folder_wherever_one_stands(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_is_called_as_its_folder_wherever_one_stands(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(directory / "tabletop")
     assert read_statistics("1.0.0") == read_statistics(directory)
     shutil.copytree(directory / "tabletop", tmp_path / "renamed")
     shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "alone")
     _, statistics = read_statistics(directory)
-    assert read_statistics(tmp_path / "renamed") == ("renamed", statistics) and read_statistics(tmp_path / "alone") == ("alone", statistics)
+    assert read_statistics(tmp_path / "renamed") == ("renamed", statistics) and read_statistics(tmp_path / "alone") == (
+        "alone",
+        statistics,
+    )
     monkeypatch.chdir(tmp_path / "alone")
     assert read_statistics(".") == ("alone", statistics)
 
@@ -250,7 +291,9 @@ def test_no_code_beside_a_data_set_is_run(directory: Path, tmp_path: Path, monke
     shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "download")
     monkeypatch.chdir(tmp_path / "download")
     features = Path("features.json").read_text()
-    Path("features.json").write_text(features.replace("tensorflow_datasets.core.features.features_dict.FeaturesDict", "trap.Features"))
+    Path("features.json").write_text(
+        features.replace("tensorflow_datasets.core.features.features_dict.FeaturesDict", "trap.Features")
+    )
     assert Path("features.json").read_text() != features
     Path("trap.py").write_text("import pathlib; pathlib.Path('sprung').touch()")
     with pytest.raises((ValueError, ImportError, OSError, RuntimeError)):
@@ -270,7 +313,9 @@ def test_the_published_layout_with_its_second_camera(published: Path, read_plain
 
 def test_a_part_of_a_split_and_mistakes(directory: Path, tmp_path: Path) -> None:
     assert RLDSDataset(directory, split="train[:50%]").num_episodes == 2
-    with pytest.raises(FileNotFoundError, match=r"no data set below it; give the directory that holds dataset_info.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no data set below it; give the directory that holds dataset_info.json"
+    ):
         RLDSDataset(tmp_path)
     with pytest.raises(ValueError, match=r"shard=2 must be in 0..1"):
         RLDSDataset(directory, shard=2, num_shards=2)
@@ -284,7 +329,9 @@ def test_a_part_of_a_split_and_mistakes(directory: Path, tmp_path: Path) -> None
 def test_what_was_not_written_to_its_end_is_no_data_set(directory: Path, tmp_path: Path) -> None:
     partial = shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "tabletop" / "1.0.0.incomplete")
     for name in (tmp_path, partial):
-        with pytest.raises(FileNotFoundError, match=r"1\.0\.0\.incomplete was not written to its end; collect it again"):
+        with pytest.raises(
+            FileNotFoundError, match=r"1\.0\.0\.incomplete was not written to its end; collect it again"
+        ):
             rlds.find_dataset(name)
     with pytest.raises(FileExistsError, match="incomplete exists; give another directory, or remove it"):
         RLDSWriter(tmp_path, "tabletop")
@@ -296,7 +343,12 @@ def test_episodes_are_counted_without_tensorflow(directory: Path, tmp_path: Path
     assert rlds.num_episodes(rlds.find_dataset(directory)) == {"train": len(LENGTHS)}
     for content in ("{", "[]", '{"splits": ["train"]}'):
         (tmp_path / "dataset_info.json").write_text(content)
-        with pytest.raises(ValueError, match=r"dataset_info.json (cannot be read|holds list, must hold an object).*; copy or collect it again"):
+        with pytest.raises(
+            ValueError,
+            match=r"dataset_info.json (cannot be read|holds list, must hold an object).*; copy or collect it again",
+        ):
             rlds.num_episodes(tmp_path)
-    (tmp_path / "dataset_info.json").write_text('{"splits": [{"name": "test"}, {"name": "train", "shardLengths": ["2", "3"]}]}')
+    (tmp_path / "dataset_info.json").write_text(
+        '{"splits": [{"name": "test"}, {"name": "train", "shardLengths": ["2", "3"]}]}'
+    )
     assert rlds.num_episodes(tmp_path) == {"test": 0, "train": 5}

@@ -1,4 +1,5 @@
-"""What the steps of a data set hold: PNG and raw frames are read too, and what cannot be learned from is told with file, episode and feature."""
+"""What the steps of a data set hold: PNG and raw frames are read too, and what cannot be learned from is told with
+file, episode and feature."""
 
 import importlib.util
 import io
@@ -25,7 +26,11 @@ def encoded(frame: np.ndarray, encoding: str) -> bytes:
 
 
 def stored(**changes: Any) -> dict[str, Any]:
-    episode = {"image": [encoded(frame, "PNG") for frame in FRAMES], "action": np.zeros((2, 7), np.float64), "instruction": b"push the cube"}
+    episode = {
+        "image": [encoded(frame, "PNG") for frame in FRAMES],
+        "action": np.zeros((2, 7), np.float64),
+        "instruction": b"push the cube",
+    }
     return episode | changes
 
 
@@ -36,14 +41,32 @@ MISTAKES = {
     "whole numbers": (stored(action=np.zeros((2, 7), np.int64)), "steps/action is int64 [2, 7], must be float [2, 7]"),
     "a frame too few": (stored(image=[JPEG]), "steps/action is float64 [2, 7], must be float [1, 7]"),
     "NaN": (stored(action=NOT_A_NUMBER), "steps/action of step 1 is nan at number 2, must be finite"),
-    "too large for float32": (stored(action=np.full((2, 7), 1e300)), "steps/action of step 0 is inf at number 0, must be finite"),
+    "too large for float32": (
+        stored(action=np.full((2, 7), 1e300)),
+        "steps/action of step 0 is inf at number 0, must be finite",
+    ),
     "no steps": (stored(image=[], action=np.zeros((0, 7), np.float32)), "has no steps, must have at least 1"),
-    "float frames": (stored(image=FRAMES / 255.0), "steps/observation/image of step 0 is float64 [16, 16, 3], must be a JPEG or PNG file"),
-    "grey frames": (stored(image=FRAMES[..., 0]), "steps/observation/image of step 0 is uint8 [16, 16], must be a JPEG"),
-    "a grey file": (stored(image=[JPEG, encoded(FRAMES[0, ..., 0], "PNG")]), "image of step 1 is a PNG file of another kind than 8-bit RGB"),
-    "another format": (stored(image=[encoded(FRAMES[0], "BMP")] * 2), "steps/observation/image of step 0 begins with b'BM"),
+    "float frames": (
+        stored(image=FRAMES / 255.0),
+        "steps/observation/image of step 0 is float64 [16, 16, 3], must be a JPEG or PNG file",
+    ),
+    "grey frames": (
+        stored(image=FRAMES[..., 0]),
+        "steps/observation/image of step 0 is uint8 [16, 16], must be a JPEG",
+    ),
+    "a grey file": (
+        stored(image=[JPEG, encoded(FRAMES[0, ..., 0], "PNG")]),
+        "image of step 1 is a PNG file of another kind than 8-bit RGB",
+    ),
+    "another format": (
+        stored(image=[encoded(FRAMES[0], "BMP")] * 2),
+        "steps/observation/image of step 0 begins with b'BM",
+    ),
     "half a header": (stored(image=[JPEG[:20]] * 2), "steps/observation/image of step 0 cannot be read"),
-    "another size": (stored(image=[JPEG, encoded(FRAMES[0, :8], "JPEG")]), "image of step 1 is 8 x 16 pixels, must be 16 x 16 as those before"),
+    "another size": (
+        stored(image=[JPEG, encoded(FRAMES[0, :8], "JPEG")]),
+        "image of step 1 is 8 x 16 pixels, must be 16 x 16 as those before",
+    ),
     "no instruction": (stored(instruction=b" "), "steps/language_instruction is empty, must say what is to be done"),
     "no text": (stored(instruction=b"\xff\xfe"), "steps/language_instruction is no UTF-8"),
 }
@@ -115,19 +138,27 @@ for name, lengths in (("png", [2]), ("raw", [2]), ("jpeg", [1, 0])):
 def test_other_encodings_are_read_as_tensorflow_datasets_wrote_them(tmp_path: Path) -> None:
     np.save(tmp_path / "frames.npy", FRAMES)
     done = subprocess.run(
-        [sys.executable, "-c", WRITER, str(tmp_path / "data"), str(tmp_path / "frames.npy")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WRITER, str(tmp_path / "data"), str(tmp_path / "frames.npy")],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     png, raw, empty = map(json.loads, done.stdout.splitlines())
     assert png == raw == [FRAMES.tolist()]
-    assert empty == f"{tmp_path}/data/jpeg: episode 1 has no steps, must have at least 1; collect it again without that episode"
+    assert (
+        empty
+        == f"{tmp_path}/data/jpeg: episode 1 has no steps, must have at least 1; collect it again without that episode"
+    )
 
 
 def test_a_file_that_is_cut_short_names_step_and_episode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = encoded(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8), "PNG")
     (tmp_path / "dataset_info.json").write_text("{}")
     episodes = [stored(), stored(image=[whole, whole[:2000]])]
-    monkeypatch.setattr(rlds, "read_episodes", lambda path, split: iter([checked_episode(episode, "", None) for episode in episodes]))
+    monkeypatch.setattr(
+        rlds, "read_episodes", lambda path, split: iter([checked_episode(episode, "", None) for episode in episodes])
+    )
     data = rlds.RLDSDataset(tmp_path, shard=1, num_shards=2)
     assert data[0]["image"].shape == (64, 64, 3)
     with pytest.raises(ValueError, match=rf"^{tmp_path}: the frame of step 1 in episode 1 cannot be decoded"):

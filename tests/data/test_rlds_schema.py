@@ -10,7 +10,7 @@ import pytest
 from rlds_files import INFO, PREFIX, STEP, TEXT, features, features_dict, image, tensor, write_metadata
 
 from vlarl_rllib.data.rlds import check_dataset, episodes_of_split
-from vlarl_rllib.preflight import check_sft
+from vlarl_rllib.runs.preflight import check_sft
 from vlarl_rllib.settings import Settings, SettingsError
 
 
@@ -31,7 +31,9 @@ def of_class(name: str) -> dict[str, Any]:
 def nested_json() -> dict[str, Any]:
     inner = json.dumps({"feature": {"type": "trap.Feature", "content": {}}, "length": 1})
     return changed(
-        lambda feature: step_of(feature).update(reward={"pythonClassName": PREFIX + "sequence_feature.Sequence", "jsonFeature": {"json": inner}})
+        lambda feature: step_of(feature).update(
+            reward={"pythonClassName": PREFIX + "sequence_feature.Sequence", "jsonFeature": {"json": inner}}
+        )
     )
 
 
@@ -54,7 +56,9 @@ FOREIGN = {
     "the old layout": {"type": "trap.Feature", "content": {}},
     "the old layout beside the new": changed(lambda feature: feature.update(type="trap.Feature", content={})),
     "the other spelling": changed(lambda feature: step_of(feature)["reward"].update(python_class_name="trap.Feature")),
-    "the other spelling of a content": changed(lambda feature: feature.update(features_dict={"features": {"x": {"pythonClassName": "trap.F"}}})),
+    "the other spelling of a content": changed(
+        lambda feature: feature.update(features_dict={"features": {"x": {"pythonClassName": "trap.F"}}})
+    ),
     "a name that leads out": changed(lambda feature: step_of(feature).update({"../../label": TEXT})),
     "no object": ["trap.Feature"],
     "a number inside": changed(lambda feature: step_of(feature).update(reward=1)),
@@ -100,22 +104,47 @@ def with_step(**values: Any) -> dict[str, Any]:
 
 
 def with_image(feature: dict[str, Any] | None) -> dict[str, Any]:
-    return with_step(observation=features_dict({"state": tensor("float32", 8)} | ({"image": feature} if feature else {})))
+    return with_step(
+        observation=features_dict({"state": tensor("float32", 8)} | ({"image": feature} if feature else {}))
+    )
 
 
 OTHER_LAYOUTS = {
-    "8 numbers": (with_step(action=tensor("float32", 8)), "steps/action is tensor_feature.Tensor float32[8], must be 7 numbers of float16"),
+    "8 numbers": (
+        with_step(action=tensor("float32", 8)),
+        "steps/action is tensor_feature.Tensor float32[8], must be 7 numbers of float16",
+    ),
     "whole numbers": (with_step(action=tensor("int64", 7)), "steps/action is tensor_feature.Tensor int64[7], must be"),
-    "actions in parts": (with_step(action=features_dict({"grip": tensor("float32", 1)})), "steps/action is features_dict.FeaturesDict, must be"),
-    "no instruction": (with_step(language_instruction=None), "its steps lack language_instruction; the layout must be that of openvla/"),
-    "an embedded instruction": (with_step(language_instruction=tensor("float32", 512)), "steps/language_instruction is tensor_feature.Tensor"),
+    "actions in parts": (
+        with_step(action=features_dict({"grip": tensor("float32", 1)})),
+        "steps/action is features_dict.FeaturesDict, must be",
+    ),
+    "no instruction": (
+        with_step(language_instruction=None),
+        "its steps lack language_instruction; the layout must be that of openvla/",
+    ),
+    "an embedded instruction": (
+        with_step(language_instruction=tensor("float32", 512)),
+        "steps/language_instruction is tensor_feature.Tensor",
+    ),
     "no image": (with_image(None), "its steps lack observation/image; the layout"),
-    "one colour": (with_image(image("png", shape=(32, 32, 1))), "steps/observation/image is image_feature.Image uint8[32, 32, 1], must be JPEG, PNG"),
-    "float frames": (with_image(tensor("float32", 32, 32, 3)), "steps/observation/image is tensor_feature.Tensor float32[32, 32, 3], must be"),
-    "deep frames": (with_image(image("png", dtype="uint16")), "steps/observation/image is image_feature.Image uint16[32, 32, 3], must be"),
+    "one colour": (
+        with_image(image("png", shape=(32, 32, 1))),
+        "steps/observation/image is image_feature.Image uint8[32, 32, 1], must be JPEG, PNG",
+    ),
+    "float frames": (
+        with_image(tensor("float32", 32, 32, 3)),
+        "steps/observation/image is tensor_feature.Tensor float32[32, 32, 3], must be",
+    ),
+    "deep frames": (
+        with_image(image("png", dtype="uint16")),
+        "steps/observation/image is image_feature.Image uint16[32, 32, 3], must be",
+    ),
     "a column of steps": (
         changed(
-            lambda feature: feature["featuresDict"]["features"]["steps"].update(pythonClassName=PREFIX + "sequence_feature.Sequence"),
+            lambda feature: feature["featuresDict"]["features"]["steps"].update(
+                pythonClassName=PREFIX + "sequence_feature.Sequence"
+            ),
         ),
         "steps is sequence_feature.Sequence, must be dataset_feature.Dataset",
     ),
@@ -133,7 +162,9 @@ def test_another_layout_is_told_before_anything_starts(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "frames", [image("jpeg"), image("png"), image("jpeg", shape=(-1, -1, 3)), tensor("uint8", 32, 32, 3)], ids=["jpeg", "png", "any size", "raw"]
+    "frames",
+    [image("jpeg"), image("png"), image("jpeg", shape=(-1, -1, 3)), tensor("uint8", 32, 32, 3)],
+    ids=["jpeg", "png", "any size", "raw"],
 )
 def test_the_layouts_that_are_read(frames: dict[str, Any], tmp_path: Path) -> None:
     string = tensor("string")
@@ -146,13 +177,24 @@ def test_statistics_that_cannot_be_used_are_told_before_anything_starts(tmp_path
     write_metadata(tmp_path)
     action = {"q01": [0.0] * 7, "q99": [1.0] * 6 + [float("nan")]}
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"x": {"action": action, "num_transitions": 3}}))
-    with pytest.raises(SettingsError, match=r"^sft\.data: .*dataset_statistics\.json is damaged .*action\.q99 is .*nan\], must be 7 finite numbers"):
+    with pytest.raises(
+        SettingsError,
+        match=r"^sft\.data: .*dataset_statistics\.json is damaged .*action\.q99 is .*nan\], must be 7 finite numbers",
+    ):
         check_sft(Settings.from_dict({"sft": {"data": str(tmp_path)}}))
 
 
 @pytest.mark.parametrize(
     ("split", "episodes"),
-    [("train", 40), ("train[:95%]", 38), ("train[10:]", 30), ("train[10:12]", 2), ("train[-5:]", 5), ("train[50%:-10]", 10), ("train[5:3]", 0)],
+    [
+        ("train", 40),
+        ("train[:95%]", 38),
+        ("train[10:]", 30),
+        ("train[10:12]", 2),
+        ("train[-5:]", 5),
+        ("train[50%:-10]", 10),
+        ("train[5:3]", 0),
+    ],
 )
 def test_episodes_of_a_part_of_a_split(split: str, episodes: int) -> None:
     assert episodes_of_split(split, {"train": 40, "val": 3}) == episodes
@@ -160,7 +202,9 @@ def test_episodes_of_a_part_of_a_split(split: str, episodes: int) -> None:
 
 @pytest.mark.parametrize("split", ["train[:95", "train[:abc]", "test", "train[41:]", "train+val", "train[1]", ""])
 def test_what_is_no_part_of_a_split_is_told(split: str) -> None:
-    with pytest.raises(ValueError, match=r"is no split of the data set, which has train, val|reaches beyond the 40 episodes of train"):
+    with pytest.raises(
+        ValueError, match=r"is no split of the data set, which has train, val|reaches beyond the 40 episodes of train"
+    ):
         episodes_of_split(split, {"train": 40, "val": 3})
 
 

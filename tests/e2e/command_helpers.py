@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from vlarl_rllib.checkpoints import CheckpointStore
+from vlarl_rllib.runs.checkpoints import CheckpointStore
 
 CONFIG = """
 env: {name: synthetic, tasks: [0, 1], num_envs: 2, num_processes: 1, models_per_process: 2, max_steps: 8}
@@ -45,12 +45,18 @@ class Command:
     ) -> None:
         self.path, self._output = root / name, root / f"{name}.txt"
         self.session = f"{os.getpid()}-{root.name}-{name}"
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "VLARL_TEST_SESSION": self.session, **(variables or {})}
+        environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "disabled",
+            "VLARL_TEST_SESSION": self.session,
+            **(variables or {}),
+        }
         for name in ("RAY_ADDRESS", "PYTHONSAFEPATH"):
             environment.pop(name, None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vlarl_rllib", command, *arguments],
-            stdout=stdout or self._output.open("a"), stderr=subprocess.STDOUT, cwd=cwd, env=environment, start_new_session=True,
+            stdout=stdout or self._output.open("a"), stderr=subprocess.STDOUT,
+            cwd=cwd, env=environment, start_new_session=True,
         )  # fmt: skip
 
     @property
@@ -59,7 +65,9 @@ class Command:
 
     def rows(self) -> list[dict[str, Any]]:
         file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+        return (
+            [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+        )
 
     def wait_until(self, condition: Callable[[], Any]) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -84,7 +92,10 @@ class Command:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("VLARL_TEST_SESSION") == self.session:
+                if (
+                    process.status() != psutil.STATUS_ZOMBIE
+                    and process.environ().get("VLARL_TEST_SESSION") == self.session
+                ):
                     found.append(process)
             except psutil.Error:
                 continue

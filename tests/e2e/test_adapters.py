@@ -9,8 +9,8 @@ import ray
 import torch
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
-from vlarl_rllib.export import export_merged, find_training_checkpoint
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from vlarl_rllib.runs.export import export_merged, find_training_checkpoint
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.types import SampleRequest
 
@@ -20,7 +20,14 @@ def algorithm(ray_session: None, tmp_path: Path) -> Iterator[VLAPPO]:
     settings = Settings.from_dict(
         {
             "model": {"lora": {"rank": 4}, "critic": "separate"},
-            "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 2, "num_processes": 1, "models_per_process": 2, "max_steps": 10},
+            "env": {
+                "name": "synthetic",
+                "tasks": [0, 1],
+                "num_envs": 2,
+                "num_processes": 1,
+                "models_per_process": 2,
+                "max_steps": 10,
+            },
             "rollout": {"steps_per_iteration": 32},
             "learners": {"num": 1, "micro_batch_size": 32},
             "training": {"minibatch_size": 32, "lr": 1e-3, "value_lr": 1e-3},
@@ -45,7 +52,9 @@ def test_adapters_are_sampled_with_saved_and_exported(algorithm: VLAPPO, tmp_pat
     generator = np.random.default_rng(0)
     frames = [generator.integers(0, 256, (28, 28, 3), dtype=np.uint8) for _ in range(8)]
     instructions = ["push the bowl", "open the drawer"] * 4
-    requests = [SampleRequest(frame, instruction, 0, 0.0) for frame, instruction in zip(frames, instructions, strict=True)]
+    requests = [
+        SampleRequest(frame, instruction, 0, 0.0) for frame, instruction in zip(frames, instructions, strict=True)
+    ]
     replies = ray.get(algorithm.engine_pool.handles[0].sample.remote(requests))
 
     checkpoint = find_training_checkpoint(tmp_path / "run")

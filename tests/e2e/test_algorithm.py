@@ -1,4 +1,5 @@
-"""The whole loop inside one Ray: real vLLM, FSDP learner, environment subprocesses; and what happens when one of them is killed."""
+"""The whole loop inside one Ray: real vLLM, FSDP learner, environment subprocesses; and what happens when one of them
+is killed."""
 
 import contextlib
 import functools
@@ -16,11 +17,11 @@ import pytest
 import ray
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
-from vlarl_rllib.checkpoints import CheckpointStore
 from vlarl_rllib.observability.metrics import iteration_row
-from vlarl_rllib.pulse import EndRequested
+from vlarl_rllib.process.calls import EndRequested
 from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
 from vlarl_rllib.rewards.worker import RewardService
+from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings import Settings
 
 STEPS = 4 * 40
@@ -44,7 +45,9 @@ def algorithm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> It
         }
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlarl_rllib.services.RewardService", functools.partial(RewardService, worker_class=worker_class))
+        patch.setattr(
+            "vlarl_rllib.rollout.services.RewardService", functools.partial(RewardService, worker_class=worker_class)
+        )
         algorithm = VLAPPOConfig.from_settings(settings, tmp_path_factory.mktemp("run")).build_algo()
     yield algorithm
     algorithm.stop()
@@ -93,11 +96,13 @@ def later(seconds: float, pid: int, number: signal.Signals = signal.SIGKILL) -> 
 
 def processes(algorithm: VLAPPO) -> dict[str, Any]:
     """What a user would find out who is who with."""
-    return json.loads((algorithm._store.root.parent / "processes.json").read_text())
+    return json.loads((algorithm.checkpoints.store.root.parent / "processes.json").read_text())
 
 
 def environment_pids(algorithm: VLAPPO) -> list[int]:
-    return algorithm.env_runner_group.foreach_env_runner(lambda runner: runner.env.processes.pids(), local_env_runner=False)[0]
+    return algorithm.env_runner_group.foreach_env_runner(
+        lambda runner: runner.env.processes.pids(), local_env_runner=False
+    )[0]
 
 
 def runner_pid(algorithm: VLAPPO) -> int:
@@ -110,14 +115,18 @@ def engine_pid(algorithm: VLAPPO) -> int:
 
 def test_sampled_log_probs_are_the_learners_and_versions_rise(algorithm: VLAPPO) -> None:
     first, second = train(algorithm), train(algorithm)
-    assert first["initial_evaluation"]["episodes"] == 6 and set(first["initial_evaluation"]["success_rate_by_task"]) == {"0", "1"}
+    assert first["initial_evaluation"]["episodes"] == 6 and set(
+        first["initial_evaluation"]["success_rate_by_task"]
+    ) == {"0", "1"}
     assert first["evaluation"] is second["initial_evaluation"] is second["evaluation"] is None
     assert (first["env_steps"], second["env_steps"]) == (STEPS, 2 * STEPS)
     assert second["policy_version"] == first["policy_version"] + 1 == algorithm.engine_pool.statuses()[0].policy_version
     for row in (first, second):
         assert row["first_clip_fraction"] == 0.0
         assert row["first_ratio_deviation"] < 1e-4
-        assert row["approx_kl"] > 0.0 and row["grad_norm"] > 0.0, "nothing was learned, so the equality above would mean nothing"
+        assert row["approx_kl"] > 0.0 and row["grad_norm"] > 0.0, (
+            "nothing was learned, so the equality above would mean nothing"
+        )
         assert row["episodes"] > 0 and row["sync_bytes"] > 1e6
 
 
@@ -141,7 +150,10 @@ def test_a_killed_runner_comes_back(algorithm: VLAPPO) -> None:
     row = train(algorithm)
     assert row["env_steps"] >= before["env_steps"] + STEPS
     deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{child}/environ") and _alive(child) for child in children) and time.monotonic() < deadline:
+    while (
+        any(os.path.exists(f"/proc/{child}/environ") and _alive(child) for child in children)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     assert not any(_alive(child) for child in children), "the dead runner's environments live on"
 
@@ -159,7 +171,7 @@ def test_a_killed_reward_worker_costs_no_reward_and_serves_again(algorithm: VLAP
     assert before["reward_cpu_retries"] == before["reward_zeros"] == 0, "the worker judges"
     pid = processes(algorithm)["reward_worker"]
 
-    def kill_it_when_chunks_are_to_be_judged(runner: Any) -> None:
+    def kill_it_when_fragments_are_to_be_judged(runner: Any) -> None:
         collect = runner._collect
 
         def kill_then_collect() -> Any:
@@ -169,22 +181,35 @@ def test_a_killed_reward_worker_costs_no_reward_and_serves_again(algorithm: VLAP
 
         runner._collect = kill_then_collect
 
-    algorithm.env_runner_group.foreach_env_runner(kill_it_when_chunks_are_to_be_judged, local_env_runner=False)
+    algorithm.env_runner_group.foreach_env_runner(kill_it_when_fragments_are_to_be_judged, local_env_runner=False)
     row = train(algorithm)
     assert row["env_steps"] == before["env_steps"] + STEPS and row["reward_zeros"] == 0 < row["reward_cpu_retries"]
     deadline = time.monotonic() + 60
-    while row["faults"]["reward_worker_restarts"] == before["faults"]["reward_worker_restarts"] or row["reward_cpu_retries"]:
+    while (
+        row["faults"]["reward_worker_restarts"] == before["faults"]["reward_worker_restarts"]
+        or row["reward_cpu_retries"]
+    ):
         assert time.monotonic() < deadline and row["reward_zeros"] == 0
         row = train(algorithm)
     assert processes(algorithm)["reward_worker"] != pid and not _alive(pid)
-    errors = [file.read_text() for file in (algorithm._store.root.parent / "reward_errors").glob("reward_process_*.txt")]
+    errors = [
+        file.read_text()
+        for file in (algorithm.checkpoints.store.root.parent / "reward_errors").glob("reward_process_*.txt")
+    ]
     assert errors and all("ActorUnavailableError" in error or "ActorDiedError" in error for error in errors)
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"), [("raise", "CUDA out of memory"), ("nan", "scores lie in [0, 1], got nan"), ("hang", "gave no answer within 4.5 s")]
+    ("fault", "told"),
+    [
+        ("raise", "CUDA out of memory"),
+        ("nan", "scores lie in [0, 1], got nan"),
+        ("hang", "gave no answer within 4.5 s"),
+    ],
 )
-def test_a_reward_worker_that_raises_lies_or_hangs_costs_no_reward(algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch, fault: str, told: str) -> None:
+def test_a_reward_worker_that_raises_lies_or_hangs_costs_no_reward(
+    algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch, fault: str, told: str
+) -> None:
     before = train(algorithm)
     assert before["reward_cpu_retries"] == 0
     monkeypatch.setattr(algorithm.reward_service, "_patience_seconds", 2.0)
@@ -194,7 +219,10 @@ def test_a_reward_worker_that_raises_lies_or_hangs_costs_no_reward(algorithm: VL
     file.unlink(missing_ok=True)
     assert row["env_steps"] == before["env_steps"] + STEPS and row["reward_zeros"] == 0 < row["reward_cpu_retries"]
     assert row["faults"]["reward_cpu_retries"] == before["faults"]["reward_cpu_retries"] + row["reward_cpu_retries"]
-    errors = [file.read_text() for file in (algorithm._store.root.parent / "reward_errors").glob("reward_process_*.txt")]
+    errors = [
+        file.read_text()
+        for file in (algorithm.checkpoints.store.root.parent / "reward_errors").glob("reward_process_*.txt")
+    ]
     assert any(told in error for error in errors)
     deadline = time.monotonic() + 60
     while train(algorithm)["reward_cpu_retries"]:
@@ -208,12 +236,16 @@ def test_a_frozen_environment_is_ended(algorithm: VLAPPO) -> None:
     os.kill(pid, signal.SIGSTOP)
     row = train(algorithm)
     set_on_loops(algorithm, "_env_timeout", 600.0)
-    assert row["faults"]["env_deaths"] == before["faults"]["env_deaths"] + 2, "both slots of the process lose their episode"
+    assert row["faults"]["env_deaths"] == before["faults"]["env_deaths"] + 2, (
+        "both slots of the process lose their episode"
+    )
     assert row["env_steps"] == before["env_steps"] + STEPS
     assert not _alive(pid)
 
 
-def test_an_engine_that_freezes_while_it_samples_is_replaced(algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_freezes_while_it_samples_is_replaced(
+    algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = newest(algorithm)
     set_on_loops(algorithm, "_request_timeout", 2.0)
     monkeypatch.setattr(algorithm.engine_pool, "_ping_timeout_seconds", 2.0)
@@ -237,7 +269,9 @@ def test_an_engine_that_dies_while_it_takes_weights_gets_them_after_its_restart(
     train(algorithm)
 
 
-def test_a_runner_that_dies_before_the_learners_have_its_steps_plays_them_again(algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runner_that_dies_before_the_learners_have_its_steps_plays_them_again(
+    algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = newest(algorithm)
     receive = algorithm.learner_group.receive
 
@@ -281,16 +315,22 @@ def test_a_frozen_runner_is_noticed_within_its_time_out(algorithm: VLAPPO, monke
     assert not _alive(pid)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_older_one_stays(algorithm: VLAPPO, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_older_one_stays(
+    algorithm: VLAPPO, tmp_path: Path
+) -> None:
     algorithm.save_checkpoint(str(tmp_path))
-    good = algorithm._store.newest()
+    good = algorithm.checkpoints.store.newest()
     before = train(algorithm)
     learner = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({}, -1))"
-    algorithm.learner_group.call("apply", lambda _: exec(learner.format(1000)))  # a write beyond that fails, as on a full disk
+    algorithm.learner_group.call(
+        "apply", lambda _: exec(learner.format(1000))
+    )  # a write beyond that fails, as on a full disk
     algorithm.save_checkpoint(str(tmp_path))
     algorithm.learner_group.call("apply", lambda _: exec(learner.format(-1)))
-    assert CheckpointStore.resolve(tmp_path) == good == algorithm._store.newest()
-    assert [path.name for path in algorithm._store.root.iterdir()] == [good.name], "half a checkpoint was left"
+    assert CheckpointStore.resolve(tmp_path) == good == algorithm.checkpoints.store.newest()
+    assert [path.name for path in algorithm.checkpoints.store.root.iterdir()] == [good.name], (
+        "half a checkpoint was left"
+    )
     row = train(algorithm)
     assert row["faults"]["failed_checkpoints"] == before["faults"]["failed_checkpoints"] + 1
     algorithm.save_checkpoint(str(tmp_path))
@@ -301,7 +341,13 @@ def test_iterations_and_syncs_leave_nothing_behind(algorithm: VLAPPO) -> None:
     """The short form of test_soak.py."""
     train(algorithm)
     roles = processes(algorithm)
-    pids = [*roles["engines"], *roles["learners"], roles["reward_worker"], runner_pid(algorithm), *environment_pids(algorithm)]
+    pids = [
+        *roles["engines"],
+        *roles["learners"],
+        roles["reward_worker"],
+        runner_pid(algorithm),
+        *environment_pids(algorithm),
+    ]
 
     def sync_and_measure() -> tuple[list[int], list[int], int]:
         for _ in range(5):
@@ -318,7 +364,9 @@ def test_iterations_and_syncs_leave_nothing_behind(algorithm: VLAPPO) -> None:
     assert after[2] == before[2] > 0, "shared memory"
 
 
-def test_an_end_while_sampling_saves_the_last_iteration_and_drops_the_running_one(algorithm: VLAPPO, tmp_path: Path) -> None:
+def test_an_end_while_sampling_saves_the_last_iteration_and_drops_the_running_one(
+    algorithm: VLAPPO, tmp_path: Path
+) -> None:
     train(algorithm)
     row = train(algorithm)
     algorithm.save_to_path(tmp_path / "before")
@@ -328,7 +376,7 @@ def test_an_end_while_sampling_saves_the_last_iteration_and_drops_the_running_on
     result = algorithm.train()
     assert "vlarl" not in result and result["done"] and algorithm.iteration == iteration == row["iteration"]
     assert time.monotonic() - began < 3.0, "`ray job stop` kills then"
-    saved = algorithm._store.newest()
+    saved = algorithm.checkpoints.store.newest()
     assert saved.name == f"iteration_{iteration:06d}"
     assert CheckpointStore.read_facts(saved) == CheckpointStore.read_facts(tmp_path / "before")
     shards = "learners/shards/__0_0.distcp"
@@ -345,13 +393,17 @@ def test_an_end_while_sampling_saves_the_last_iteration_and_drops_the_running_on
 
 
 def set_on_loops(algorithm: VLAPPO, name: str, value: float) -> None:
-    algorithm.env_runner_group.foreach_env_runner(lambda runner: setattr(runner._loop, name, value), local_env_runner=False)
+    algorithm.env_runner_group.foreach_env_runner(
+        lambda runner: setattr(runner._loop, name, value), local_env_runner=False
+    )
 
 
 def test_a_checkpoint_ends_the_running_episodes(algorithm: VLAPPO, tmp_path: Any) -> None:
     algorithm.save_to_path(tmp_path)
     assert (tmp_path / "facts.json").is_file() and (tmp_path / "learners" / "shards" / ".metadata").is_file()
-    playing = algorithm.env_runner_group.foreach_env_runner(lambda runner: [p.playing for p in runner._players.values()], local_env_runner=False)
+    playing = algorithm.env_runner_group.foreach_env_runner(
+        lambda runner: [p.playing for p in runner._players.values()], local_env_runner=False
+    )
     assert playing == [[False] * 4]
     version = algorithm.weight_sync.version
     algorithm.restore_from_path(tmp_path)

@@ -1,7 +1,7 @@
 """A long run under random kills: every part dies again and again, and the run goes on as if it had not.
 
-VLARL_CHAOS_KILLS (50) kills with seed VLARL_CHAOS_SEED (drawn and printed), one after the other has been mended. Prints the seconds from
-each kill to the end of the first iteration that knows of it.
+VLARL_CHAOS_KILLS (50) kills with seed VLARL_CHAOS_SEED (drawn and printed), one after the other has been mended. Prints
+the seconds from each kill to the end of the first iteration that knows of it.
 """
 
 import itertools
@@ -49,7 +49,16 @@ COUNTED_AS: dict[str, tuple[str, ...]] = {
     "driver": (),
 }
 """What may die, and the faults that it is counted as; a killed driver counts nothing any more."""
-WEIGHTS = {"environment": 3, "runner": 3, "engine": 3, "reward worker": 2, "learner": 3, "frozen learner": 1, "trial": 2, "driver": 2}
+WEIGHTS = {
+    "environment": 3,
+    "runner": 3,
+    "engine": 3,
+    "reward worker": 2,
+    "learner": 3,
+    "frozen learner": 1,
+    "trial": 2,
+    "driver": 2,
+}
 COSTS_EPISODES_ONLY = ("environment", "runner", "engine", "reward worker")
 
 
@@ -73,7 +82,10 @@ class Run:
         self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT, env=environment)
 
     def new_rows(self) -> list[dict[str, Any]]:
-        """Rows written since the last call. An iteration that was played again has other times, so no two rows are alike."""
+        """Rows written since the last call.
+
+        An iteration that was played again has other times, so no two rows are alike.
+        """
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         new = [json.loads(line) for line in lines if line not in self._lines]
@@ -118,16 +130,20 @@ def count(row: dict[str, Any], faults: tuple[str, ...]) -> int:
 
 
 def check_cost(kind: str, before: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """A kill costs unfinished episodes, or where it is a learner's or the driver's, at most the iterations since the checkpoint."""
+    """A kill costs unfinished episodes, or where it is a learner's or the driver's, at most the iterations since the
+    checkpoint."""
     for previous, row in itertools.pairwise([before, *rows]):
         assert row["logprob_gap_max"] < 1e-4, f"{kind}: sampled with other weights than the learner's: {row}"
-        assert row["policy_version"] > previous["policy_version"], f"{kind}: {previous['policy_version']} -> {row['policy_version']}"
+        assert row["policy_version"] > previous["policy_version"], (
+            f"{kind}: {previous['policy_version']} -> {row['policy_version']}"
+        )
         lost = previous["iteration"] + 1 - row["iteration"]
         assert 0 <= lost <= (0 if kind in COSTS_EPISODES_ONLY else CHECKPOINT_EVERY), f"{kind}: {lost} iterations lost"
 
 
 def check_repeats(rows: list[dict[str, Any]]) -> int:
-    """What was played again since the same checkpoint took the same actions, unless an episode was lost on the way; returns how many."""
+    """What was played again since the same checkpoint took the same actions, unless an episode was lost on the way;
+    returns how many."""
     disturbances = ("env_deaths", "runner_restarts", "dropped_steps")
     played: dict[int, list[float]] = defaultdict(list)
     env_steps = {0: 0}
@@ -174,10 +190,18 @@ def test_a_run_under_random_kills(run: Run) -> None:
             run.process.wait()
             before = ([before, *run.new_rows()])[-1]
             run.start("--resume", "--run-dir", str(run.path))
-        new = run.wait_for(f"the kill of {kind} {pid}", faults=COUNTED_AS[kind], above=count(before, COUNTED_AS[kind]) if COUNTED_AS[kind] else -1)
+        new = run.wait_for(
+            f"the kill of {kind} {pid}",
+            faults=COUNTED_AS[kind],
+            above=count(before, COUNTED_AS[kind]) if COUNTED_AS[kind] else -1,
+        )
         seconds[kind].append(time.monotonic() - killed)
         check_cost(kind, before, new)
-        print(f"{sum(map(len, seconds.values())):3} {kind:15} {seconds[kind][-1]:6.1f} s, then iteration {new[-1]['iteration']}", flush=True)
+        print(
+            f"{sum(map(len, seconds.values())):3} {kind:15} {seconds[kind][-1]:6.1f} s, then iteration "
+            f"{new[-1]['iteration']}",
+            flush=True,
+        )
 
     run.process.terminate()
     assert run.process.wait(120) == 0, (run.root / "output.txt").read_text()[-2000:]

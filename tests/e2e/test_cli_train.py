@@ -1,4 +1,5 @@
-"""`vlarl train` as a user runs it: killed, interrupted, resumed, in a directory that is not to be trusted, and what is left behind."""
+"""`vlarl train` as a user runs it: killed, interrupted, resumed, in a directory that is not to be trusted, and what is
+left behind."""
 
 import itertools
 import os
@@ -14,12 +15,15 @@ from vlarl_rllib.models.presets import write_checkpoint
 from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
 
 DECOYS = (
-    "__future__", "numpy", "json", "torch", "safetensors", "yaml", "typer", "pydantic", "ray", "rich", "transformers", "socket", "logging", "typing",
-    "psutil", "gymnasium", "numba", "mujoco", "PIL", "vllm", "tokenizers", "peft", "setproctitle", "pyarrow", "pandas", "matplotlib", "cloudpickle",
+    "__future__", "numpy", "json", "torch", "safetensors", "yaml", "typer", "pydantic", "ray", "rich", "transformers",
+    "socket", "logging", "typing",
+    "psutil", "gymnasium", "numba", "mujoco", "PIL", "vllm", "tokenizers", "peft", "setproctitle", "pyarrow", "pandas",
+    "matplotlib", "cloudpickle",
     "wandb",
 )  # fmt: skip
 SECRETS = {
-    "AWS_SECRET_ACCESS_KEY": "secret-of-aws", "AWS_SESSION_TOKEN": "token-of-aws", "HF_TOKEN": "token-of-hf", "WANDB_API_KEY": "a" * 20 + "7" * 20,
+    "AWS_SECRET_ACCESS_KEY": "secret-of-aws", "AWS_SESSION_TOKEN": "token-of-aws", "HF_TOKEN": "token-of-hf",
+    "WANDB_API_KEY": "a" * 20 + "7" * 20,
 }  # fmt: skip
 
 
@@ -32,7 +36,9 @@ def files_with_secrets(directory: Path) -> list[str]:
     return [
         str(file)
         for file in directory.rglob("*")
-        if file.is_file() and not file.is_symlink() and any(secret.encode() in file.read_bytes() for secret in SECRETS.values())
+        if file.is_file()
+        and not file.is_symlink()
+        and any(secret.encode() in file.read_bytes() for secret in SECRETS.values())
     ]
 
 
@@ -40,7 +46,9 @@ def make_model_with_decoys(directory: Path) -> None:
     """A model, and beside it modules called like those that a run imports, which leave a file `ran`."""
     write_checkpoint("tiny", directory)
     for name in DECOYS:
-        (directory / f"{name}.py").write_text(f"open({str(directory / 'ran')!r}, 'a').write({name!r} + ' ')\nraise ImportError({name!r})\n")
+        (directory / f"{name}.py").write_text(
+            f"open({str(directory / 'ran')!r}, 'a').write({name!r} + ' ')\nraise ImportError({name!r})\n"
+        )
 
 
 @pytest.mark.timeout(600)
@@ -50,10 +58,26 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
     model.mkdir()
     make_model_with_decoys(model)
     (model / "t.yaml").write_text(CONFIG)
-    arguments = ["t.yaml", "--run-dir", str(tmp_path / "run"), "--set", "model.path=.", "--set", "run.checkpoint_every=1", "--set", "run.wandb=test"]
+    arguments = [
+        "t.yaml",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--set",
+        "model.path=.",
+        "--set",
+        "run.checkpoint_every=1",
+        "--set",
+        "run.wandb=test",
+    ]
 
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as scratch:
-        killed = Command(tmp_path, "train", *arguments, cwd=model, variables={**SECRETS, "RAY_TMPDIR": scratch, "WANDB_MODE": "offline"})
+        killed = Command(
+            tmp_path,
+            "train",
+            *arguments,
+            cwd=model,
+            variables={**SECRETS, "RAY_TMPDIR": scratch, "WANDB_MODE": "offline"},
+        )
         killed.wait_until(lambda: len(killed.rows()) >= 3)
         killed.process.kill()
         killed.process.wait()
@@ -73,11 +97,19 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
     resumed.wait_until(lambda: resumed.trial() != stale and len(resumed.rows()) > len(before))
     seen = resumed.rows()
     os.kill(resumed.trial(), signal.SIGKILL)
-    resumed.wait_until(lambda: "it starts anew from its newest checkpoint" in resumed.output and resumed.rows()[-1]["faults"]["trial_restarts"])
+    resumed.wait_until(
+        lambda: (
+            "it starts anew from its newest checkpoint" in resumed.output
+            and resumed.rows()[-1]["faults"]["trial_restarts"]
+        )
+    )
     os.killpg(resumed.process.pid, signal.SIGINT)  # a terminal sends it to the whole group
     assert resumed.end() == 130
     rows, output = resumed.rows(), resumed.output
-    assert "SIGINT: ending within 25 s" in output and f"stopped with a checkpoint of iteration {len(rows)}; continue" in output
+    assert (
+        "SIGINT: ending within 25 s" in output
+        and f"stopped with a checkpoint of iteration {len(rows)}; continue" in output
+    )
     assert f"--resume --run-dir {os.path.relpath(resumed.path)}" in output
     assert resumed.newest() == resumed.summary()["iterations"] == len(rows)
     assert resumed.summary()["faults"]["trial_restarts"] == 1 and resumed.summary()["wall_seconds"] > 0
@@ -94,7 +126,13 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
 def test_the_smoke_config_on_real_libero_with_real_vllm_and_a_judge(tmp_path: Path) -> None:
     judge, others = tmp_path / "judge", weights_in_shared_memory()
     SuccessClassifier(ClassifierConfig(28, ("bowl", "plate"))).save(judge)
-    overrides = ["run.iterations=2", "rollout.steps_per_iteration=8", "training.minibatch_size=16", "env.max_steps=6", "run.dashboard=false"]
+    overrides = [
+        "run.iterations=2",
+        "rollout.steps_per_iteration=8",
+        "training.minibatch_size=16",
+        "env.max_steps=6",
+        "run.dashboard=false",
+    ]
     overrides += ["rewards.process=0.1", f"rewards.judge={judge}"]
     options = (part for override in overrides for part in ("--set", override))
     run = Command(tmp_path, "train", "configs/libero_smoke_cpu.yaml", "--run-dir", str(tmp_path / "run"), *options)
@@ -104,7 +142,11 @@ def test_the_smoke_config_on_real_libero_with_real_vllm_and_a_judge(tmp_path: Pa
     assert first["initial_evaluation"]["episodes"] == second["evaluation"]["episodes"] == 2
     assert first["approx_kl"] > 0.0 and max(row["first_ratio_deviation"] for row in (first, second)) < 1e-4
     summary = run.summary()
-    assert summary["env_steps"] == 64 and summary["engine"] == "vllm" and summary["versions"]["mujoco"].startswith("3.3.")
-    assert summary["faults"]["reward_zeros"] == summary["faults"]["reward_cpu_retries"] == 0, "the reward worker was there from the start"
+    assert (
+        summary["env_steps"] == 64 and summary["engine"] == "vllm" and summary["versions"]["mujoco"].startswith("3.3.")
+    )
+    assert summary["faults"]["reward_zeros"] == summary["faults"]["reward_cpu_retries"] == 0, (
+        "the reward worker was there from the start"
+    )
     assert summary["success_rate_initial"] is not None and summary["success_rate_final"] is not None
     assert weights_in_shared_memory() <= others

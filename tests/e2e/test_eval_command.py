@@ -1,4 +1,5 @@
-"""`vlarl eval` as a user meets it: exact counts of a policy whose outcome is known, and going on after every kind of end."""
+"""`vlarl eval` as a user meets it: exact counts of a policy whose outcome is known, and going on after every kind of
+end."""
 
 import json
 import os
@@ -20,16 +21,19 @@ from safetensors.torch import load_file, save_file
 from vlarl_rllib.envs.synthetic import SyntheticEnv
 from vlarl_rllib.evaluation import EvaluationRequest, session, workers
 from vlarl_rllib.evaluation.output import open_evaluation
-from vlarl_rllib.models.action_tokenizer import ActionTokenizer
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+from vlarl_rllib.models.openvla.actions import ActionTokenizer
 from vlarl_rllib.models.presets import write_checkpoint
-from vlarl_rllib.registry import EnvSpec
 from vlarl_rllib.rollout.evaluation import EvaluationRound
+from vlarl_rllib.types import EnvSpec
 
 MAX_STEPS = 6
 ROUND_SECONDS = 0.1
 """So that something is left to play when a test ends the evaluation."""
-COMMAND = f"from vlarl_rllib.evaluation import session; session.ROUND_SECONDS = {ROUND_SECONDS}; from vlarl_rllib.cli import main; main()"
+COMMAND = (
+    f"from vlarl_rllib.evaluation import session; session.ROUND_SECONDS = {ROUND_SECONDS}; from vlarl_rllib.cli "
+    "import main; main()"
+)
 ACTION_BIN = 130
 """Of every number of the constant action: a little right of and below the centre."""
 
@@ -41,8 +45,8 @@ Outcome = dict[tuple[int, int], tuple[bool, int]]
 def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, np.ndarray]:
     """A checkpoint whose greedy action is always the same, and that action.
 
-    Nothing is added to the residual stream and every token has the same embedding, so the head always sees the same vector; it knows
-    one token.
+    Nothing is added to the residual stream and every token has the same embedding, so the head always sees the same
+    vector; it knows one token.
     """
     directory = tmp_path_factory.mktemp("constant")
     write_checkpoint("tiny", directory)
@@ -51,7 +55,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, np.ndarray]:
     token = tokenizer.vocab_size - ACTION_BIN
     weights = load_file(directory / "model.safetensors")
     for name, tensor in weights.items():
-        if name.startswith("language_model.") and name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+        if name.startswith("language_model.") and name.endswith(
+            ("o_proj.weight", "down_proj.weight", "lm_head.weight")
+        ):
             tensor.zero_()
         if name.endswith("embed_tokens.weight"):
             tensor.fill_(1.0)
@@ -72,13 +78,19 @@ def expected(request: EvaluationRequest, action: np.ndarray) -> Outcome:
             if terminated or truncated:
                 found[start.task_id, start.initial_state] = info["success"], step
                 break
-    assert 0.2 < np.mean([success for success, _ in found.values()]) < 0.8, "an outcome that is always the same tests nothing"
+    assert 0.2 < np.mean([success for success, _ in found.values()]) < 0.8, (
+        "an outcome that is always the same tests nothing"
+    )
     return found
 
 
 def episodes(out: Path) -> list[dict[str, Any]]:
     file = out / "episodes.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if file.exists()
+        else []
+    )
 
 
 def outcome(out: Path) -> Outcome:
@@ -94,7 +106,20 @@ class Command:
 
     def __init__(self, checkpoint: str, out: Path) -> None:
         self.out = out
-        arguments = ["eval", checkpoint, "--env", "synthetic", "--engine", "hf", "--tasks", "0,2", "--trials", "40", "--max-steps", str(MAX_STEPS)]
+        arguments = [
+            "eval",
+            checkpoint,
+            "--env",
+            "synthetic",
+            "--engine",
+            "torch",
+            "--tasks",
+            "0,2",
+            "--trials",
+            "40",
+            "--max-steps",
+            str(MAX_STEPS),
+        ]
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "VLARL_TEST_SESSION": self.mark}
         environment.pop("RAY_ADDRESS", None)
         self.before = len(episodes(out))
@@ -107,7 +132,9 @@ class Command:
 
     def wait_for_episodes(self, more: int) -> None:
         deadline = time.monotonic() + 120
-        while len(episodes(self.out)) < self.before + more and self.process.poll() is None and time.monotonic() < deadline:
+        while (
+            len(episodes(self.out)) < self.before + more and self.process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         assert self.process.poll() is None, self.process.communicate()[0]
 
@@ -117,8 +144,9 @@ class Command:
     def left_behind(self) -> list[str]:
         """Command lines of live processes that it started, a little later.
 
-        Mostly they are gone in 3 s. But an agent of Ray whose raylet got no SIGTERM reports that to the GCS before it ends
-        (ray/_private/process_watcher.py), and where the GCS is dead too that waits for Ray's reconnection time-out, 60 s.
+        Mostly they are gone in 3 s. But an agent of Ray whose raylet got no SIGTERM reports that to the GCS before it
+        ends (ray/_private/process_watcher.py), and where the GCS is dead too that waits for Ray's reconnection
+        time-out, 60 s.
         """
         deadline = time.monotonic() + 90
         while (found := list(self._alive())) and time.monotonic() < deadline:
@@ -128,14 +156,19 @@ class Command:
     def _alive(self) -> Iterator[str]:
         for process in psutil.process_iter(["cmdline", "status"]):
             try:
-                if process.info["status"] != psutil.STATUS_ZOMBIE and process.environ().get("VLARL_TEST_SESSION") == self.mark:
+                if (
+                    process.info["status"] != psutil.STATUS_ZOMBIE
+                    and process.environ().get("VLARL_TEST_SESSION") == self.mark
+                ):
                     yield " ".join(process.info["cmdline"])
             except (psutil.AccessDenied, psutil.NoSuchProcess):
                 continue
 
 
 @pytest.mark.timeout(400)
-def test_an_evaluation_goes_on_after_ctrl_c_and_a_kill_and_counts_right(policy: tuple[str, np.ndarray], tmp_path: Path) -> None:
+def test_an_evaluation_goes_on_after_ctrl_c_and_a_kill_and_counts_right(
+    policy: tuple[str, np.ndarray], tmp_path: Path
+) -> None:
     checkpoint, action = policy
     out = tmp_path / "evaluation"
 
@@ -148,7 +181,11 @@ def test_an_evaluation_goes_on_after_ctrl_c_and_a_kill_and_counts_right(policy: 
     assert 0 < len(first) < 80 and f"plays the other {80 - len(first)} episodes" in output
     assert f"incomplete: {len(first)} of 80 episodes" in (out / "report.md").read_text()
     assert interrupted.left_behind() == []
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith("vlarl-") and not psutil.pid_exists(int(name.rpartition("-")[2]))]
+    assert not [
+        name
+        for name in os.listdir("/dev/shm")
+        if name.startswith("vlarl-") and not psutil.pid_exists(int(name.rpartition("-")[2]))
+    ]
 
     killed = Command(checkpoint, out)
     killed.wait_for_episodes(1)
@@ -169,7 +206,9 @@ def test_an_evaluation_goes_on_after_ctrl_c_and_a_kill_and_counts_right(policy: 
     wanted = expected(request, action)
     assert outcome(out) == wanted
     results = json.loads((out / "results.json").read_text())
-    assert results["complete"] and results["overall"]["standard"]["successes"] == sum(success for success, _ in wanted.values())
+    assert results["complete"] and results["overall"]["standard"]["successes"] == sum(
+        success for success, _ in wanted.values()
+    )
     assert sorted(path.name[:17] for path in (out / "videos").iterdir()) == ["task_00_trial_000", "task_02_trial_000"]
     assert last.left_behind() == []
 
@@ -194,7 +233,9 @@ class Killer(session.Watch):
         (found,) = self.running
         runner = found.calls._runner_pids[1]
         if victim == "environment":
-            return next(child.pid for child in psutil.Process(runner).children() if "vlarl_rllib.envs.worker" in child.cmdline())
+            return next(
+                child.pid for child in psutil.Process(runner).children() if "vlarl_rllib.envs.worker" in child.cmdline()
+            )
         return runner if victim == "runner" else found.pool.pids[0]
 
     def mended(self, restarts: Any) -> None:
@@ -218,10 +259,16 @@ def test_each_start_is_played_once_though_every_part_dies(
     monkeypatch.setattr(workers, "start_workers", remember)
     monkeypatch.setattr(session, "ROUND_SECONDS", 0.3)
     checkpoint, action = policy
-    request = EvaluationRequest(checkpoint, env="synthetic", trials=25, max_steps=MAX_STEPS, num_envs=3, num_processes=2, videos=0)
+    request = EvaluationRequest(
+        checkpoint, env="synthetic", trials=25, max_steps=MAX_STEPS, num_envs=3, num_processes=2, videos=0
+    )
     killer = Killer(running)
     with open_evaluation(tmp_path / "evaluation", request.question()) as directory:
         result = session._evaluate(request, directory, killer)
-    assert killer.victims == [] and killer.restarts == {"runner_restarts": 1, "engine_restarts": 1} and killer.env_deaths >= 1
+    assert (
+        killer.victims == []
+        and killer.restarts == {"runner_restarts": 1, "engine_restarts": 1}
+        and killer.env_deaths >= 1
+    )
     assert outcome(directory.path) == expected(request, action)
     assert result.complete and result.standard.episodes == 100 and result.held_out.episodes == 0

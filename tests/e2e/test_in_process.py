@@ -1,4 +1,5 @@
-"""An algorithm in a script or notebook, without engines and learner actors: RLlib's own calls, and what a checkpoint brings along."""
+"""An algorithm in a script or notebook, without engines and learner actors: RLlib's own calls, and what a checkpoint
+brings along."""
 
 import json
 import shutil
@@ -14,12 +15,19 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.tune.utils import flatten_dict
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
-from vlarl_rllib.checkpoints import CheckpointStore
 from vlarl_rllib.errors import DivergedError, SettingsError
+from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings import Settings
 
 GIVEN: dict[str, dict[str, Any]] = {
-    "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 2, "num_processes": 1, "models_per_process": 2, "max_steps": 8},
+    "env": {
+        "name": "synthetic",
+        "tasks": [0, 1],
+        "num_envs": 2,
+        "num_processes": 1,
+        "models_per_process": 2,
+        "max_steps": 8,
+    },
     "rollout": {"steps_per_iteration": 2},  # too short for an episode to end in the first iteration
     "engines": {"num": 0},
     "learners": {"num": 0, "micro_batch_size": 16},
@@ -49,7 +57,9 @@ def make_callbacks() -> type[RLlibCallback]:
 
         def on_episode_end(self, *, episode: Any, metrics_logger: Any, env_index: int, **kwargs: Any) -> None:
             metrics_logger.log_value("noted_length", float(episode.custom_data["length"]), reduce="mean", window=1)
-            metrics_logger.log_value("noted_pair", episode.get_rewards()[-2:], reduce="item_series", window=2)  # no checkpoint can keep it
+            metrics_logger.log_value(
+                "noted_pair", episode.get_rewards()[-2:], reduce="item_series", window=2
+            )  # no checkpoint can keep it
 
     return Callbacks
 
@@ -92,7 +102,9 @@ def test_every_iteration_has_the_same_numbers(results: list[dict[str, Any]]) -> 
     assert results[-1]["vlarl"]["success_rate"] > 0
     assert all(row.keys() == rows[0].keys() for row in rows)
     assert all(isinstance(value, int | float) and value == value for row in rows for value in row.values())
-    assert [row["vlarl/evaluation_success_rate"] for row in rows] == [results[0]["vlarl_details"]["initial_evaluation"]["success_rate"]] * ITERATIONS
+    assert [row["vlarl/evaluation_success_rate"] for row in rows] == [
+        results[0]["vlarl_details"]["initial_evaluation"]["success_rate"]
+    ] * ITERATIONS
 
 
 def test_rllibs_own_numbers_are_there_from_the_first_iteration(results: list[dict[str, Any]]) -> None:
@@ -125,15 +137,24 @@ def test_rllib_builds_it_from_its_checkpoint_while_the_first_one_lives(algorithm
 
 
 def test_a_new_runs_settings_win_over_the_checkpoints_and_divergence_names_the_rate(saved: Path) -> None:
-    training = {"lr": 0.0, "value_lr": 0.0, "weight_decay": 0.125, "clip_low": 0.1, "clip_high": 0.3, "minibatch_size": 2}
+    training = {
+        "lr": 0.0,
+        "value_lr": 0.0,
+        "weight_decay": 0.125,
+        "clip_low": 0.1,
+        "clip_high": 0.3,
+        "minibatch_size": 2,
+    }
     config = build(training=training, learners={"micro_batch_size": 2})
     config.restore_from = str(saved)
     other = config.build_algo()
     try:
         assert other.iteration == other.noted_checkpoint == ITERATIONS
         row = other.train()["vlarl"]
-        policy, critic = other.learner_group._learner.optimizers().values()
-        assert [(group["lr"], group["weight_decay"]) for optimizer in (policy, critic) for group in optimizer.param_groups] == [
+        policy, critic = other.learner_group._learner.sharded.optimizers.values()
+        assert [
+            (group["lr"], group["weight_decay"]) for optimizer in (policy, critic) for group in optimizer.param_groups
+        ] == [
             (0.0, 0.125),
             (0.0, 0.0),
         ]
@@ -141,7 +162,9 @@ def test_a_new_runs_settings_win_over_the_checkpoints_and_divergence_names_the_r
         assert row["applied"] == training | {"temperature": 1.0} and row["optimizer_steps"] == 2
 
         policy.param_groups[0]["lr"] = 1e30
-        with pytest.raises(DivergedError, match=r"not finite; lower training.lr \(0\) or training.value_lr \(0\).*--resume-from"):
+        with pytest.raises(
+            DivergedError, match=r"not finite; lower training.lr \(0\) or training.value_lr \(0\).*--resume-from"
+        ):
             train_on(other)
     finally:
         other.stop()
@@ -157,17 +180,19 @@ def test_a_save_goes_to_a_directory_or_is_refused(algorithm: VLAPPO, tmp_path: P
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["of a run without a checkpoint", "to a damaged one"])
-def test_a_pointer_of_tunes_that_is_no_use_is_as_good_as_none(algorithm: VLAPPO, saved: Path, tmp_path: Path, damaged: bool) -> None:
-    before = algorithm._faults["damaged_checkpoints"]
+def test_a_pointer_of_tunes_that_is_no_use_is_as_good_as_none(
+    algorithm: VLAPPO, saved: Path, tmp_path: Path, damaged: bool
+) -> None:
+    before = algorithm.ledger.faults["damaged_checkpoints"]
     copy = tmp_path / "copy"
     shutil.copytree(saved, copy)
     (copy / "facts.json").write_text("{}")
     CheckpointStore.write_pointer(tmp_path, copy if damaged else None)
-    algorithm._origin = saved
+    algorithm.checkpoints.origin = saved
     algorithm._iteration = 17  # as Tune has it of the trial's last result
     algorithm.load_checkpoint(str(tmp_path))
     assert algorithm.iteration == CheckpointStore.read_facts(saved)["iteration"] != 17
-    assert algorithm._faults["damaged_checkpoints"] == before + damaged
+    assert algorithm.ledger.faults["damaged_checkpoints"] == before + damaged
 
 
 @pytest.mark.parametrize("where", ["__init__", "on_environment_created"])
@@ -182,7 +207,8 @@ def test_a_runner_that_cannot_start_says_why(ray_session: None, where: str) -> N
 
 
 def test_tunes_own_conventions(ray_session: None, tmp_path: Path) -> None:
-    """Stop at a metric that is not there at first, keep the best by evaluation, a CSV with every column, and a moved experiment."""
+    """Stop at a metric that is not there at first, keep the best by evaluation, a CSV with every column, and a moved
+    experiment."""
     config = build(evaluation={"every": 1, "episodes": 2})
     tuner = tune.Tuner(
         VLAPPO,
@@ -192,7 +218,10 @@ def test_tunes_own_conventions(ray_session: None, tmp_path: Path) -> None:
             storage_path=str(tmp_path),
             stop={"vlarl/success_rate": 2.0, "training_iteration": 4},
             checkpoint_config=tune.CheckpointConfig(
-                checkpoint_frequency=1, num_to_keep=2, checkpoint_score_attribute="training_iteration", checkpoint_score_order="min"
+                checkpoint_frequency=1,
+                num_to_keep=2,
+                checkpoint_score_attribute="training_iteration",
+                checkpoint_score_order="min",
             ),
             verbose=0,
         ),
@@ -200,14 +229,20 @@ def test_tunes_own_conventions(ray_session: None, tmp_path: Path) -> None:
     grid = tuner.fit()
     assert len(grid.errors) == 1, "".join(map(str, grid.errors))
     (error,) = grid.errors
-    assert "SettingsError: training.lr: -1.0 is not allowed" in str(error), "the other trial is to run, and this one to say why it does not"
+    assert "SettingsError: training.lr: -1.0 is not allowed" in str(error), (
+        "the other trial is to run, and this one to say why it does not"
+    )
     result = grid.get_best_result("vlarl/best_evaluation_success_rate", "max")
     assert result.metrics["vlarl"]["applied"]["lr"] == 1e-3
     trial = Path(result.path)
     header, *lines = (trial / "progress.csv").read_text().splitlines()
-    assert {"vlarl/success_rate", "vlarl/evaluation_success_rate", "vlarl/applied/lr"} <= set(header.split(",")) and len(lines) == 4
+    assert {"vlarl/success_rate", "vlarl/evaluation_success_rate", "vlarl/applied/lr"} <= set(
+        header.split(",")
+    ) and len(lines) == 4
     kept = [checkpoint.path for checkpoint, _ in result.best_checkpoints]
-    iterations = sorted(json.loads((CheckpointStore.resolve(Path(path)) / "facts.json").read_text())["iteration"] for path in kept)
+    iterations = sorted(
+        json.loads((CheckpointStore.resolve(Path(path)) / "facts.json").read_text())["iteration"] for path in kept
+    )
     assert iterations == [1, 2], "Tune keeps the best two, by a score that falls"
     moved = tmp_path / "moved"
     (tmp_path / "experiment").rename(moved)

@@ -1,4 +1,5 @@
-"""`vlarl quickstart`: the stages follow each other in one Ray; and, slowly, that success rises and the controls' does not."""
+"""`vlarl quickstart`: the stages follow each other in one Ray; and, slowly, that success rises and the controls' does
+not."""
 
 import importlib.util
 import json
@@ -39,7 +40,9 @@ def slow(test: Callable[..., None]) -> Callable[..., None]:
 def vlarl(*arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
-    return subprocess.run([sys.executable, "-m", "vlarl_rllib", *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "vlarl_rllib", *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
 
 
 def test_the_stages_follow_each_other_and_groups_are_whole_episodes(tmp_path: Path) -> None:
@@ -55,7 +58,9 @@ def test_the_stages_follow_each_other_and_groups_are_whole_episodes(tmp_path: Pa
     assert [row["episodes"] for row in rows] == [16, 16], "4 slots, 4 whole episodes each"
     assert all(0 <= row["uniform_groups"] <= 8 for row in rows)
     for row in rows:  # two tasks, as often each
-        assert row["success_rate"] * 16 == pytest.approx(round(row["success_rate"] * 16)) and set(row["success_rate_by_task"]) == {"0", "1"}
+        assert row["success_rate"] * 16 == pytest.approx(round(row["success_rate"] * 16)) and set(
+            row["success_rate_by_task"]
+        ) == {"0", "1"}
         assert row["success_rate"] == pytest.approx(sum(row["success_rate_by_task"].values()) / 2)
     assert stages[1]["success"]["rate"] == rows[0]["initial_evaluation"]["success_rate"]
     assert stages[2]["success"]["rate"] == rows[-1]["evaluation"]["success_rate"]
@@ -69,7 +74,10 @@ def test_the_stages_follow_each_other_and_groups_are_whole_episodes(tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[int, dict[str, Any]]]:
-    """An hour or two of runs; kept in runs/learning, where a broken-off test goes on. `python benchmarks/quickstart.py runs/learning` shows them."""
+    """An hour or two of runs; kept in runs/learning, where a broken-off test goes on.
+
+    `python benchmarks/quickstart.py runs/learning` shows them.
+    """
     from benchmarks.quickstart import PARTS, measure
 
     return measure(Path("runs/learning").resolve(), SEEDS, list(PARTS))
@@ -77,7 +85,9 @@ def results() -> dict[str, dict[int, dict[str, Any]]]:
 
 @slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_success_rises_by_thirty_points_within_ten_minutes(results: dict[str, dict[int, dict[str, Any]]], seed: int) -> None:
+def test_success_rises_by_thirty_points_within_ten_minutes(
+    results: dict[str, dict[int, dict[str, Any]]], seed: int
+) -> None:
     found = results["quickstart"][seed]
     before, after = found["before"]["success_rate"], found["after"]["success_rate"]
     assert found["before"]["episodes"] == found["after"]["episodes"] == 128

@@ -1,4 +1,5 @@
-"""What is stopped at a checkpoint goes on as if it had not been: same tokens, same losses; also with another number of learners."""
+"""What is stopped at a checkpoint goes on as if it had not been: same tokens, same losses; also with another number of
+learners."""
 
 import os
 import signal
@@ -20,7 +21,14 @@ LOSSES = ("first_policy_loss", "first_value_loss")
 def build(run: Path, *, learners: int = 1, restore_from: Path | None = None) -> VLAPPO:
     settings = Settings.from_dict(
         {
-            "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 2, "num_processes": 1, "models_per_process": 2, "max_steps": 10},
+            "env": {
+                "name": "synthetic",
+                "tasks": [0, 1],
+                "num_envs": 2,
+                "num_processes": 1,
+                "models_per_process": 2,
+                "max_steps": 10,
+            },
             "rollout": {"num_runners": 2, "steps_per_iteration": 24},
             "learners": {"num": learners, "micro_batch_size": 32, "timeout_seconds": 120},
             "training": {"minibatch_size": 48, "num_epochs": 2, "lr": 1e-4, "value_lr": 1e-3},
@@ -64,30 +72,40 @@ def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]], tole
 
 
 @pytest.mark.timeout(600)
-def test_the_same_run_goes_on_after_a_resume_a_lost_learner_and_with_two_learners(make: Callable[..., VLAPPO], tmp_path: Path) -> None:
+def test_the_same_run_goes_on_after_a_resume_a_lost_learner_and_with_two_learners(
+    make: Callable[..., VLAPPO], tmp_path: Path
+) -> None:
     algorithm = make(tmp_path / "one")
     train(algorithm, 2)
     pointer = tmp_path / "pointer"
     pointer.mkdir()
     algorithm.save_checkpoint(str(pointer))
     expected = train(algorithm)
-    assert len({row["token_checksum"] for row in expected}) == ITERATIONS and all(row["first_value_loss"] != 0 for row in expected)
+    assert len({row["token_checksum"] for row in expected}) == ITERATIONS and all(
+        row["first_value_loss"] != 0 for row in expected
+    )
 
     # A killed learner: back to the checkpoint inside the same trial, and the same iterations again.
     engines, version = algorithm.engine_pool.pids, algorithm.weight_sync.version
     os.kill(algorithm.learner_group.pids[0], signal.SIGKILL)
-    again = train(algorithm, ITERATIONS + 1)  # one more, since a second loss in the iteration that was lost is the trial's end
+    again = train(
+        algorithm, ITERATIONS + 1
+    )  # one more, since a second loss in the iteration that was lost is the trial's end
     assert_same(again[:ITERATIONS], expected, 1e-5)
     assert again[0]["faults"]["learner_restarts"] == 1 and again[0]["faults"]["repeated_iterations"] == 3
     assert again[0]["policy_version"] > version, "the version must not decrease"
     assert algorithm.engine_pool.pids == engines, "the engines are to stay"
 
     # A frozen learner: noticed within its time-out.
-    algorithm.learner_group.timeout_seconds = 5.0
+    algorithm.learner_group.ranks.timeout_seconds = 5.0
     os.kill(algorithm.learner_group.pids[0], signal.SIGSTOP)
     with pytest.MonkeyPatch.context() as patch:
         rebuild = algorithm.learner_group.rebuild
-        patch.setattr(algorithm.learner_group, "rebuild", lambda: (setattr(algorithm.learner_group, "timeout_seconds", 120.0), rebuild()))
+        patch.setattr(
+            algorithm.learner_group,
+            "rebuild",
+            lambda: (setattr(algorithm.learner_group.ranks, "timeout_seconds", 120.0), rebuild()),
+        )
         assert_same(train(algorithm), expected, 1e-5)
 
     # A new start from the same checkpoint, with two learners instead of one; its engine dies while it samples.
@@ -99,7 +117,9 @@ def test_the_same_run_goes_on_after_a_resume_a_lost_learner_and_with_two_learner
     assert rows[0]["engine_failures"] == 2, "of each runner; else the kill came too late to test anything"
     assert rows[0]["faults"]["engine_restarts"] == 1 and two.engine_pool.pids != engines
     assert_same(rows[:1], expected[:1], 1e-4)
-    for row, other in zip(rows, expected, strict=True):  # two learners add up in another order: a later token may differ
+    for row, other in zip(
+        rows, expected, strict=True
+    ):  # two learners add up in another order: a later token may differ
         for name in LOSSES:
             assert row[name] == pytest.approx(other[name], abs=1e-4), (row["iteration"], name)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -20,19 +19,17 @@ if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
 
 from vlarl_rllib.cli import main
-from vlarl_rllib.config import VLAPPOConfig
+from vlarl_rllib.commands.sft import FineTuning
+from vlarl_rllib.config import resolved
 from vlarl_rllib.data import Demonstration, RLDSWriter, read_statistics
-from vlarl_rllib.learner.learner import VLALearner
-from vlarl_rllib.learner.learner_group import VLALearnerGroup
+from vlarl_rllib.learner.rank_group import RankGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means, rate_factor
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
-from vlarl_rllib.run_directory import RunDirectory
+from vlarl_rllib.runs.directory import RunDirectory
 from vlarl_rllib.settings import Settings
-from vlarl_rllib.sft import FineTuning
 
 SIDE = 28
 COLORS = {"red": (220, 40, 40), "blue": (50, 70, 230)}
-SPACES = (gym.spaces.Box(0, 255, (1, 1, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +43,11 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
             direction = 0.5 if color == "red" else -0.5
             noise = generator.normal(0, 0.1, (6, 7))
             actions = np.column_stack([np.full((6, 6), direction) + noise[:, :6], np.where(noise[:, 6] > 0, 1.0, -1.0)])
-            writer.add(Demonstration([np.full((SIDE, SIDE, 3), COLORS[color], np.uint8)] * 6, actions, f"point at the {color} square"))
+            writer.add(
+                Demonstration(
+                    [np.full((SIDE, SIDE, 3), COLORS[color], np.uint8)] * 6, actions, f"point at the {color} square"
+                )
+            )
     return root
 
 
@@ -61,14 +62,12 @@ def settings(data: Path, num_learners: int, **sft: Any) -> Settings:
 
 
 @pytest.fixture
-def make_group(ray_session: None, demonstrations: Path) -> Iterator[Callable[..., VLALearnerGroup]]:
-    groups: list[VLALearnerGroup] = []
+def make_group(ray_session: None, demonstrations: Path) -> Iterator[Callable[..., RankGroup]]:
+    groups: list[RankGroup] = []
 
-    def make(num_learners: int, **sft: Any) -> VLALearnerGroup:
-        config = VLAPPOConfig.from_settings(settings(demonstrations, num_learners, **sft))
-        config.training(learner_class=SupervisedLearner)
-        config.validate()
-        groups.append(config.build_learner_group(spaces={"__env__": SPACES, "__env_single__": SPACES, "default_policy": SPACES}))
+    def make(num_learners: int, **sft: Any) -> RankGroup:
+        given = resolved(settings(demonstrations, num_learners, **sft))
+        groups.append(RankGroup(SupervisedLearner, {"settings": given.to_dict()}, given))
         return groups[-1]
 
     yield make
@@ -76,16 +75,20 @@ def make_group(ray_session: None, demonstrations: Path) -> Iterator[Callable[...
         group.shutdown()
 
 
-def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(make_group: Callable[..., VLALearnerGroup], demonstrations: Path) -> None:
+def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(
+    make_group: Callable[..., RankGroup], demonstrations: Path
+) -> None:
     group = make_group(0, lr=0.0)
     statistics = read_statistics(demonstrations)[1]["action"]
     assert group.call("open_data", statistics) == [24 * 6]
-    learner = group._learner
+    learner = group.local
     batch = next(learner._batches)
     reference = OpenVLAForActionPrediction.from_pretrained(learner.settings.model.path, dtype=torch.float32)
     with torch.no_grad():
         hidden, _ = reference.action_hidden_states(**batch.inputs, action_tokens=batch.targets)
-        losses = F.cross_entropy(reference.language_model.lm_head(hidden).transpose(1, 2), batch.targets, reduction="none")
+        losses = F.cross_entropy(
+            reference.language_model.lm_head(hidden).transpose(1, 2), batch.targets, reduction="none"
+        )
     assert batch.targets.shape == (24, 8) and set(batch.targets[:, 7].tolist()) == {2}
 
     def supervise() -> dict[str, float]:
@@ -103,7 +106,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(make_group: Calla
     assert supervise() == augmented, "the same for the same step"
 
 
-def test_two_learners_imitate_too(make_group: Callable[..., VLALearnerGroup], demonstrations: Path) -> None:
+def test_two_learners_imitate_too(make_group: Callable[..., RankGroup], demonstrations: Path) -> None:
     group = make_group(2)
     assert group.call("open_data", read_statistics(demonstrations)[1]["action"]) == [12 * 6, 12 * 6]
     first, *_, last = (means(group.call("supervise", 5)[0]) for _ in range(6))
@@ -135,7 +138,9 @@ def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_
     model = OpenVLAForActionPrediction.from_pretrained(run / "model", dtype=torch.float32)
     assert set(model.config.norm_stats) == {"pointing"}, "in other units than the data's the model does not act"
     frames = [np.full((SIDE, SIDE, 3), color, np.uint8) for color in COLORS.values()]
-    inputs = OpenVLAProcessor.from_pretrained(run / "model")(images=frames, instructions=[f"point at the {color} square" for color in COLORS])
+    inputs = OpenVLAProcessor.from_pretrained(run / "model")(
+        images=frames, instructions=[f"point at the {color} square" for color in COLORS]
+    )
     actions = model.predict_action(**inputs, unnorm_key="pointing").actions
     assert (actions[0, :6] > 0.2).all() and (actions[1, :6] < -0.2).all()
 
@@ -148,11 +153,18 @@ def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_
     second = tmp_path / "second"
     monkeypatch.setattr(FineTuning, "_supervise", interrupt_at(71))
     with monkeypatch.context() as patch:
-        patch.setattr(VLALearner, "save_sharded", fail_once(OSError("No space left on device"), VLALearner.save_sharded))
+        patch.setattr(
+            SupervisedLearner,
+            "save_sharded",
+            fail_once(OSError("No space left on device"), SupervisedLearner.save_sharded),
+        )
         assert run_command(monkeypatch, config, "--run-dir", second) == 130
     output = capsys.readouterr().out
     assert "no checkpoint of step 50: OSError: No space left on device" in output
-    assert f"stopped at step 71 of 120; continue from step 71 with: vlarl sft --resume --run-dir {os.path.relpath(second)}" in output
+    assert (
+        f"stopped at step 71 of 120; continue from step 71 with: vlarl sft --resume --run-dir {os.path.relpath(second)}"
+        in output
+    )
     assert [path.name for path in (second / "checkpoints").iterdir()] == ["step_000071"]
     stopped = (second / "model" / "model.safetensors").read_bytes()
     monkeypatch.undo()

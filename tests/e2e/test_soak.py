@@ -1,4 +1,5 @@
-"""Does anything grow? Memory, file descriptors and shared memory of every process through hundreds of iterations and thousands of resets."""
+"""Does anything grow? Memory, file descriptors and shared memory of every process through hundreds of iterations and
+thousands of resets."""
 
 import json
 import os
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from vlarl_rllib.envs.vector import SlotProcesses
-from vlarl_rllib.registry import EnvSpec
+from vlarl_rllib.types import EnvSpec
 
 ITERATIONS = 320
 STEPS = 4 * 16
@@ -45,7 +46,9 @@ class Gauge:
             process = psutil.Process(pid)
             self.rss[name].append(process.memory_info().rss / 2**20)
             self.fds[name].append(process.num_fds())
-        self.shared.append(sum(file.stat().st_size for file in Path("/dev/shm").rglob("vlarl-*/**/*") if file.is_file()))
+        self.shared.append(
+            sum(file.stat().st_size for file in Path("/dev/shm").rglob("vlarl-*/**/*") if file.is_file())
+        )
 
     def report(self) -> list[str]:
         """Prints a table; what grew too much."""
@@ -70,7 +73,8 @@ class Gauge:
 def test_nothing_grows_in_hundreds_of_iterations(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     run, gauge = tmp_path / "run", Gauge()
-    # Ray's GCS remembers so many calls (3 KB each) for the dashboard: here so few that it has them all by the first third.
+    # Ray's GCS remembers so many calls (3 KB each) for the dashboard: here so few that it has them all by the first
+    # third.
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_task_events_max_num_task_in_gcs": "1500"}
     with (tmp_path / "output.txt").open("w") as output:
         command = [sys.executable, "-m", "vlarl_rllib", "train", str(tmp_path / "config.yaml"), "--run-dir", str(run)]
@@ -85,7 +89,13 @@ def test_nothing_grows_in_hundreds_of_iterations(tmp_path: Path, request: pytest
             time.sleep(2.0)
         assert process.wait(120) == 0
     summary = json.loads((run / "summary.json").read_text())
-    print("\n" + ", ".join(f"{name} {summary[name]:.0f}" for name in ("iterations", "policy_version", "env_steps", "episodes", "wall_seconds")))
+    print(
+        "\n"
+        + ", ".join(
+            f"{name} {summary[name]:.0f}"
+            for name in ("iterations", "policy_version", "env_steps", "episodes", "wall_seconds")
+        )
+    )
     assert summary["policy_version"] > 300 and summary["env_steps"] >= 20_000 and summary["episodes"] >= 2_000
     assert gauge.report() == []
 
@@ -99,9 +109,22 @@ def name_processes(driver: int, run: Path) -> dict[str, int]:
     """Ours, and Ray's own, which must not grow for our sake."""
     roles = json.loads((run / "processes.json").read_text())
     runner = roles["runners"]["1"]
-    pids = {"driver": driver, "algorithm": roles["algorithm"], "runner": runner["runner"], "engine": roles["engines"][0]}
-    pids |= {"learner": roles["learners"][0], "environment 0": runner["environments"][0], "environment 1": runner["environments"][1]}
-    return pids | {child.name(): child.pid for child in psutil.Process(driver).children() if child.name() in ("raylet", "gcs_server")}
+    pids = {
+        "driver": driver,
+        "algorithm": roles["algorithm"],
+        "runner": runner["runner"],
+        "engine": roles["engines"][0],
+    }
+    pids |= {
+        "learner": roles["learners"][0],
+        "environment 0": runner["environments"][0],
+        "environment 1": runner["environments"][1],
+    }
+    return pids | {
+        child.name(): child.pid
+        for child in psutil.Process(driver).children()
+        if child.name() in ("raylet", "gcs_server")
+    }
 
 
 @pytest.mark.slow

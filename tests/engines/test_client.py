@@ -11,9 +11,9 @@ from engine_helpers import make_requests
 from ray.exceptions import RayActorError
 
 from vlarl_rllib.engines.client import LocalSampler, RemoteSampler
-from vlarl_rllib.engines.hf_engine import HFEngine
-from vlarl_rllib.engines.protocol import INITIAL_VERSION, EngineError
-from vlarl_rllib.types import SampleReply, SampleRequest
+from vlarl_rllib.engines.protocol import EngineError
+from vlarl_rllib.engines.torch_engine import TorchEngine
+from vlarl_rllib.types import INITIAL_VERSION, SampleReply, SampleRequest
 
 SECONDS = 30
 REQUEST = SampleRequest(np.zeros((28, 28, 3), np.uint8), "push", 0, 1.0)
@@ -95,7 +95,9 @@ def test_who_shares_a_call_does_not_depend_on_what_is_in_flight(completions):
         sampler.submit("other", REQUEST)
     for _ in range(2):
         sampler.submit_many(requests)
-    shares = [sorted(request.seed for request in call) for engine in engines for call, _ in engine.calls if len(call) > 1]
+    shares = [
+        sorted(request.seed for request in call) for engine in engines for call, _ in engine.calls if len(call) > 1
+    ]
     assert sorted(shares) == [[0, 2], [0, 2], [1, 3], [1, 3]]
 
 
@@ -163,7 +165,7 @@ def test_closing_completes_everything(completions):
 
 def test_the_local_sampler_answers_from_a_thread_in_batches(completions, spec, make_oracle):
     oracle = make_oracle()
-    sampler = LocalSampler(HFEngine(spec), completions)
+    sampler = LocalSampler(TorchEngine(spec), completions)
     requests = make_requests(11, temperatures=(1.0, 0.0, 0.7))
     sampler.submit_many(list(enumerate(requests)))
     sampler.submit("bad", SampleRequest(np.zeros((5, 5, 3), np.uint8), "push", 0, 1.0))

@@ -58,7 +58,9 @@ def make_pool(starting_engine, spec):
     def make(num: int, **options) -> EnginePool:
         options = {"start_timeout_seconds": WORKER_START_SECONDS, "ping_timeout_seconds": 5} | options
         model_spec = options.pop("spec", spec)
-        pool = EnginePool(model_spec, num, actor_options=[{"num_cpus": 0}] * num, engine_class=fake_engine_class(), **options)
+        pool = EnginePool(
+            model_spec, num, actor_options=[{"num_cpus": 0}] * num, engine_class=fake_engine_class(), **options
+        )
         pools.append(pool)
         return pool
 

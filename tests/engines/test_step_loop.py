@@ -6,9 +6,9 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from vlarl_rllib.engines.protocol import INITIAL_VERSION, EngineError, check_requests
+from vlarl_rllib.engines.protocol import EngineError, check_requests
 from vlarl_rllib.engines.step_loop import Sampled, StepLoop
-from vlarl_rllib.types import SampleRequest, WeightManifest
+from vlarl_rllib.types import INITIAL_VERSION, SampleRequest, WeightManifest
 
 IDS = range(100, 356)
 IMAGE = np.zeros((4, 4, 3), np.uint8)

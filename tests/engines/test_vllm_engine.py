@@ -17,9 +17,9 @@ from engine_helpers import make_requests
 from ray.exceptions import RayTaskError
 
 from vlarl_rllib.engines.client import RemoteSampler
-from vlarl_rllib.engines.hf_engine import HFEngine
 from vlarl_rllib.engines.protocol import EngineError
-from vlarl_rllib.engines.vllm_engine import engine_env_vars
+from vlarl_rllib.engines.torch_engine import TorchEngine
+from vlarl_rllib.engines.vllm.engine import engine_env_vars
 from vlarl_rllib.types import SampleReply
 from vlarl_rllib.weights.source import iterate_weights
 
@@ -82,7 +82,7 @@ def test_seeds_make_tokens_independent_of_the_batch(vllm_engine, oracle):
 
 def test_weights_arrive_whole_each_time(vllm_engine, oracle):
     requests = make_requests(8, TEMPERATURES)
-    hf_engine = HFEngine(replace(vllm_engine._spec))
+    torch_engine = TorchEngine(replace(vllm_engine._spec))
     for seed in (11, 12, 13):
         before = sample(vllm_engine, requests)
         manifest = oracle.push(seed)
@@ -91,8 +91,8 @@ def test_weights_arrive_whole_each_time(vllm_engine, oracle):
         replies = sample(vllm_engine, requests)
         assert {reply.policy_version for reply in replies} == {manifest.version}
         assert oracle.log_prob_error(requests, replies) <= TOLERANCE
-        hf_engine.load_weights(manifest)
-        hf_replies = hf_engine.sample(requests)
+        torch_engine.load_weights(manifest)
+        hf_replies = torch_engine.sample(requests)
         assert oracle.log_prob_error(requests, hf_replies) <= TOLERANCE
         greedy = [index for index, request in enumerate(requests) if request.temperature == 0]
         assert same_tokens([replies[i] for i in greedy], [hf_replies[i] for i in greedy])
@@ -210,6 +210,6 @@ def test_a_gpu_engine_keeps_its_compiler_and_a_cpu_engine_runs_one_thread(spec):
 
 
 def test_importing_the_engine_loads_neither_torch_nor_vllm():
-    code = "import sys, vlarl_rllib.engines.vllm_engine, vlarl_rllib.engines.client; print(*sys.modules)"
+    code = "import sys, vlarl_rllib.engines.vllm.engine, vlarl_rllib.engines.client; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"torch", "vllm", "transformers"} & set(modules)

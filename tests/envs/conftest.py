@@ -11,7 +11,7 @@ from vlarl_rllib.envs.libero import LiberoEnv
 
 @pytest.fixture(scope="session")
 def libero_env() -> Iterator[LiberoEnv]:
-    env = LiberoEnv(EnvSpec(suite="libero_spatial", fast_render=True))
+    env = LiberoEnv(EnvSpec(name="libero", suite="libero_spatial", fast_render=True))
     env.reset(seed=0, options={"task_id": TASK})
     yield env
     env.close()

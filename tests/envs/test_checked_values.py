@@ -1,25 +1,32 @@
-"""Numbers between policy and simulator are checked: what is not finite never reaches a simulator, what is no frame never a policy."""
+"""Numbers between policy and simulator are checked: what is not finite never reaches a simulator, what is no frame
+never a policy."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vlarl_rllib.curriculum import Start
 from vlarl_rllib.data import collect
 from vlarl_rllib.data.collect import play
 from vlarl_rllib.envs import EnvSpec
 from vlarl_rllib.envs.slots import SlotTable
 from vlarl_rllib.envs.synthetic import SyntheticEnv
+from vlarl_rllib.types import Start
 
 SPEC = EnvSpec(name="synthetic", image_size=32)
 
 
 @pytest.mark.parametrize(
     ("action", "message"),
-    [(np.array([np.nan] + [0.0] * 6), "is [nan, 0.0"), (np.array([0.0] * 6 + [np.inf]), "inf], must be finite"), (np.zeros(6), "has shape (6,)")],
+    [
+        (np.array([np.nan] + [0.0] * 6), "is [nan, 0.0"),
+        (np.array([0.0] * 6 + [np.inf]), "inf], must be finite"),
+        (np.zeros(6), "has shape (6,)"),
+    ],
 )
-def test_an_action_that_is_not_finite_never_reaches_a_simulator(action: np.ndarray, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_action_that_is_not_finite_never_reaches_a_simulator(
+    action: np.ndarray, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = SlotTable(SPEC, max_models=1)
     table.reset(3, 1, 0, 0)
     monkeypatch.setattr(SyntheticEnv, "step", lambda self, action: pytest.fail("the simulator was asked"))
@@ -52,12 +59,18 @@ def test_what_a_registered_environment_returns_is_checked(suite: str) -> None:
 @pytest.mark.parametrize(
     ("observation", "info", "message"),
     [
-        ({"image": np.zeros((32, 32, 3))}, {"instruction": "push", "task_id": 0, "initial_state": 0}, "an image of float64"),
+        (
+            {"image": np.zeros((32, 32, 3))},
+            {"instruction": "push", "task_id": 0, "initial_state": 0},
+            "an image of float64",
+        ),
         (None, {"instruction": None, "task_id": 0, "initial_state": 0}, "the instruction None, must be a text"),
         (None, {"instruction": "push", "initial_state": 0}, "task_id = None, must be a whole number"),
     ],
 )
-def test_what_a_reset_returns_is_checked(observation: Any, info: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_reset_returns_is_checked(
+    observation: Any, info: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frame = observation or {"image": np.zeros((32, 32, 3), np.uint8)}
     monkeypatch.setattr(SyntheticEnv, "reset", lambda self, **options: (frame, info))
     with pytest.raises(ValueError, match=r"^slot 0, task 0: synthetic\.reset returned") as caught:

@@ -97,7 +97,9 @@ def slow_lanczos_weights(source: int, target: int) -> np.ndarray:
         for tap in range(source):
             t = (tap + 0.5 - center) / width
             if abs(t) < 3.0:
-                weights[x, tap] = 1.0 if t == 0 else math.sin(math.pi * t) * math.sin(math.pi * t / 3) * 3 / (math.pi * t) ** 2
+                weights[x, tap] = (
+                    1.0 if t == 0 else math.sin(math.pi * t) * math.sin(math.pi * t / 3) * 3 / (math.pi * t) ** 2
+                )
         weights[x] /= weights[x].sum()
     return weights
 
@@ -182,7 +184,9 @@ def test_crop_is_the_formula_to_the_last_bit() -> None:
     """Columns first, then rows, in float32: a + (b - a) * fraction."""
     one, side = np.float32(1), np.sqrt(np.float32(0.9))
     start = (one - side) / np.float32(2)
-    positions = start * np.float32(223) + np.arange(224, dtype=np.float32) * ((start + side - start) * np.float32(223) / np.float32(223))
+    positions = start * np.float32(223) + np.arange(224, dtype=np.float32) * (
+        (start + side - start) * np.float32(223) / np.float32(223)
+    )
     low, high = np.floor(positions).astype(int), np.ceil(positions).astype(int)
     fraction = positions - np.floor(positions)
     for image in [image for seed in range(5) for image in some_pictures(224, seed)]:
@@ -235,7 +239,9 @@ def test_earlier_images_are_not_overwritten() -> None:
     np.testing.assert_array_equal(first, kept)
 
 
-@pytest.mark.parametrize("raw", [np.zeros((256, 200, 3), np.uint8), np.zeros((256, 256), np.uint8), np.zeros((8, 8, 3))])
+@pytest.mark.parametrize(
+    "raw", [np.zeros((256, 200, 3), np.uint8), np.zeros((256, 256), np.uint8), np.zeros((8, 8, 3))]
+)
 def test_other_arrays_are_refused(raw: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"square \[H, H, 3\] uint8"):
         observation_image(raw, center_crop=True, image_size=224)

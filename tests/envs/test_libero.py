@@ -62,8 +62,8 @@ def test_starts_are_the_published_ones(libero_env: LiberoEnv) -> None:
 
 
 def test_bowl_stays_on_the_ramekin_while_it_settles(libero_env: LiberoEnv) -> None:
-    # It falls for three steps. MuJoCo 2.3.7 to 3.3.7 then give .939 .955 .946 .935; 3.17 bounces it to 1.035 and off the
-    # ramekin, which makes another task of it.
+    # It falls for three steps. MuJoCo 2.3.7 to 3.3.7 then give .939 .955 .946 .935; 3.17 bounces it to 1.035 and off
+    # the ramekin, which makes another task of it.
     soft_reset(libero_env.simulation, libero_tasks.initial_states("libero_spatial", TASK)[0], seed=0)
     heights = []
     for _ in range(10):
@@ -77,7 +77,7 @@ def test_everything_equals_the_published_protocol() -> None:
     """A soft reset after another episode, our own camera and the skipped frames: same states, same pixels as LIBERO's
     own environment.
     """
-    env = LiberoEnv(EnvSpec(suite="libero_goal", fast_render=False))
+    env = LiberoEnv(EnvSpec(name="libero", suite="libero_goal", fast_render=False))
     stove = 7  # turn on the stove: a burner that glows, fixtures that are placed at reset
     env.reset(seed=4, options={"task_id": stove, "initial_state": 9})
     env.step(np.ones(7))
@@ -161,8 +161,8 @@ def test_success_at_the_last_step_is_no_truncation(libero_env: LiberoEnv, monkey
 
 def test_max_steps_defaults_to_the_suites_horizon(libero_env: LiberoEnv) -> None:
     assert libero_env.max_steps == 220
-    assert LiberoEnv(EnvSpec(suite="libero_10")).max_steps == 520
-    assert LiberoEnv(EnvSpec(suite="libero_10", max_steps=7)).max_steps == 7
+    assert LiberoEnv(EnvSpec(name="libero", suite="libero_10")).max_steps == 520
+    assert LiberoEnv(EnvSpec(name="libero", suite="libero_10", max_steps=7)).max_steps == 7
 
 
 def test_a_snapshot_brings_the_episode_back(libero_env: LiberoEnv) -> None:
@@ -188,4 +188,4 @@ def test_mistakes_are_named(libero_env: LiberoEnv) -> None:
     with pytest.raises(ValueError, match="whose tasks are 0 to 9"):
         libero_env.reset(options={"task_id": 10})
     with pytest.raises(ValueError, match="choose one of libero_spatial"):
-        LiberoEnv(EnvSpec(suite="libero_100"))
+        LiberoEnv(EnvSpec(name="libero", suite="libero_100"))

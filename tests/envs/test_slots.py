@@ -29,7 +29,9 @@ def test_interleaved_slots_equal_separate_environments() -> None:
         assert frames[slot] == alone
 
 
-def test_interleaved_libero_slots_equal_separate_episodes(libero_env: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interleaved_libero_slots_equal_separate_episodes(
+    libero_env: LiberoEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slots, "make_env", lambda spec: libero_env)
     table = SlotTable(libero_env.env_spec, max_models=1)
     actions = np.clip(np.random.default_rng(0).normal(0, 0.4, (2, 8, 7)), -1, 1)

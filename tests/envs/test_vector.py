@@ -69,7 +69,9 @@ def wait_until_gone(pids: Sequence[int]) -> None:
         ([3], 4, 1, [(0,)]),
     ],
 )
-def test_slots_are_divided_evenly_within_the_models(tasks: list[int], processes: int, models: int, expected: list) -> None:
+def test_slots_are_divided_evenly_within_the_models(
+    tasks: list[int], processes: int, models: int, expected: list
+) -> None:
     assert assign_slots(tasks, processes, models) == expected
 
 
@@ -255,7 +257,8 @@ def test_children_outlive_the_thread_that_made_them_but_not_the_process() -> Non
 
 
 def test_libero_in_a_subprocess(start, libero_env: LiberoEnv) -> None:
-    """Two slots on one model see what one episode at a time sees here; the process stays small, without torch and Ray."""
+    """Two slots on one model see what one episode at a time sees here; the process stays small, without torch and
+    Ray."""
     spec = EnvSpec(name="probe_env:TellingLiberoEnv", suite="libero_spatial", fast_render=True)
     processes = start(spec, [TASK, TASK], num_processes=1)
     action = np.array([0.5, -0.2, -0.3, 0.1, 0.0, 0.2, 0.0])

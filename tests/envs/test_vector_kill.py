@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 
 from vlarl_rllib.envs.vector import SlotEvent, SlotProcesses
-from vlarl_rllib.registry import EnvSpec
+from vlarl_rllib.types import EnvSpec
 
 
 def wait_for(processes: SlotProcesses, kind: str) -> SlotEvent:
@@ -35,7 +35,8 @@ def test_a_killed_slot_is_reported_dead_and_plays_again() -> None:
 
 
 def test_the_last_answer_of_a_dead_process_is_not_told() -> None:
-    """A caller would answer it with a command to the process's successor, and send that one a second command for the death."""
+    """A caller would answer it with a command to the process's successor, and send that one a second command for the
+    death."""
     processes = SlotProcesses(EnvSpec(name="synthetic", image_size=28), [0], num_processes=1)
     try:
         processes.send_reset(0, 0, initial_state=0, seed=0)

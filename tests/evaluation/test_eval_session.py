@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from vlarl_rllib.curriculum import Start
 from vlarl_rllib.evaluation import EvaluationRequest, evaluate_policy, session
 from vlarl_rllib.evaluation.output import EvaluationDirectory
 from vlarl_rllib.evaluation.session import Watch, run_evaluation
+from vlarl_rllib.process.signals import END
 from vlarl_rllib.rollout.evaluation import EvaluationRound
-from vlarl_rllib.rollout.players import EpisodeResult
-from vlarl_rllib.signals import END
+from vlarl_rllib.types import EpisodeResult, Start
 
 REQUEST = EvaluationRequest("tiny", env="synthetic", tasks=(1,), trials=4)
 
@@ -27,7 +26,9 @@ class Script:
         self.before = {int(name.removeprefix("round_")): action for name, action in before.items()}
         self.played: list[int] = []
 
-    def __call__(self, request: EvaluationRequest, directory: EvaluationDirectory, starts: list[Start], watch: Watch) -> None:
+    def __call__(
+        self, request: EvaluationRequest, directory: EvaluationDirectory, starts: list[Start], watch: Watch
+    ) -> None:
         with watch:
             if -1 in self.before:
                 self.before[-1]()
@@ -53,22 +54,32 @@ def send(number: signal.Signals) -> Any:
     return lambda: os.kill(os.getpid(), number)
 
 
-def test_a_whole_evaluation_ends_with_0_and_is_not_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_whole_evaluation_ends_with_0_and_is_not_played_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     assert run(Script(), tmp_path, monkeypatch) == 0
     text = capsys.readouterr().out
     assert "50.0 % [15.0, 85.0] 2/4" in text and "report.md" in text.splitlines()[-1]
-    assert "4 episodes, 12 steps" in text and "env_deaths 4, runner_restarts 2" in text and "engine_restarts" not in text
+    assert (
+        "4 episodes, 12 steps" in text and "env_deaths 4, runner_restarts 2" in text and "engine_restarts" not in text
+    )
     again = Script()
     assert run(again, tmp_path, monkeypatch) == 0 and again.played == []
     assert evaluate_policy(REQUEST, tmp_path).standard.successes == 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_after_the_round(number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_signal_ends_it_after_the_round(
+    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     handler = signal.getsignal(number)
     assert run(Script(round_1=send(number)), tmp_path, monkeypatch) == code
     text = capsys.readouterr().out
-    assert f"{number.name}: ending within" in text and "plays the other 2 episodes" in text and "these rates tend to be too high" in text
+    assert (
+        f"{number.name}: ending within" in text
+        and "plays the other 2 episodes" in text
+        and "these rates tend to be too high" in text
+    )
     assert "incomplete: 2 of 4" in (tmp_path / "report.md").read_text()
     assert signal.getsignal(number) is handler
     rest = Script()
@@ -80,7 +91,9 @@ def test_a_signal_while_it_starts_ends_it_at_once(tmp_path: Path, monkeypatch: p
     assert "plays the other 4 episodes" in capsys.readouterr().out
 
 
-def test_a_failure_is_one_line_and_what_is_finished_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_failure_is_one_line_and_what_is_finished_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     def fail() -> None:
         raise RuntimeError("engine 0 failed 3 times in a row")
 
@@ -94,7 +107,9 @@ def test_a_failure_is_one_line_and_what_is_finished_is_kept(tmp_path: Path, monk
         evaluate_policy(REQUEST, tmp_path)
 
 
-def test_without_imageio_there_are_no_videos_and_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_imageio_there_are_no_videos_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     starts = REQUEST.starts()
     assert session._to_record(REQUEST, starts) == {starts[0]}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

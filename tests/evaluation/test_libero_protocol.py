@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from vlarl_rllib.checkpoints import CheckpointStore, seal
-from vlarl_rllib.curriculum import Start
 from vlarl_rllib.envs.libero_tasks import HORIZONS
 from vlarl_rllib.evaluation import EvaluationRequest
 from vlarl_rllib.models.presets import write_checkpoint
+from vlarl_rllib.runs.checkpoints import CheckpointStore
+from vlarl_rllib.runs.sealing import seal
 from vlarl_rllib.settings import SettingsError
+from vlarl_rllib.types import Start
 
 
 def test_the_defaults_are_the_published_protocol() -> None:
@@ -20,9 +21,16 @@ def test_the_defaults_are_the_published_protocol() -> None:
         starts = request.starts()
         tasks = 90 if suite == "libero_90" else 10
         assert len(starts) == len(set(starts)) == 50 * tasks
-        assert {(start.task_id, start.initial_state) for start in starts} == {(task, trial) for task in range(tasks) for trial in range(50)}
+        assert {(start.task_id, start.initial_state) for start in starts} == {
+            (task, trial) for task in range(tasks) for trial in range(50)
+        }
         question = request.question()
-        assert (question["max_steps"], question["unnorm_key"], question["center_crop"], question["fast_render"]) == (steps, suite, True, False)
+        assert (question["max_steps"], question["unnorm_key"], question["center_crop"], question["fast_render"]) == (
+            steps,
+            suite,
+            True,
+            False,
+        )
         assert request.deviations() == []
 
 
@@ -41,7 +49,9 @@ def test_an_episodes_seed_is_a_function_of_seed_and_trial() -> None:
     request = EvaluationRequest("tiny", suite="libero_goal", tasks=(2, 5), trials=3)
     seeds = {start.initial_state: start.seed for start in request.starts()}
     assert len(set(seeds.values())) == 3
-    assert EvaluationRequest("tiny", suite="libero_goal", tasks=(5,), trials=2).starts() == [Start(5, trial, seeds[trial]) for trial in (0, 1)]
+    assert EvaluationRequest("tiny", suite="libero_goal", tasks=(5,), trials=2).starts() == [
+        Start(5, trial, seeds[trial]) for trial in (0, 1)
+    ]
     other = EvaluationRequest("tiny", suite="libero_goal", tasks=(5,), trials=3, seed=8)
     assert not {start.seed for start in other.starts()} & set(seeds.values())
 
@@ -52,7 +62,9 @@ def test_held_out_starts_are_the_last_fifth_of_a_tasks_states() -> None:
 
 
 def test_whatever_differs_from_the_protocol_is_told() -> None:
-    request = EvaluationRequest("tiny", suite="libero_goal", tasks=(0,), trials=2, max_steps=5, fast_render=True, center_crop=False)
+    request = EvaluationRequest(
+        "tiny", suite="libero_goal", tasks=(0,), trials=2, max_steps=5, fast_render=True, center_crop=False
+    )
     assert [part.split()[0] for part in request.deviations()] == ["1", "2", "episodes", "fast", "no"]
     assert EvaluationRequest("tiny", suite="libero_goal", max_steps=300).deviations() == []
 
@@ -97,9 +109,18 @@ def test_a_checkpoint_that_is_written_anew_is_another_question(tmp_path: Path) -
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no suite": ({"suite": None}, "--suite: missing; choose one of libero_spatial"),
-    "an unknown suite": ({"suite": "libero_spatail"}, "--suite: 'libero_spatail' does not exist, .* did you mean libero_spatial?"),
-    "a suite for an environment without": ({"env": "synthetic"}, "--suite: 'libero_goal' means nothing to --env synthetic"),
-    "an unknown environment": ({"env": "metaworld"}, "--env: 'metaworld' does not exist, choose one of libero, tabletop, synthetic"),
+    "an unknown suite": (
+        {"suite": "libero_spatail"},
+        "--suite: 'libero_spatail' does not exist, .* did you mean libero_spatial?",
+    ),
+    "a suite for an environment without": (
+        {"env": "synthetic"},
+        "--suite: 'libero_goal' means nothing to --env synthetic",
+    ),
+    "an unknown environment": (
+        {"env": "metaworld"},
+        "--env: 'metaworld' does not exist, choose one of libero, tabletop, synthetic",
+    ),
     "an unknown engine": ({"engine": "vlm"}, "--engine: 'vlm' does not exist, .* did you mean vllm?"),
     "an unknown type": ({"dtype": "float16"}, "--dtype: 'float16' does not exist"),
     "a task out of range": ({"tasks": (3, 10)}, "--tasks: 10 is not a task of libero_goal, whose tasks are 0 to 9"),
@@ -113,10 +134,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a negative seed": ({"seed": -1}, "--seed: -1 must be at least 0"),
     "negative videos": ({"videos": -1}, "--videos: -1 must be at least 0"),
     "more processes than slots": ({"num_envs": 2, "num_processes": 3}, "--num-processes: 3 is more than --num-envs 2"),
-    "a GPU for hf": ({"engine": "hf", "gpus": 1.0}, "--engine: hf samples on the CPU"),
+    "a GPU for torch": ({"engine": "torch", "gpus": 1.0}, "--engine: torch samples on the CPU"),
     "no such GPU": ({"gpus": 1.0}, r"--gpus: 1 GPU\(s\) are needed but this machine shows none"),
     "no such checkpoint": ({"checkpoint": "./absent"}, "CHECKPOINT: no such run or directory '/.*/absent'"),
-    "a checkpoint without these statistics": ({"unnorm_key": "bridge"}, "--unnorm-key: 'bridge' is not in preset 'tiny'; choose from libero_10"),
+    "a checkpoint without these statistics": (
+        {"unnorm_key": "bridge"},
+        "--unnorm-key: 'bridge' is not in preset 'tiny'; choose from libero_10",
+    ),
 }
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
 from vlarl_rllib.evaluation.report import summarize, write_reports
-from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.settings import SettingsError
+from vlarl_rllib.types import EpisodeResult
 
 QUESTION = {"checkpoint": "model", "tasks": [0], "trials": 5, "seed": 7, "checkpoint_files": None}
 
@@ -26,7 +26,9 @@ def lines(path: Path) -> list[str]:
 def test_finished_episodes_are_on_the_disk_at_once_and_found_again(tmp_path: Path) -> None:
     directory = begin(tmp_path / "new" / "place")
     directory.add([EpisodeResult(0, 2, 7, True, 1.0)])
-    assert [json.loads(line) for line in lines(directory.path)] == [{"task": 0, "trial": 2, "success": True, "steps": 7}]
+    assert [json.loads(line) for line in lines(directory.path)] == [
+        {"task": 0, "trial": 2, "success": True, "steps": 7}
+    ]
     directory.add([EpisodeResult(0, 0, 9, False, 0.0), EpisodeResult(0, 1, 9, False, 0.0)])
     directory.add([])
     again = begin(directory.path)
@@ -54,7 +56,11 @@ def test_of_an_episode_that_is_there_twice_the_first_counts(tmp_path: Path) -> N
 
 def test_a_video_is_kept_under_its_episode(tmp_path: Path) -> None:
     begin(tmp_path).add(
-        [EpisodeResult(3, 0, 5, True, 1.0, b"film"), EpisodeResult(3, 1, 5, False, 0.0, b"other"), EpisodeResult(3, 2, 5, False, 0.0)]
+        [
+            EpisodeResult(3, 0, 5, True, 1.0, b"film"),
+            EpisodeResult(3, 1, 5, False, 0.0, b"other"),
+            EpisodeResult(3, 2, 5, False, 0.0),
+        ]
     )
     assert {path.name: path.read_bytes() for path in (tmp_path / "videos").iterdir()} == {
         "task_03_trial_000_success.mp4": b"film",
@@ -62,7 +68,9 @@ def test_a_video_is_kept_under_its_episode(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", 8), ("trials", 50), ("tasks", [0, 1]), ("checkpoint_files", "abc")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("seed", 8), ("trials", 50), ("tasks", [0, 1]), ("checkpoint_files", "abc")]
+)
 def test_another_question_is_refused_and_the_key_named(tmp_path: Path, key: str, value: object) -> None:
     begin(tmp_path)
     before = (tmp_path / "evaluation.json").read_text()
@@ -108,14 +116,19 @@ def test_episodes_that_are_none_of_the_question_are_played(tmp_path: Path) -> No
         {"steps": 1.5},
         {"trial": True},
     ]
-    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(good | change) + "\n" for change in odd) + json.dumps(good) + "\n[1]\n" + "9" * 5000)
+    (tmp_path / "episodes.jsonl").write_text(
+        "".join(json.dumps(good | change) + "\n" for change in odd) + json.dumps(good) + "\n[1]\n" + "9" * 5000
+    )
     assert begin(tmp_path).episodes == [good]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"versions": 3}', '{"versions": {"ray": 1}}'])
 def test_a_damaged_question_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(content)
-    with pytest.raises(SettingsError, match=r"^--out: .*evaluation\.json (cannot be read|is not what an evaluation writes).*; give a new directory"):
+    with pytest.raises(
+        SettingsError,
+        match=r"^--out: .*evaluation\.json (cannot be read|is not what an evaluation writes).*; give a new directory",
+    ):
         begin(tmp_path)
 
 
@@ -136,7 +149,13 @@ def test_reports_and_films_take_the_place_of_links(tmp_path: Path) -> None:
     directory, victim = begin(tmp_path / "evaluation"), tmp_path / "victim"
     victim.write_text("years of work")
     (directory.path / "videos").mkdir()
-    for name in ("results.json", "report.md", ".results.json.partial", ".episodes.jsonl.partial", "videos/task_00_trial_000_success.mp4"):
+    for name in (
+        "results.json",
+        "report.md",
+        ".results.json.partial",
+        ".episodes.jsonl.partial",
+        "videos/task_00_trial_000_success.mp4",
+    ):
         (directory.path / name).symlink_to(victim)
     directory.add([EpisodeResult(0, 0, 5, True, 1.0, b"film")])
     question = {**QUESTION, "suite": None, "env": "synthetic"}
@@ -144,7 +163,8 @@ def test_reports_and_films_take_the_place_of_links(tmp_path: Path) -> None:
     begin(directory.path)
     assert victim.read_text() == "years of work"
     assert (
-        not (directory.path / "results.json").is_symlink() and (directory.path / "videos" / "task_00_trial_000_success.mp4").read_bytes() == b"film"
+        not (directory.path / "results.json").is_symlink()
+        and (directory.path / "videos" / "task_00_trial_000_success.mp4").read_bytes() == b"film"
     )
 
 

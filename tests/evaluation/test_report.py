@@ -42,13 +42,16 @@ def test_there_is_no_interval_without_episodes(successes: int, episodes: int) ->
 
 def result(episodes: list[tuple[int, int, bool, int]]) -> EvaluationResult:
     """(task, trial, success, steps) of each; trial 3 is held out."""
-    rows = [{"task": task, "trial": trial, "success": success, "steps": steps} for task, trial, success, steps in episodes]
+    rows = [
+        {"task": task, "trial": trial, "success": success, "steps": steps} for task, trial, success, steps in episodes
+    ]
     instructions = {0: "open the drawer", 3: "push the plate"}
     return summarize(QUESTION, rows, instructions, {0: {3}, 3: {3}}, ["4 trial(s) of each task"])
 
 
 WHOLE = [
-    (3, 0, False, 9), (0, 0, True, 4), (0, 1, True, 6), (0, 2, False, 9), (0, 3, True, 5), (3, 1, True, 3), (3, 2, False, 9), (3, 3, False, 9),
+    (3, 0, False, 9), (0, 0, True, 4), (0, 1, True, 6), (0, 2, False, 9), (0, 3, True, 5),
+    (3, 1, True, 3), (3, 2, False, 9), (3, 3, False, 9),
 ]  # fmt: skip
 
 
@@ -56,20 +59,40 @@ def test_successes_are_counted_by_task_and_over_all_and_held_out_starts_apart() 
     found = result(WHOLE)
     assert found.complete and found.num_planned == 8
     first, second = found.tasks
-    assert (first.task_id, first.standard, first.held_out, first.mean_steps) == (0, SuccessCount(3, 4), SuccessCount(1, 1), 6.0)
-    assert (second.task_id, second.standard, second.held_out, second.mean_steps) == (3, SuccessCount(1, 4), SuccessCount(0, 1), 7.5)
+    assert (first.task_id, first.standard, first.held_out, first.mean_steps) == (
+        0,
+        SuccessCount(3, 4),
+        SuccessCount(1, 1),
+        6.0,
+    )
+    assert (second.task_id, second.standard, second.held_out, second.mean_steps) == (
+        3,
+        SuccessCount(1, 4),
+        SuccessCount(0, 1),
+        7.5,
+    )
     assert found.standard == SuccessCount(4, 8) and found.held_out == SuccessCount(1, 2)
     assert found.standard.success_rate == 0.5 and found.standard.interval == wilson_interval(4, 8)
-    assert [(episode["task"], episode["trial"]) for episode in found.episodes] == sorted((task, trial) for task, trial, _, _ in WHOLE)
+    assert [(episode["task"], episode["trial"]) for episode in found.episodes] == sorted(
+        (task, trial) for task, trial, _, _ in WHOLE
+    )
 
 
 def test_half_an_evaluation_says_so_and_has_no_rate_where_nothing_was_played() -> None:
     found = result(WHOLE[1:3])
     assert not found.complete
     assert found.tasks[1].standard.success_rate is None and found.held_out.interval is None
-    assert "incomplete: 2 of 8 episodes" in to_markdown(found) and "these rates tend to be too high" in to_markdown(found)
+    assert "incomplete: 2 of 8 episodes" in to_markdown(found) and "these rates tend to be too high" in to_markdown(
+        found
+    )
     assert "too high" not in to_markdown(result(WHOLE))
-    assert to_dict(found)["tasks"][1]["standard"] == {"episodes": 0, "successes": 0, "success_rate": None, "low": None, "high": None}
+    assert to_dict(found)["tasks"][1]["standard"] == {
+        "episodes": 0,
+        "successes": 0,
+        "success_rate": None,
+        "low": None,
+        "high": None,
+    }
     assert to_dict(result([]))["overall"]["mean_steps"] is None
 
 

@@ -1,4 +1,5 @@
-"""Opens whatever it is given as a user would: `open_everything.py DIRECTORY...`, each from inside. Prints what came of it as JSON.
+"""Opens whatever it is given as a user would: `open_everything.py DIRECTORY...`, each from inside. Prints what came of
+it as JSON.
 
 Everything is imported where it is needed, as the commands do, with the directory as the working directory.
 """
@@ -61,10 +62,10 @@ def open_checkpoint(path: str) -> Any:
 
 def open_run(path: str) -> Any:
     """With every command that takes one."""
+    from vlarl_rllib.commands.report import write_report
     from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
-    from vlarl_rllib.export import find_training_checkpoint
-    from vlarl_rllib.report import write_report
-    from vlarl_rllib.run_directory import RunDirectory
+    from vlarl_rllib.runs.directory import RunDirectory
+    from vlarl_rllib.runs.export import find_training_checkpoint
 
     outcomes = []
     for command in (
@@ -81,7 +82,7 @@ def open_run(path: str) -> Any:
 
 
 def open_judge(path: str) -> Any:
-    from vlarl_rllib.rewards.judge import load_judge
+    from vlarl_rllib.rewards.judges import load_judge
 
     return load_judge(path)
 
@@ -100,7 +101,8 @@ def open_states(path: str) -> Any:
 
 
 def collect_here(path: str) -> Any:
-    """The subprocesses that play, those that collect and the one that writes, from a directory of decoys; then what they wrote is read."""
+    """The subprocesses that play, those that collect and the one that writes, from a directory of decoys; then what
+    they wrote is read."""
     from vlarl_rllib.data.collect import CollectRequest, collect
     from vlarl_rllib.envs import EnvSpec
     from vlarl_rllib.envs.vector import SlotProcesses

@@ -1,4 +1,5 @@
-"""No file that a user receives runs code, from wherever it is opened: what is read is read as data, and the rest is refused in a line."""
+"""No file that a user receives runs code, from wherever it is opened: what is read is read as data, and the rest is
+refused in a line."""
 
 import importlib.util
 import json
@@ -33,7 +34,8 @@ EXPECTED = {
     "adapter_pickle": WEIGHTS,
     "adapter_megatron": "the adapter uses megatron_config, megatron_core, which is not supported",
     "adapter_with_code": "tensors do not fit this model",
-    "checkpoint_metadata": "the checkpoint names builtins.exec, which torch's checkpoints have no use for; do not trust it",
+    "checkpoint_metadata": "the checkpoint names builtins.exec, which torch's checkpoints have no use for; do not "
+    "trust it",
     "checkpoint_tensor": "UnpicklingError",
     "checkpoint_number": "UnpicklingError",
     "run_with_yaml": "not valid YAML",
@@ -51,7 +53,14 @@ EXPECTED = {
 def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("downloads")
     mark = root / "mark"
-    for write in (traps.write_models, traps.write_adapters, traps.write_checkpoints, traps.write_runs, traps.write_judges, traps.write_data):
+    for write in (
+        traps.write_models,
+        traps.write_adapters,
+        traps.write_checkpoints,
+        traps.write_runs,
+        traps.write_judges,
+        traps.write_data,
+    ):
         write(root, mark)
     (root / "working").mkdir()
     for directory in filter(Path.is_dir, list(root.iterdir())):
@@ -76,7 +85,11 @@ def test_the_traps_spring(downloads: Path) -> None:
     for spring in (
         lambda: pickle.loads(pickle.dumps(Trap(downloads / "mark"))),
         lambda: subprocess.run([sys.executable, "-c", "import trap"], cwd=downloads / "working", check=True),
-        lambda: subprocess.run([sys.executable, "-m", "open_everything"], cwd=downloads / "working", env=os.environ | {"PYTHONPATH": str(HERE)}),
+        lambda: subprocess.run(
+            [sys.executable, "-m", "open_everything"],
+            cwd=downloads / "working",
+            env=os.environ | {"PYTHONPATH": str(HERE)},
+        ),
     ):
         spring()
         assert (downloads / "mark").read_text()
@@ -113,21 +126,24 @@ def test_opened_from_inside_among_decoys(downloads: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout.splitlines()[-1])
     assert outcomes.pop("working", "read") == "read"
-    assert {name: EXPECTED[name] in outcome for name, outcome in outcomes.items()} == dict.fromkeys(EXPECTED, True), outcomes
+    assert {name: EXPECTED[name] in outcome for name, outcome in outcomes.items()} == dict.fromkeys(EXPECTED, True), (
+        outcomes
+    )
 
 
 ENGINE = """
 import os, sys
 from vlarl_rllib.engines.protocol import EngineSpec
-from vlarl_rllib.engines.vllm_engine import engine_env_vars
+from vlarl_rllib.engines.vllm.engine import engine_env_vars
 spec = EngineSpec(sys.argv[1], "float32", gpus=0, max_batch=2, enforce_eager=True, mix_calls=False, seed=0)
 os.environ.update(engine_env_vars(spec))
-from vlarl_rllib.engines import vllm_plugin
-from vlarl_rllib.engines.vllm_compat import build_llm
+from vlarl_rllib.engines.vllm import plugin as vllm_plugin
+from vlarl_rllib.engines.vllm.compat import build_llm
 from vlarl_rllib.models.openvla import OpenVLAConfig
 vllm_plugin.register(in_process=True)
 try:
-    build_llm(spec, OpenVLAConfig.from_pretrained(spec.model_path), vllm_plugin.ARCHITECTURE, vllm_plugin.TRANSFER_BACKEND)
+    config = OpenVLAConfig.from_pretrained(spec.model_path)
+    build_llm(spec, config, vllm_plugin.ARCHITECTURE, vllm_plugin.TRANSFER_BACKEND)
     outcome = "read"
 except Exception as error:
     outcome = str(error)
@@ -136,8 +152,16 @@ os._exit(0)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None or torch.version.cuda is not None, reason="needs vLLM for CPUs")
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None or torch.version.cuda is not None, reason="needs vLLM for CPUs"
+)
 def test_vllm_falls_back_to_no_pickle(downloads: Path) -> None:
     command = [sys.executable, "-P", "-c", ENGINE, str(downloads / "model_pickle")]
-    done = subprocess.run(command, cwd=downloads / "model_pickle", env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=downloads / "model_pickle",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert "Cannot find any model weights" in done.stdout.splitlines()[-1], done.stdout + done.stderr

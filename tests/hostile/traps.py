@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlarl_rllib.checkpoints import CheckpointStore, seal
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.checkpoint import save_sharded
 from vlarl_rllib.models.presets import resolve_model
+from vlarl_rllib.runs.checkpoints import CheckpointStore
+from vlarl_rllib.runs.sealing import seal
 from vlarl_rllib.settings import Settings
 
 DECOYS = (
-    "megatron", "numpy", "torch", "json", "typing", "pickle", "random", "multiprocessing", "subprocess", "PIL", "yaml", "jinja2", "matplotlib",
-    "safetensors", "transformers", "tokenizers", "peft", "bitsandbytes", "kernels", "accelerate", "huggingface_hub", "tensorflow",
-    "tensorflow_datasets", "etils", "google", "libero", "robosuite", "mujoco", "gymnasium", "ray", "vllm", "vlarl_rllib", "sitecustomize",
+    "megatron", "numpy", "torch", "json", "typing", "pickle", "random", "multiprocessing", "subprocess", "PIL", "yaml",
+    "jinja2", "matplotlib",
+    "safetensors", "transformers", "tokenizers", "peft", "bitsandbytes", "kernels", "accelerate", "huggingface_hub",
+    "tensorflow",
+    "tensorflow_datasets", "etils", "google", "libero", "robosuite", "mujoco", "gymnasium", "ray", "vllm",
+    "vlarl_rllib", "sitecustomize",
     "configuration_trap", "modeling_trap", "processing_trap", "generate", "trap",
 )  # fmt: skip
 """Modules that a program of ours, or a library, might look for in the working directory."""
@@ -72,9 +76,18 @@ def write_models(root: Path, mark: Path) -> None:
     change_json(with_code / "tokenizer_config.json", tokenizer_class="TrapTokenizer", processor_class="TrapProcessor")
     (with_code / "generation_config.json").write_text(json.dumps({"custom_generate": "."}))
     torch.save({"x": Trap(mark)}, with_code / "pytorch_model.bin")
-    for name, kernel in (("model_with_kernel", {"attn_implementation": "someone/trap"}), ("model_with_module", {"transformers_weights": "trap.bin"})):
+    for name, kernel in (
+        ("model_with_kernel", {"attn_implementation": "someone/trap"}),
+        ("model_with_module", {"transformers_weights": "trap.bin"}),
+    ):
         change_json(model(root, name) / "config.json", **kernel)
-    for name in ("model_pickle", "model_pickle_called_safetensors", "model_cut", "model_shards", "model_adapter_beside"):
+    for name in (
+        "model_pickle",
+        "model_pickle_called_safetensors",
+        "model_cut",
+        "model_shards",
+        "model_adapter_beside",
+    ):
         weights = model(root, name) / "model.safetensors"
         torch.save({"x": Trap(mark)}, weights.with_name("pytorch_model.bin"))
         if name == "model_pickle":
@@ -85,9 +98,13 @@ def write_models(root: Path, mark: Path) -> None:
             weights.write_bytes(weights.read_bytes()[:-100])
         elif name == "model_shards":
             weights.unlink()
-            (weights.parent / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"x": "pytorch_model.bin"}}))
+            (weights.parent / "model.safetensors.index.json").write_text(
+                json.dumps({"metadata": {}, "weight_map": {"x": "pytorch_model.bin"}})
+            )
         else:
-            (weights.parent / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "trap"}))
+            (weights.parent / "adapter_config.json").write_text(
+                json.dumps({"peft_type": "LORA", "base_model_name_or_path": "trap"})
+            )
             torch.save({"x": Trap(mark)}, weights.with_name("adapter_model.bin"))
 
 
@@ -95,8 +112,17 @@ def write_adapters(root: Path, mark: Path) -> None:
     golden = Path(__file__).parents[1] / "data" / "golden" / "adapter_S"
     for name, values in (
         ("adapter_pickle", {}),
-        ("adapter_megatron", {"megatron_config": {"x": 1}, "megatron_core": "megatron", "target_modules": ["embed_tokens"]}),
-        ("adapter_with_code", {"auto_mapping": {"base_model_class": "Model", "parent_library": "trap"}, "base_model_name_or_path": "trap"}),
+        (
+            "adapter_megatron",
+            {"megatron_config": {"x": 1}, "megatron_core": "megatron", "target_modules": ["embed_tokens"]},
+        ),
+        (
+            "adapter_with_code",
+            {
+                "auto_mapping": {"base_model_class": "Model", "parent_library": "trap"},
+                "base_model_name_or_path": "trap",
+            },
+        ),
     ):
         adapter = shutil.copytree(golden, root / name)
         change_json(adapter / "adapter_config.json", **values)
@@ -123,8 +149,13 @@ def write_checkpoints(root: Path, mark: Path) -> None:
         save_sharded(good / "learners", module, optimizers)
     finally:
         torch.distributed.destroy_process_group()
-    CheckpointStore.write_facts(good, iteration=3, policy_version=4, settings=Settings().to_dict(), models={}, algorithm={})
-    for name in ("class_and_ctor_args.pkl", "algorithm_state.pkl"):  # RLlib unpickles the first; nothing of ours reads either
+    CheckpointStore.write_facts(
+        good, iteration=3, policy_version=4, settings=Settings().to_dict(), models={}, algorithm={}
+    )
+    for name in (
+        "class_and_ctor_args.pkl",
+        "algorithm_state.pkl",
+    ):  # RLlib unpickles the first; nothing of ours reads either
         (good / name).write_bytes(pickle.dumps(Trap(mark)))
     changes: dict[str, Callable[[Path], None]] = {
         "checkpoint_metadata": lambda shards: (shards / ".metadata").write_bytes(pickle.dumps(Trap(mark))),

@@ -5,11 +5,12 @@ import pytest
 import torch
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from vlarl_rllib.learner.collate import INSTRUCTION_KEY, LOG_PROBS_KEY, UpdatePlan, assign_owners, collate
+from vlarl_rllib.learner.collate import UpdatePlan, assign_owners, collate
+from vlarl_rllib.types import INSTRUCTION_KEY, LOG_PROBS_KEY
 
 
-def chunk(length: int, first: int, *, terminated: bool = False, instruction: str = "reach") -> SingleAgentEpisode:
-    """A chunk whose frames hold the numbers first, first + 1, ... and whose rewards are ten times those."""
+def fragment(length: int, first: int, *, terminated: bool = False, instruction: str = "reach") -> SingleAgentEpisode:
+    """A fragment whose frames hold the numbers first, first + 1, ... and whose rewards are ten times those."""
     episode = SingleAgentEpisode()
     episode.custom_data[INSTRUCTION_KEY] = instruction
     episode.add_env_reset(np.full((2, 2, 3), first, np.uint8))
@@ -29,13 +30,15 @@ def prompt_ids(instruction: str) -> list[int]:
 
 
 def test_steps_then_bootstrap_frames() -> None:
-    batch = collate([[chunk(2, 10, terminated=True), chunk(3, 20)], [chunk(1, 30, instruction="push it")]], prompt_ids)
+    batch = collate(
+        [[fragment(2, 10, terminated=True), fragment(3, 20)], [fragment(1, 30, instruction="push it")]], prompt_ids
+    )
     assert batch.num_steps == 6
     assert batch.contribution_steps == (5, 1)
-    # the frame behind the terminated chunk (12) is not there; those behind the two cut ones (23, 31) come last
+    # the frame behind the terminated fragment (12) is not there; those behind the two cut ones (23, 31) come last
     assert batch.frames[:, 0, 0, 0].tolist() == [10, 11, 20, 21, 22, 30, 23, 31]
-    assert batch.chunk_bootstrap.tolist() == [-1, 6, 7]
-    assert batch.chunk_contribution.tolist() == [0, 0, 1]
+    assert batch.fragment_bootstrap.tolist() == [-1, 6, 7]
+    assert batch.fragment_contribution.tolist() == [0, 0, 1]
     assert batch.prompts == [prompt_ids("reach"), prompt_ids("push it")]
     assert batch.frame_prompt.tolist() == [0, 0, 0, 0, 0, 1, 0, 1]
     assert batch.tokens[:, 0].tolist() == [10, 11, 20, 21, 22, 30]
@@ -44,7 +47,7 @@ def test_steps_then_bootstrap_frames() -> None:
 
 
 def test_model_inputs_are_padded_on_the_right_and_stay_uint8() -> None:
-    batch = collate([[chunk(1, 5)], [chunk(1, 7, instruction="push it")]], prompt_ids)
+    batch = collate([[fragment(1, 5)], [fragment(1, 7, instruction="push it")]], prompt_ids)
     inputs = batch.model_inputs(np.array([0, 1, 2]), torch.device("cpu"))
     assert inputs["pixel_values"].dtype == torch.uint8 and inputs["pixel_values"].shape == (3, 3, 2, 2)
     assert inputs["attention_mask"].sum(1).tolist() == [6, 8, 6]
@@ -60,7 +63,9 @@ def test_nothing_to_collate_is_refused() -> None:
 def test_minibatches_cover_every_step_once_per_epoch_with_equal_forwards(num_ranks: int) -> None:
     steps = (7, 3, 5, 4)
     plan = UpdatePlan(steps, assign_owners(steps, num_ranks), num_ranks, seed=4)
-    per_rank = [list(plan.minibatches(rank, num_epochs=2, minibatch_size=8, micro_batch_size=2)) for rank in range(num_ranks)]
+    per_rank = [
+        list(plan.minibatches(rank, num_epochs=2, minibatch_size=8, micro_batch_size=2)) for rank in range(num_ranks)
+    ]
     assert [len(batches) for batches in per_rank] == [6] * num_ranks  # 19 steps, at most 8 each: 3 a epoch
     for batches in zip(*per_rank, strict=True):
         assert len({len(b.forwards) for b in batches}) == 1

@@ -19,7 +19,9 @@ def test_termination_ends_without_bootstrap() -> None:
     # t=2: delta = 1 - 3 = -2                        A = -2
     # t=1: delta = 0 + 0.5*3 - 2 = -0.5              A = -0.5 + 0.25*-2 = -1
     # t=0: delta = 0 + 0.5*2 - 1 = 0                 A = 0 + 0.25*-1 = -0.25
-    advantages, targets = gae(row(0, 0, 1), row(1, 2, 3), flags(0, 0, 1), flags(0, 0, 0), row(100, 100, 100), 0.5, 0.5, flags(1, 1, 1))
+    advantages, targets = gae(
+        row(0, 0, 1), row(1, 2, 3), flags(0, 0, 1), flags(0, 0, 0), row(100, 100, 100), 0.5, 0.5, flags(1, 1, 1)
+    )
     assert advantages.tolist() == [[-0.25, -1.0, -2.0]]
     assert targets.tolist() == [[0.75, 1.0, 1.0]]
 
@@ -42,12 +44,16 @@ def test_two_episodes_in_a_row_do_not_mix() -> None:
     # t=2: delta = 0 + 0.5*6 - 5 = -2                A = -2
     # t=1: delta = 0 + 0.5*4 - 2 = 0                 A = 0 (nothing carried over from t=2)
     # t=0: delta = 0 + 0.5*2 - 1 = 0                 A = 0
-    advantages, _ = gae(row(0, 0, 0), row(1, 2, 5), flags(0, 0, 0), flags(0, 1, 0), row(9, 4, 6), 0.5, 0.5, flags(1, 1, 1))
+    advantages, _ = gae(
+        row(0, 0, 0), row(1, 2, 5), flags(0, 0, 0), flags(0, 1, 0), row(9, 4, 6), 0.5, 0.5, flags(1, 1, 1)
+    )
     assert advantages.tolist() == [[0.0, 0.0, -2.0]]
 
 
 def test_padding_counts_for_nothing() -> None:
-    padded, padded_targets = gae(row(1, 0, 7), row(1, 2, float("nan")), flags(0, 0, 0), flags(0, 0, 0), row(0, 8, 50), 0.5, 0.5, flags(1, 1, 0))
+    padded, padded_targets = gae(
+        row(1, 0, 7), row(1, 2, float("nan")), flags(0, 0, 0), flags(0, 0, 0), row(0, 8, 50), 0.5, 0.5, flags(1, 1, 0)
+    )
     short, short_targets = gae(row(1, 0), row(1, 2), flags(0, 0), flags(0, 0), row(0, 8), 0.5, 0.5, flags(1, 1))
     assert padded[:, :2].tolist() == short.tolist() == [[1.5, 2.0]]
     assert padded_targets[:, :2].tolist() == short_targets.tolist()
@@ -59,7 +65,8 @@ def test_rows_are_independent() -> None:
     two = gae(row(0, 3), row(4, 1), flags(0, 1), flags(0, 0), row(0, 8), 0.9, 0.8, flags(1, 1))[0]
     both = gae(
         torch.cat([row(1, 0), row(0, 3)]), torch.cat([row(1, 2), row(4, 1)]), torch.cat([flags(0, 0), flags(0, 1)]),
-        torch.cat([flags(0, 1), flags(0, 0)]), torch.cat([row(0, 8), row(0, 8)]), 0.9, 0.8, torch.cat([flags(1, 1)] * 2),
+        torch.cat([flags(0, 1), flags(0, 0)]), torch.cat([row(0, 8), row(0, 8)]),
+        0.9, 0.8, torch.cat([flags(1, 1)] * 2),
     )[0]  # fmt: skip
     assert torch.equal(both, torch.cat([one, two]))
 
@@ -76,7 +83,9 @@ def test_shaping_by_the_critics_values_by_hand() -> None:
     terminated = torch.tensor([[False, False, True], [False, False, False]])
     behind = torch.tensor([[9.0, 9.0, 9.0], [0.7, 0.7, 0.7]])
     following = next_values(values, terminated, torch.zeros_like(mask), behind, mask)
-    assert following[0].tolist() == pytest.approx([0.4, 0.6, 0.0]) and following[1, :2].tolist() == pytest.approx([0.3, 0.7])
+    assert following[0].tolist() == pytest.approx([0.4, 0.6, 0.0]) and following[1, :2].tolist() == pytest.approx(
+        [0.3, 0.7]
+    )
     shaped = shaped_rewards(torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), values, following, gamma=0.5, weight=2.0)
     # r + 2 (0.5 V' - V): 2 (0.2 - 0.2), 2 (0.3 - 0.4), 1 + 2 (0 - 0.6)
     assert shaped[0].tolist() == pytest.approx([0.0, -0.2, -0.2])

@@ -19,10 +19,12 @@ from torch.distributed.tensor import DTensor
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
-from vlarl_rllib.learner.collate import INSTRUCTION_KEY, LOG_PROBS_KEY, collate
-from vlarl_rllib.learner.learner_group import LearnerError, LearnerGroupError, VLALearnerGroup
+from vlarl_rllib.learner.collate import collate
+from vlarl_rllib.learner.learner_group import VLALearnerGroup
+from vlarl_rllib.learner.rank_group import LearnerError, LearnerGroupError
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
 from vlarl_rllib.settings import Settings
+from vlarl_rllib.types import INSTRUCTION_KEY, LOG_PROBS_KEY
 from vlarl_rllib.weights.shared_memory import SharedMemoryReader
 
 IMAGE_SIZE = 28
@@ -31,7 +33,7 @@ STEPS = (8, 11, 2, 9)
 """Of each slot's contribution below."""
 
 
-def chunk(rng: np.random.Generator, length: int, terminated: bool, instruction: str) -> SingleAgentEpisode:
+def fragment(rng: np.random.Generator, length: int, terminated: bool, instruction: str) -> SingleAgentEpisode:
     episode = SingleAgentEpisode()
     episode.custom_data[INSTRUCTION_KEY] = instruction
     episode.add_env_reset(rng.integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
@@ -47,26 +49,37 @@ def chunk(rng: np.random.Generator, length: int, terminated: bool, instruction: 
 
 
 def contributions() -> list[list[SingleAgentEpisode]]:
-    """Four slots with uneven numbers of chunks, steps and prompt tokens."""
+    """Four slots with uneven numbers of fragments, steps and prompt tokens."""
     rng = np.random.default_rng(0)
     return [
-        [chunk(rng, 5, True, "push the bowl"), chunk(rng, 3, False, "push the bowl")],
-        [chunk(rng, 11, False, "pick up the black bowl and place it on the plate")],
-        [chunk(rng, 2, True, "open the drawer")],
-        [chunk(rng, 9, False, "open the drawer")],
+        [fragment(rng, 5, True, "push the bowl"), fragment(rng, 3, False, "push the bowl")],
+        [fragment(rng, 11, False, "pick up the black bowl and place it on the plate")],
+        [fragment(rng, 2, True, "open the drawer")],
+        [fragment(rng, 9, False, "open the drawer")],
     ]
 
 
-def build(num_learners: int, model: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, **training: Any) -> VLALearnerGroup:
+def build(
+    num_learners: int, model: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, **training: Any
+) -> VLALearnerGroup:
     dtype = (model or {}).get("dtype", "float32")
-    units = {} if num_learners == 1 else {"min_unit_parameters": 1}  # one learner: one FSDP unit, as a model this small has it; others: as large ones
+    units = (
+        {} if num_learners == 1 else {"min_unit_parameters": 1}
+    )  # one learner: one FSDP unit, as a model this small has it; others: as large ones
     settings = Settings.from_dict(
         {
             "model": model or {},
             "engines": {"dtype": dtype},
             "rollout": rollout or {},
             "learners": {"num": num_learners, "micro_batch_size": 4, "timeout_seconds": 120, "fsdp": units},
-            "training": {"minibatch_size": 10, "num_epochs": 2, "lr": 2e-5, "value_lr": 1e-3, "old_log_probs": "recompute"} | training,
+            "training": {
+                "minibatch_size": 10,
+                "num_epochs": 2,
+                "lr": 2e-5,
+                "value_lr": 1e-3,
+                "old_log_probs": "recompute",
+            }
+            | training,
             "run": {"seed": 3},
         }
     )
@@ -90,7 +103,7 @@ def make_group(ray_session: None) -> Iterator[Callable[..., VLALearnerGroup]]:
 
 def update(group: VLALearnerGroup, iteration: int = 0) -> dict[str, float]:
     episodes = contributions()
-    refs = [ray.put(chunks) for chunks in episodes] if group.is_remote else episodes
+    refs = [ray.put(fragments) for fragments in episodes] if group.is_remote else episodes
     assert group.receive(refs, STEPS) == []
     results = group.update(iteration=iteration)
     return {name: float(stats.peek()) for name, stats in results[0]["default_policy"].items()}
@@ -98,7 +111,9 @@ def update(group: VLALearnerGroup, iteration: int = 0) -> dict[str, float]:
 
 def weights(group: VLALearnerGroup, version: int) -> dict[str, torch.Tensor]:
     manifest = group.publish_weights(version)
-    return {name: tensor.clone() for bucket in SharedMemoryReader().buckets(manifest) for name, tensor in bucket.items()}
+    return {
+        name: tensor.clone() for bucket in SharedMemoryReader().buckets(manifest) for name, tensor in bucket.items()
+    }
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -118,7 +133,9 @@ def read_until_lost(ref: Any) -> None:
         time.sleep(0.1)
 
 
-def test_0_1_and_2_learners_make_the_same_update_and_load_each_others_checkpoint(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:
+def test_0_1_and_2_learners_make_the_same_update_and_load_each_others_checkpoint(
+    make_group: Callable[..., VLALearnerGroup], tmp_path: Path
+) -> None:
     local = make_group(0)
     before = weights(local, 1)
     metrics = update(local)
@@ -136,8 +153,12 @@ def test_0_1_and_2_learners_make_the_same_update_and_load_each_others_checkpoint
             assert other[name] == pytest.approx(metrics[name], abs=1e-4), name
 
     # The store of the process group takes commands from whoever connects: it listens to this machine alone.
-    port = two.call("apply", lambda learner: torch.distributed.distributed_c10d._get_default_store().underlying_store.port)[0]
-    assert [c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port] == ["127.0.0.1"]
+    port = two.call(
+        "apply", lambda learner: torch.distributed.distributed_c10d._get_default_store().underlying_store.port
+    )[0]
+    assert [c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port] == [
+        "127.0.0.1"
+    ]
 
     # Adam's moments travel too: after loading what the local learner saved, all three make the same second update.
     local_second = (update(local, 1), weights(local, 3))[1]
@@ -151,7 +172,7 @@ LORA = {"lora": {"rank": 4}}
 
 def parameters(group: VLALearnerGroup) -> dict[str, torch.Tensor]:
     """All of a local learner's, whole."""
-    named = group._learner.trained_modules().named_parameters()
+    named = group._learner.sharded.trained_modules().named_parameters()
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in named}
 
 
@@ -159,24 +180,30 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_adapters_alone_are_trained_sent_merged_and_saved(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:
+def test_adapters_alone_are_trained_sent_merged_and_saved(
+    make_group: Callable[..., VLALearnerGroup], tmp_path: Path
+) -> None:
     local = make_group(0, LORA, lr=1e-3)
     before, sent_before = parameters(local), weights(local, 1)
     update(local)
     after, sent = parameters(local), weights(local, 2)
     moved = changed(before, after)
-    assert moved == {name for name, p in local._learner.trained_modules().named_parameters() if p.requires_grad}
+    assert moved == {name for name, p in local._learner.sharded.trained_modules().named_parameters() if p.requires_grad}
     assert all(".lora_A." in name or ".lora_B." in name or "value_head" in name for name in moved) and len(moved) > 50
     for name in changed(sent_before, sent):
         module = "policy." + name.removesuffix(".weight")
         lora_a, lora_b = (after[f"{module}.lora_{part}.default.weight"].flatten(1) for part in "AB")
-        merged = after[f"{module}.base_layer.weight"] + (4 / 4 * lora_b @ lora_a).view(sent[name].shape)  # alpha = rank = 4
+        merged = after[f"{module}.base_layer.weight"] + (4 / 4 * lora_b @ lora_a).view(
+            sent[name].shape
+        )  # alpha = rank = 4
         torch.testing.assert_close(sent[name], merged, atol=1e-6, rtol=0)
     assert len(changed(sent_before, sent)) == sum(".lora_B." in name for name in moved)
 
     local.call("save_sharded", str(tmp_path))
     stored = dcp.FileSystemReader(tmp_path / "shards").read_metadata().state_dict_metadata
-    assert {name.removeprefix("model.") for name in stored if name.startswith("model.")} == moved, "the frozen base is model.path's"
+    assert {name.removeprefix("model.") for name in stored if name.startswith("model.")} == moved, (
+        "the frozen base is model.path's"
+    )
     two = make_group(2, LORA, lr=1e-3)
     update(two)
     assert largest_difference(sent, weights(two, 2)) <= 1e-4  # Adam on gradients near zero, at a large learning rate
@@ -187,11 +214,13 @@ def test_adapters_alone_are_trained_sent_merged_and_saved(make_group: Callable[.
 def test_a_frozen_bfloat16_base_under_float32_adapters(make_group: Callable[..., VLALearnerGroup]) -> None:
     group = make_group(0, LORA | {"dtype": "bfloat16"}, lr=1e-3)
     before, sent_before = parameters(group), weights(group, 1)
-    dtypes = {name: p.dtype for name, p in group._learner.trained_modules().named_parameters()}
+    dtypes = {name: p.dtype for name, p in group._learner.sharded.trained_modules().named_parameters()}
     assert {dtypes[name] for name in before if ".lora_" in name or "value_head" in name} == {torch.float32}
     assert dtypes["policy.language_model.model.layers.0.self_attn.q_proj.base_layer.weight"] == torch.bfloat16
     update(group)
-    assert not [name for name in changed(before, parameters(group)) if ".lora_" not in name and "value_head" not in name]
+    assert not [
+        name for name in changed(before, parameters(group)) if ".lora_" not in name and "value_head" not in name
+    ]
     sent = weights(group, 2)
     assert {tensor.dtype for tensor in sent.values()} == {torch.bfloat16} and changed(sent_before, sent)
 
@@ -213,16 +242,18 @@ def test_a_quantised_base_in_bfloat16(make_group: Callable[..., VLALearnerGroup]
 def test_a_quantised_base_sends_what_it_computes_with(make_group: Callable[..., VLALearnerGroup], bits: str) -> None:
     pytest.importorskip("bitsandbytes", reason="k-bit weights need bitsandbytes")
     group = make_group(0, LORA | {"quantization": bits}, lr=1e-3)
-    reference = OpenVLAForActionPrediction.from_pretrained(group._settings.model.path, dtype=torch.float32)
+    reference = OpenVLAForActionPrediction.from_pretrained(group.ranks.settings.model.path, dtype=torch.float32)
     sent, exact = weights(group, 1), {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     quantised = changed(exact, sent)
     assert len(quantised) == 2 * 7 and all(".layers." in name for name in quantised)  # the decoder's linear layers
     for name in quantised:
         error = (sent[name] - exact[name]).norm() / exact[name].norm()
         assert error < {"8bit": 0.01, "4bit": 0.12}[bits], name
-    policy = group._learner.policy
+    policy = group._learner.sharded.policy
     reference.load_state_dict(sent)
-    inputs = collate(contributions(), group._learner._processor.prompt_ids).model_inputs(np.arange(6), torch.device("cpu"))
+    inputs = collate(contributions(), group._learner._processor.prompt_ids).model_inputs(
+        np.arange(6), torch.device("cpu")
+    )
     with torch.no_grad():
         torch.testing.assert_close(policy(**inputs).action_logits, reference(**inputs).action_logits, atol=1e-5, rtol=0)
     before = parameters(group)
@@ -231,13 +262,19 @@ def test_a_quantised_base_sends_what_it_computes_with(make_group: Callable[..., 
     assert changed(sent, weights(group, 2)) > quantised
 
 
-def test_a_separate_critic_learns_apart_from_the_policy(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:
+def test_a_separate_critic_learns_apart_from_the_policy(
+    make_group: Callable[..., VLALearnerGroup], tmp_path: Path
+) -> None:
     group = make_group(0, {"critic": "separate"}, critic_warmup_iterations=1)
     before, sent = parameters(group), weights(group, 1)
     assert not [name for name in sent if "value_head" in name]
     metrics = update(group, iteration=0)
     moved = changed(before, parameters(group))
-    assert moved and all(name.startswith("critic.") for name in moved) and "critic.language_model.model.layers.0.mlp.up_proj.weight" in moved
+    assert (
+        moved
+        and all(name.startswith("critic.") for name in moved)
+        and "critic.language_model.model.layers.0.mlp.up_proj.weight" in moved
+    )
     update(group, iteration=1)
     assert largest_difference(sent, weights(group, 2)) > 0.0
     group.call("save_sharded", str(tmp_path))
@@ -254,7 +291,7 @@ def test_a_separate_critic_learns_apart_from_the_policy(make_group: Callable[...
 def test_critic_warm_up_leaves_the_policy_alone(make_group: Callable[..., VLALearnerGroup]) -> None:
     group = make_group(0, critic_warmup_iterations=1)
     before = weights(group, 1)
-    head = group._learner.policy.value_head
+    head = group._learner.sharded.policy.value_head
     values_before = [p.full_tensor().clone() for p in head.parameters()]
     update(group, iteration=0)
     assert largest_difference(before, weights(group, 2)) == 0.0
@@ -263,7 +300,9 @@ def test_critic_warm_up_leaves_the_policy_alone(make_group: Callable[..., VLALea
     assert largest_difference(before, weights(group, 3)) > 0.0
 
 
-def test_whitened_rewards_have_unit_variance_and_their_mean_is_scaled(make_group: Callable[..., VLALearnerGroup]) -> None:
+def test_whitened_rewards_have_unit_variance_and_their_mean_is_scaled(
+    make_group: Callable[..., VLALearnerGroup],
+) -> None:
     make_group(0)  # a process group
     # Mean 1, population variance (3 x 1 + 9) / 4 = 3
     rewards = torch.tensor([0.0, 0.0, 0.0, 4.0])
@@ -292,7 +331,7 @@ def test_value_shaping_acts_like_a_larger_critic(make_group: Callable[..., VLALe
     group.receive(contributions(), STEPS)
     batch = learner._batch
     targets = learner._targets(batch)
-    # The first chunk: five steps to a success, behind which the value is 0.
+    # The first fragment: five steps to a success, behind which the value is 0.
     values, rewards = targets["old_values"][:5].double(), batch.rewards[:5].double()
     larger = 3.0 * torch.cat([values, torch.zeros(1, dtype=torch.float64)])
     expected, running = [], 0.0
@@ -304,7 +343,9 @@ def test_value_shaping_acts_like_a_larger_critic(make_group: Callable[..., VLALe
     assert torch.allclose(targets["value_targets"], targets["advantages"] + targets["old_values"])
 
 
-def test_an_optimiser_that_had_not_stepped_is_new_after_a_restore(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:
+def test_an_optimiser_that_had_not_stepped_is_new_after_a_restore(
+    make_group: Callable[..., VLALearnerGroup], tmp_path: Path
+) -> None:
     group = make_group(0)
     group.call("save_sharded", str(tmp_path))
     update(group)
@@ -317,22 +358,28 @@ def test_an_optimiser_that_had_not_stepped_is_new_after_a_restore(make_group: Ca
 def test_a_non_finite_gradient_is_skipped_counted_and_at_last_fatal(make_group: Callable[..., VLALearnerGroup]) -> None:
     group = make_group(0, max_skipped_updates=8)
     before = weights(group, 1)
-    group._learner.policy.value_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    group._learner.sharded.policy.value_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
     metrics = update(group)
     assert metrics["skipped_updates"] == 6
     assert largest_difference(before, weights(group, 2)) == 0.0
-    with pytest.raises(DivergedError, match=r"max_skipped_updates = 8; lower training.lr \(2e-05\) or training.value_lr \(0.001\)"):
+    with pytest.raises(
+        DivergedError, match=r"max_skipped_updates = 8; lower training.lr \(2e-05\) or training.value_lr \(0.001\)"
+    ):
         update(group, 1)
 
 
-def test_weights_that_are_not_finite_reach_neither_engines_nor_a_checkpoint(make_group: Callable[..., VLALearnerGroup]) -> None:
+def test_weights_that_are_not_finite_reach_neither_engines_nor_a_checkpoint(
+    make_group: Callable[..., VLALearnerGroup],
+) -> None:
     group = make_group(0)
-    group._learner.optimizers()["policy"].param_groups[0]["lr"] = float("inf")
+    group._learner.sharded.optimizers["policy"].param_groups[0]["lr"] = float("inf")
     with pytest.raises(DivergedError, match=r"the update left weights that are not finite; lower training.lr"):
         update(group)
 
 
-def test_a_lost_contribution_is_left_out_and_a_dead_learner_is_noticed_at_once(make_group: Callable[..., VLALearnerGroup]) -> None:
+def test_a_lost_contribution_is_left_out_and_a_dead_learner_is_noticed_at_once(
+    make_group: Callable[..., VLALearnerGroup],
+) -> None:
     group = make_group(1)
 
     @ray.remote
@@ -345,7 +392,7 @@ def test_a_lost_contribution_is_left_out_and_a_dead_learner_is_noticed_at_once(m
     ray.kill(owner)
     with pytest.raises(ray.exceptions.RayError):
         read_until_lost(lost)
-    refs = [lost, *(ray.put(chunks) for chunks in contributions()[1:])]
+    refs = [lost, *(ray.put(fragments) for fragments in contributions()[1:])]
     assert group.receive(refs, STEPS) == [0]
     results = group.update(iteration=0)
     assert float(results[0]["default_policy"]["optimizer_steps"].peek()) == 6  # 22 steps still make 3 minibatches
@@ -355,7 +402,7 @@ def test_a_lost_contribution_is_left_out_and_a_dead_learner_is_noticed_at_once(m
 
     with pytest.raises(LearnerError, match=r"rank 0 failed: .*no complete checkpoint here"):
         group.call("load_sharded", "/nonexistent")
-    ray.kill(group._workers[0])
+    ray.kill(group.ranks.workers[0])
     with pytest.raises(LearnerGroupError, match="rank 0 died"):
         group.receive(refs[1:], STEPS[1:])
     group.rebuild()
@@ -363,14 +410,19 @@ def test_a_lost_contribution_is_left_out_and_a_dead_learner_is_noticed_at_once(m
     assert float(group.update(iteration=1)[0]["default_policy"]["optimizer_steps"].peek()) == 6
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(make_group: Callable[..., VLALearnerGroup], tmp_path: Path) -> None:
+def test_a_checkpoint_that_would_run_code_is_refused(
+    make_group: Callable[..., VLALearnerGroup], tmp_path: Path
+) -> None:
     group = make_group(0)
     group.call("save_sharded", str(tmp_path))
     group.call("load_sharded", str(tmp_path))
     metadata = tmp_path / "shards" / ".metadata"
     whole = metadata.read_bytes()
     metadata.write_bytes(pickle.dumps(Touching(tmp_path / "touched")))
-    with pytest.raises(ValueError, match=r"names pathlib\.Path\.touch, which torch's checkpoints have no use for|names builtins\.getattr"):
+    with pytest.raises(
+        ValueError,
+        match=r"names pathlib\.Path\.touch, which torch's checkpoints have no use for|names builtins\.getattr",
+    ):
         group.call("load_sharded", str(tmp_path))
     assert not (tmp_path / "touched").exists()
     metadata.write_bytes(whole)
@@ -400,8 +452,12 @@ def test_group_relative_advantages_compare_the_episodes_of_a_contribution_and_le
     first, second = batch.rewards[:5].sum(), batch.rewards[5:8].sum()
     assert advantages[:8].tolist() == pytest.approx([float(first - second)] * 5 + [float(second - first)] * 3, abs=1e-5)
     assert advantages[8:].tolist() == [0.0] * 22, "the other contributions are of one episode each"
-    before = {name: whole(parameter) for name, parameter in learner.policy.named_parameters()}
+    before = {name: whole(parameter) for name, parameter in learner.sharded.policy.named_parameters()}
     metrics = update(group)
     assert metrics["advantage_abs_mean"] == pytest.approx(advantages.abs().mean().item(), rel=1e-5)
-    moved = {name for name, parameter in learner.policy.named_parameters() if not torch.equal(whole(parameter), before[name])}
+    moved = {
+        name
+        for name, parameter in learner.sharded.policy.named_parameters()
+        if not torch.equal(whole(parameter), before[name])
+    }
     assert moved and not any("value_head" in name for name in moved)

@@ -8,7 +8,16 @@ import torch
 
 from vlarl_rllib.learner.loss import LossInputs, LossSettings, ppo_loss
 
-SETTINGS = LossSettings(clip_low=0.2, clip_high=0.5, vf_clip=None, vf_coeff=0.0, entropy_coeff=0.0, kl_coeff=0.0, ratio="action", importance_cap=2.0)
+SETTINGS = LossSettings(
+    clip_low=0.2,
+    clip_high=0.5,
+    vf_clip=None,
+    vf_coeff=0.0,
+    entropy_coeff=0.0,
+    kl_coeff=0.0,
+    ratio="action",
+    importance_cap=2.0,
+)
 
 
 def inputs(ratios: list[list[float]], advantages: list[float], **changes: torch.Tensor | float) -> LossInputs:
@@ -31,8 +40,8 @@ def inputs(ratios: list[list[float]], advantages: list[float], **changes: torch.
 
 
 def test_asymmetric_clip() -> None:
-    # ratio 2.0, A = +1: clipped at 1.5 -> -1.5;  ratio 0.5, A = -1: clipped at 0.8 -> +0.8;  ratio 0.5, A = +1: min(0.5, 0.8) -> -0.5
-    # ratio 2.0, A = -1: min(-2, -1.5) -> +2;     sum = 0.8, mean over 4 = 0.2
+    # ratio 2.0, A = +1: clipped at 1.5 -> -1.5;  ratio 0.5, A = -1: clipped at 0.8 -> +0.8;  ratio 0.5, A = +1:
+    # min(0.5, 0.8) -> -0.5 ratio 2.0, A = -1: min(-2, -1.5) -> +2;     sum = 0.8, mean over 4 = 0.2
     out = ppo_loss(inputs([[2.0], [0.5], [0.5], [2.0]], [1.0, -1.0, 1.0, -1.0]), SETTINGS)
     assert out.loss.item() == pytest.approx(0.2)
     assert out.sums["clip_fraction"].item() == 4.0
@@ -73,7 +82,9 @@ def test_entropy_bonus() -> None:
 
 def test_masked_steps_give_no_loss_and_no_gradient_even_when_not_finite() -> None:
     values = torch.tensor([1.0, float("nan")], requires_grad=True)
-    step = inputs([[1.0], [float("inf")]], [1.0, float("nan")], values=values, mask=torch.tensor([True, False]), num_valid=1.0)
+    step = inputs(
+        [[1.0], [float("inf")]], [1.0, float("nan")], values=values, mask=torch.tensor([True, False]), num_valid=1.0
+    )
     out = ppo_loss(step, replace(SETTINGS, vf_coeff=1.0))
     assert out.loss.item() == pytest.approx(-1.0 + 0.5)
     out.loss.backward()

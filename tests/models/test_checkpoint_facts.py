@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from vlarl_rllib.data.rlds import action_statistics
-from vlarl_rllib.models.action_tokenizer import ActionTokenizer
 from vlarl_rllib.models.checkpoint_facts import check_action_statistics, read_checkpoint_facts
 from vlarl_rllib.models.openvla import OpenVLAConfig
+from vlarl_rllib.models.openvla.actions import ActionTokenizer
 from vlarl_rllib.models.presets import write_checkpoint
-from vlarl_rllib.preflight import check_model
+from vlarl_rllib.runs.preflight import check_model
 from vlarl_rllib.settings import SettingsError
 
 GOLDEN_S = Path(__file__).parents[1] / "data" / "golden" / "S"
@@ -30,7 +30,11 @@ def test_facts_are_the_configurations(source: str, tmp_path: Path) -> None:
     towers = directory / "vision_towers.json"
     extra = {"vision_towers": json.loads(towers.read_text())} if towers.exists() else {}
     config = OpenVLAConfig.from_pretrained(directory, **extra)
-    assert (facts.image_size, facts.action_vocab_size, facts.num_bins) == (config.image_size, config.action_vocab_size, config.n_action_bins)
+    assert (facts.image_size, facts.action_vocab_size, facts.num_bins) == (
+        config.image_size,
+        config.action_vocab_size,
+        config.n_action_bins,
+    )
     for key in ("libero_spatial", "libero_goal"):
         assert facts.action_statistics(key) == config.action_statistics(key)
 
@@ -38,13 +42,22 @@ def test_facts_are_the_configurations(source: str, tmp_path: Path) -> None:
 SEVEN = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
 NAN, INFINITE = float("nan"), float("inf")
 BROKEN = {
-    "NaN": (SEVEN | {"q01": [0.0, NAN] + [0.0] * 5}, "action.q01 is [0.0, nan, 0.0, 0.0, 0.0, 0.0, 0.0], must be 7 finite numbers"),
+    "NaN": (
+        SEVEN | {"q01": [0.0, NAN] + [0.0] * 5},
+        "action.q01 is [0.0, nan, 0.0, 0.0, 0.0, 0.0, 0.0], must be 7 finite numbers",
+    ),
     "infinite": (SEVEN | {"q99": [INFINITE] * 7}, "action.q99 is [inf, "),
     "too large": (SEVEN | {"q99": [1e308] * 7}, "action.q99 is [1e+308, "),
-    "six numbers": (SEVEN | {"q99": [1.0] * 6}, "action.q99 is [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], must be 7 finite numbers"),
+    "six numbers": (
+        SEVEN | {"q99": [1.0] * 6},
+        "action.q99 is [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], must be 7 finite numbers",
+    ),
     "missing": ({"q01": [0.0] * 7}, "action.q99 is None, must be 7 finite numbers"),
     "texts": (SEVEN | {"q01": ["0"] * 7}, "action.q01 is ['0', "),
-    "turned round": (SEVEN | {"q99": [1.0, -2.0] + [1.0] * 5}, "action: q99 is -2.0 and q01 -1.0 at number 1, must not be lower"),
+    "turned round": (
+        SEVEN | {"q99": [1.0, -2.0] + [1.0] * 5},
+        "action: q99 is -2.0 and q01 -1.0 at number 1, must not be lower",
+    ),
     "half a mask": (SEVEN | {"mask": [True] * 3}, "action.mask is [True, True, True], must be 7 booleans"),
     "a mask of numbers": (SEVEN | {"mask": [1] * 7}, "action.mask is [1, "),
     "no object": ([0.0] * 7, "action is list, must be an object with q01 and q99"),
@@ -58,7 +71,9 @@ def test_statistics_that_scale_no_action_are_told_with_file_and_key(name: str, f
     directory = shutil.copytree(GOLDEN_S, tmp_path / "S")
     broken = {"mine_no_noops": {"action": action}}
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"norm_stats": config["norm_stats"] | (broken if file == "config.json" else {})}))
+    (directory / "config.json").write_text(
+        json.dumps(config | {"norm_stats": config["norm_stats"] | (broken if file == "config.json" else {})})
+    )
     (directory / "dataset_statistics.json").write_text(json.dumps({} if file == "config.json" else broken))
     check_model(str(directory), "libero_goal")  # what is not used may be broken
     with pytest.raises(SettingsError) as caught:
@@ -94,28 +109,58 @@ def change_config(directory: Path, **values: Any) -> None:
 
 DAMAGED = {
     "cut short": (lambda root: cut(root / "model.safetensors", 5000), "model.safetensors is "),
-    "cut in its header": (lambda root: cut(root / "model.safetensors", 100), "model.safetensors is no whole safetensors file"),
+    "cut in its header": (
+        lambda root: cut(root / "model.safetensors", 100),
+        "model.safetensors is no whole safetensors file",
+    ),
     "empty": (lambda root: cut(root / "model.safetensors", 0), "model.safetensors is no whole safetensors file"),
-    "one byte less": (lambda root: cut(root / "model.safetensors", (root / "model.safetensors").stat().st_size - 1), "model.safetensors is damaged"),
+    "one byte less": (
+        lambda root: cut(root / "model.safetensors", (root / "model.safetensors").stat().st_size - 1),
+        "model.safetensors is damaged",
+    ),
     "a header that lies": (
         lambda root: (root / "model.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}"),
         "model.safetensors is no whole safetensors file (it has 10 bytes and its header claims 1152921504606846976)",
     ),
-    "another format": (lambda root: (root / "model.safetensors").rename(root / "pytorch_model.bin"), "has no model.safetensors; weights in another"),
-    "a missing shard": (lambda root: sharded(root, "part-1.safetensors", "part-2.safetensors"), "part-2.safetensors is missing"),
-    "a shard elsewhere": (lambda root: sharded(root, "../part-1.safetensors"), "names '../part-1.safetensors', which is no safetensors file of"),
-    "a shard of another format": (lambda root: sharded(root, "pytorch_model.bin"), "names 'pytorch_model.bin', which is no safetensors file"),
+    "another format": (
+        lambda root: (root / "model.safetensors").rename(root / "pytorch_model.bin"),
+        "has no model.safetensors; weights in another",
+    ),
+    "a missing shard": (
+        lambda root: sharded(root, "part-1.safetensors", "part-2.safetensors"),
+        "part-2.safetensors is missing",
+    ),
+    "a shard elsewhere": (
+        lambda root: sharded(root, "../part-1.safetensors"),
+        "names '../part-1.safetensors', which is no safetensors file of",
+    ),
+    "a shard of another format": (
+        lambda root: sharded(root, "pytorch_model.bin"),
+        "names 'pytorch_model.bin', which is no safetensors file",
+    ),
     "no shards": (lambda root: sharded(root), "has no weight_map of file names"),
-    "an adapter beside it": (lambda root: (root / "adapter_config.json").write_text("{}"), "holds an adapter (adapter_config.json) beside the model"),
-    "weights of another name": (lambda root: change_config(root, transformers_weights="adapter_model.bin"), "transformers_weights is 'adapter_model"),
+    "an adapter beside it": (
+        lambda root: (root / "adapter_config.json").write_text("{}"),
+        "holds an adapter (adapter_config.json) beside the model",
+    ),
+    "weights of another name": (
+        lambda root: change_config(root, transformers_weights="adapter_model.bin"),
+        "transformers_weights is 'adapter_model",
+    ),
     "attention from the hub": (
         lambda root: change_config(root, text_config={"attn_implementation": "someone/kernel"}),
         "text_config.attn_implementation is 'someone/kernel', which would run code from elsewhere",
     ),
     "sizes that are none": (lambda root: change_config(root, image_sizes=["large"]), "its sizes cannot be read"),
     "no ids": (lambda root: change_config(root, n_action_bins=10**6), "1000000 bins of"),
-    "statistics that are a list": (lambda root: change_config(root, norm_stats=[1]), "norm_stats is list, must be an object"),
-    "half a statistics file": (lambda root: cut(root / "dataset_statistics.json", 50), "dataset_statistics.json cannot be read"),
+    "statistics that are a list": (
+        lambda root: change_config(root, norm_stats=[1]),
+        "norm_stats is list, must be an object",
+    ),
+    "half a statistics file": (
+        lambda root: cut(root / "dataset_statistics.json", 50),
+        "dataset_statistics.json cannot be read",
+    ),
 }
 
 

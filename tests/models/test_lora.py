@@ -41,7 +41,9 @@ def test_the_adapter_is_as_the_original_computed_it(golden):
     differences = adapter_differences(golden)
     if not differences:
         pytest.skip("golden checkpoint A has no adapter")
-    assert {name for name in golden.arrays if name.startswith(ADAPTER_PREFIX)} | ADAPTER_TOLERANCES.keys() == differences.keys()
+    assert {
+        name for name in golden.arrays if name.startswith(ADAPTER_PREFIX)
+    } | ADAPTER_TOLERANCES.keys() == differences.keys()
     assert {name: difference for name, difference in differences.items() if not difference.is_small} == {}
 
 
@@ -80,7 +82,9 @@ def test_the_merged_product_equals_pefts(targets, tiny, tmp_path):
     config = add_lora(ours, LoraSettings(rank=4, targets=targets))
     randomize(adapter_parameters(ours))
     save_adapter(ours, config, tmp_path, str(tiny))
-    theirs = PeftModel.from_pretrained(OpenVLAForActionPrediction.from_pretrained(tiny, dtype=torch.float32), str(tmp_path), is_trainable=True)
+    theirs = PeftModel.from_pretrained(
+        OpenVLAForActionPrediction.from_pretrained(tiny, dtype=torch.float32), str(tmp_path), is_trainable=True
+    )
     assert not any(isinstance(module, (MergedLinear, MergedConv2d)) for module in theirs.modules())
 
     inputs = inputs_of(ours)
@@ -112,7 +116,9 @@ def test_the_merged_product_equals_pefts(targets, tiny, tmp_path):
 
 def test_an_adapter_that_peft_made_trains_on_here(tiny, tmp_path):
     base = OpenVLAForActionPrediction.from_pretrained(tiny, dtype=torch.float32)
-    theirs = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, lora_dropout=0.5, target_modules=["q_proj", "fc1"], use_rslora=True))
+    theirs = get_peft_model(
+        base, LoraConfig(r=3, lora_alpha=5, lora_dropout=0.5, target_modules=["q_proj", "fc1"], use_rslora=True)
+    )
     randomize({name: parameter for name, parameter in theirs.named_parameters() if "lora_" in name})
     theirs.eval().save_pretrained(str(tmp_path))
     ours = build_policy(ModelSettings(path=str(tiny), lora=LoraSettings(adapter=str(tmp_path))))
@@ -187,7 +193,9 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
     save_adapter(model, config, tmp_path, str(tiny))
     other = build_model(PRESETS["tiny"])
     add_lora(other, LoraSettings(rank=3, targets=["q_proj"]))
-    with pytest.raises(ValueError, match=r"4 tensors do not fit this model, the first is base_model.model.language_model.*lora_A"):
+    with pytest.raises(
+        ValueError, match=r"4 tensors do not fit this model, the first is base_model.model.language_model.*lora_A"
+    ):
         load_adapter_weights(other, tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
@@ -199,7 +207,10 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
     file.write_text(file.read_text().replace('"trap"', '"megatron.core"'))
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged: its header describes \d+ bytes, it has \d+; copy it again"):
+    with pytest.raises(
+        ValueError,
+        match=r"adapter_model\.safetensors is damaged: its header describes \d+ bytes, it has \d+; copy it again",
+    ):
         add_lora(build_model(PRESETS["tiny"]), LoraSettings(adapter=str(tmp_path)))
     weights.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors; weights in another format"):

@@ -32,7 +32,9 @@ def copy_of_s(golden_s, tmp_path):
 
 def test_the_7b_model_has_exactly_the_published_tensors(golden_s):
     published = json.loads((golden_s.directory.parent / "openvla_7b_state_dict.json").read_text())
-    config = OpenVLAConfig(text_config={"model_type": "llama", "pad_token_id": 32000, "torch_dtype": "bfloat16", "vocab_size": 32064})
+    config = OpenVLAConfig(
+        text_config={"model_type": "llama", "pad_token_id": 32000, "torch_dtype": "bfloat16", "vocab_size": 32064}
+    )
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -81,7 +83,9 @@ def test_automatic_classes_find_ours(golden_s):
     config = AutoConfig.from_pretrained(golden_s.directory)
     assert isinstance(config, OpenVLAConfig) and isinstance(config.text_config, LlamaConfig)
     assert isinstance(AutoProcessor.from_pretrained(golden_s.directory), OpenVLAProcessor)
-    model = AutoModelForImageTextToText.from_pretrained(golden_s.directory, vision_towers=golden_s.vision_towers, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(
+        golden_s.directory, vision_towers=golden_s.vision_towers, dtype=torch.float32
+    )
     assert isinstance(model, OpenVLAForActionPrediction)
 
 

@@ -50,7 +50,11 @@ def test_results_are_in_full_precision_and_begin_at_the_last_prompt_token(golden
     hidden, prompt_hidden = golden.model.action_hidden_states(**golden.inputs(), action_tokens=tokens)
     assert torch.equal(prompt_hidden, hidden[:, 0])
     assert golden.model.action_logits(**golden.inputs(), action_tokens=tokens).dtype == torch.float32
-    assert (prediction.actions.dtype, prediction.tokens.dtype, prediction.log_probs.dtype) == (np.float64, torch.int64, torch.float32)
+    assert (prediction.actions.dtype, prediction.tokens.dtype, prediction.log_probs.dtype) == (
+        np.float64,
+        torch.int64,
+        torch.float32,
+    )
 
 
 def test_a_frame_alone_is_decoded_as_in_a_batch(golden, prediction):
@@ -62,7 +66,8 @@ def test_a_frame_alone_is_decoded_as_in_a_batch(golden, prediction):
 
 
 def test_image_and_instruction_change_most_action_tokens(prediction):
-    """Images 6 and 7, black and white, are samples 18-20 and 21-23; an implementation that drops the image gives equal tokens."""
+    """Images 6 and 7, black and white, are samples 18-20 and 21-23; an implementation that drops the image gives equal
+    tokens."""
     black, white = prediction.tokens[18:21], prediction.tokens[21:24]
     assert (black != white).sum(dim=1).min() >= 4
     by_image = prediction.tokens.view(8, 3, 7)

@@ -66,7 +66,9 @@ def test_padding_side_does_not_matter(golden_s, inputs, tokens):
 
 def test_the_last_layer_read_at_some_positions_is_the_whole_layer_there(golden_s):
     decoder = golden_s.model.language_model.model
-    embeddings = torch.randn(3, 20, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    embeddings = torch.randn(
+        3, 20, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     positions = torch.tensor([[0, 1, 2], [10, 11, 12], [17, 18, 19]])
     whole = gather_positions(decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state, positions)
     read = decoder(inputs_embeds=embeddings, use_cache=False, read_positions=positions).last_hidden_state
@@ -91,7 +93,9 @@ def test_teacher_forced_log_probs_equal_those_of_decoding(golden_s, inputs):
 
 def test_a_sample_depends_on_its_seed_and_not_on_the_batch(golden_s, inputs):
     def sample(batch, seeds):
-        return golden_s.model.sample_action_tokens(**batch, temperatures=torch.ones(len(batch["input_ids"])), seeds=seeds)[0]
+        return golden_s.model.sample_action_tokens(
+            **batch, temperatures=torch.ones(len(batch["input_ids"])), seeds=seeds
+        )[0]
 
     together = sample(inputs, [7, 8, 9, 10, 11, 12])
     for row in range(6):
@@ -200,7 +204,9 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_refuses_to_sample(g
 
 @torch.no_grad()
 def test_bfloat16_stays_close_and_keeps_rope_in_float32(golden_s, inputs, tokens):
-    model = OpenVLAForActionPrediction.from_pretrained(golden_s.directory, vision_towers=golden_s.vision_towers, dtype=torch.bfloat16)
+    model = OpenVLAForActionPrediction.from_pretrained(
+        golden_s.directory, vision_towers=golden_s.vision_towers, dtype=torch.bfloat16
+    )
     model.add_value_head()
     assert model.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
     output = model(**inputs, action_tokens=tokens)

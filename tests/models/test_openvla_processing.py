@@ -20,7 +20,9 @@ def sentencepiece_like_tokenizer(with_prefix: bool) -> PreTrainedTokenizerFast:
     pieces = ["<unk>", "<s>", "<PAD>", "▁", "▁In", "In", ":"]
     tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], unk_token="<unk>"))
     prepend = "first" if with_prefix else "never"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme=prepend), pre_tokenizers.Punctuation()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme=prepend), pre_tokenizers.Punctuation()]
+    )
     tokenizer.model = models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token="<unk>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<PAD>", unk_token="<unk>")
 

@@ -30,7 +30,9 @@ def demonstrations(num_episodes: int, seed: int, length: int = 6) -> Demonstrati
     random = np.random.default_rng(seed)
     episode_of = np.repeat(np.arange(num_episodes), length)
     images = np.concatenate([episode(INSTRUCTIONS[index % 2], random, length) for index in range(num_episodes)])
-    return DemonstrationFrames(images, INSTRUCTIONS, episode_of % 2, episode_of, np.tile(np.arange(length)[::-1], num_episodes))
+    return DemonstrationFrames(
+        images, INSTRUCTIONS, episode_of % 2, episode_of, np.tile(np.arange(length)[::-1], num_episodes)
+    )
 
 
 def write_untrained_judge(directory: Path, image_size: int = SIDE) -> Path:

@@ -45,7 +45,9 @@ def test_a_reply_with_another_token_is_malformed(token: int, expected: float) ->
 
 def test_settings_weigh_them(tmp_path: Path) -> None:
     def total(**rewards: float) -> list[float]:
-        return make_rewards(Settings.from_dict({"rewards": rewards}).rewards, range(256, 512), tmp_path)(EPISODE).tolist()
+        return make_rewards(Settings.from_dict({"rewards": rewards}).rewards, range(256, 512), tmp_path)(
+            EPISODE
+        ).tolist()
 
     assert total() == [0.0, 0.0, 1.0]
     assert total(success=0.0, length=0.1) == pytest.approx([-0.1] * 3)

@@ -1,4 +1,5 @@
-"""The process reward with a real reward worker: what it adds up to, and what a worker that dies, raises, hangs or lies costs."""
+"""The process reward with a real reward worker: what it adds up to, and what a worker that dies, raises, hangs or lies
+costs."""
 
 import os
 import signal
@@ -64,7 +65,9 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(ray_session: None, judge: Path) -> Iterator[RewardService]:
-    service = RewardService(str(judge), "cpu", actor_options={"num_cpus": 1}, patience_seconds=2.0, worker_class=scripted_worker_class())
+    service = RewardService(
+        str(judge), "cpu", actor_options={"num_cpus": 1}, patience_seconds=2.0, worker_class=scripted_worker_class()
+    )
     service.wait_until_ready()
     yield service
     service.shutdown()
@@ -72,7 +75,9 @@ def service(ray_session: None, judge: Path) -> Iterator[RewardService]:
 
 @pytest.fixture
 def rewards(service: RewardService, judge: Path, tmp_path: Path) -> WeightedRewards:
-    rewards = WeightedRewards([(2.0, ProcessReward(str(judge), 10.0))], timeout_seconds=10.0, traceback_dir=tmp_path / "reward_errors")
+    rewards = WeightedRewards(
+        [(2.0, ProcessReward(str(judge), 10.0))], timeout_seconds=10.0, traceback_dir=tmp_path / "reward_errors"
+    )
     rewards.attach(service.handle)
     return rewards
 
@@ -105,14 +110,21 @@ def serves(service: RewardService, rewards: WeightedRewards) -> Callable[[], boo
     return condition
 
 
-def test_differences_add_up_to_the_last_score_minus_the_first_in_whatever_chunks(rewards: WeightedRewards, judge: Path) -> None:
+def test_differences_add_up_to_the_last_score_minus_the_first_in_whatever_fragments(
+    rewards: WeightedRewards, judge: Path
+) -> None:
     scores = load_judge(judge).score(EPISODE.images, EPISODE.instruction)
     whole = rewards(EPISODE)
     assert whole.dtype == np.float32 and np.abs(whole).max() > 0
     np.testing.assert_allclose(whole, 2.0 * np.diff(scores), atol=1e-6)
     parts = [(0, 2), (2, 3), (3, 5)]
-    chunks = [rewards(replace(EPISODE, images=EPISODE.images[a : b + 1], tokens=EPISODE.tokens[a:b], actions=EPISODE.actions[a:b])) for a, b in parts]
-    np.testing.assert_allclose(np.concatenate(chunks), whole, atol=1e-6)
+    fragments = [
+        rewards(
+            replace(EPISODE, images=EPISODE.images[a : b + 1], tokens=EPISODE.tokens[a:b], actions=EPISODE.actions[a:b])
+        )
+        for a, b in parts
+    ]
+    np.testing.assert_allclose(np.concatenate(fragments), whole, atol=1e-6)
     assert whole.sum() == pytest.approx(2.0 * (scores[-1] - scores[0]), abs=1e-6)
     assert not rewards.failures.total()
 
@@ -125,7 +137,9 @@ def test_differences_add_up_to_the_last_score_minus_the_first_in_whatever_chunks
         ("short", "a judge's scores of 5 steps have shape (6,), got (5,)"),
     ],
 )
-def test_a_worker_that_raises_or_lies_costs_no_reward(rewards: WeightedRewards, judge: Path, tmp_path: Path, instruction: str, told: str) -> None:
+def test_a_worker_that_raises_or_lies_costs_no_reward(
+    rewards: WeightedRewards, judge: Path, tmp_path: Path, instruction: str, told: str
+) -> None:
     episode = replace(EPISODE, instruction=instruction)
     np.testing.assert_array_equal(rewards(episode), expected(judge, episode).astype(np.float32))
     assert rewards.failures == {"reward_zeros": 0, "reward_cpu_retries": 1}
@@ -154,7 +168,9 @@ def test_a_killed_worker_costs_no_reward_and_the_restarted_one_serves(
     assert service.pid != pid and service.num_restarts == restarts + 1
 
 
-def test_a_worker_whose_gpu_is_broken_ends_and_the_restarted_one_serves(service: RewardService, rewards: WeightedRewards, judge: Path) -> None:
+def test_a_worker_whose_gpu_is_broken_ends_and_the_restarted_one_serves(
+    service: RewardService, rewards: WeightedRewards, judge: Path
+) -> None:
     service.ensure_alive()
     pid, episode = service.pid, replace(EPISODE, instruction="break")
     np.testing.assert_array_equal(rewards(episode), expected(judge, episode).astype(np.float32))
@@ -167,7 +183,9 @@ def test_a_worker_whose_gpu_is_broken_ends_and_the_restarted_one_serves(service:
 def test_a_worker_that_hangs_costs_one_time_out_a_round_and_is_replaced(
     service: RewardService, rewards: WeightedRewards, judge: Path, tmp_path: Path
 ) -> None:
-    impatient = WeightedRewards([(2.0, ProcessReward(str(judge), 1.0))], timeout_seconds=1.0, traceback_dir=tmp_path / "reward_errors")
+    impatient = WeightedRewards(
+        [(2.0, ProcessReward(str(judge), 1.0))], timeout_seconds=1.0, traceback_dir=tmp_path / "reward_errors"
+    )
     impatient.attach(service.handle)
     pid = service.pid
     episode = replace(EPISODE, instruction="hang")
@@ -177,7 +195,11 @@ def test_a_worker_that_hangs_costs_one_time_out_a_round_and_is_replaced(
     assert time.monotonic() - began < 4.0, "each call waited"
     assert impatient.failures == {"reward_zeros": 0, "reward_cpu_retries": 5}
     first, *others = tracebacks(tmp_path)
-    assert "the reward worker gave no answer within 0.9 s" in first and len(others) == 4 and all("was late before" in text for text in others)
+    assert (
+        "the reward worker gave no answer within 0.9 s" in first
+        and len(others) == 4
+        and all("was late before" in text for text in others)
+    )
     wait_for(serves(service, rewards))
     service.ensure_alive()
     assert service.pid != pid
@@ -198,7 +220,9 @@ def test_a_worker_that_is_behind_is_not_frozen(service: RewardService, judge: Pa
 
 def test_without_worker_and_without_judge_the_reward_is_zero(judge: Path, tmp_path: Path) -> None:
     directory = write_untrained_judge(tmp_path / "gone")
-    rewards = WeightedRewards([(1.0, ProcessReward(str(directory), 5.0))], timeout_seconds=5.0, traceback_dir=tmp_path / "reward_errors")
+    rewards = WeightedRewards(
+        [(1.0, ProcessReward(str(directory), 5.0))], timeout_seconds=5.0, traceback_dir=tmp_path / "reward_errors"
+    )
     (directory / "model.safetensors").unlink()
     assert rewards(EPISODE).tolist() == [0.0] * STEPS
     assert rewards.failures == {"reward_zeros": 1, "reward_cpu_retries": 0}
@@ -208,12 +232,18 @@ def test_without_worker_and_without_judge_the_reward_is_zero(judge: Path, tmp_pa
 
 def test_a_large_judge_is_copied_where_asked_alone(judge: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
-    copied = [ProcessReward(str(directory), 5.0, copy).on_cpu() is not None for directory in (judge, tmp_path) for copy in (None, True, False)]
+    copied = [
+        ProcessReward(str(directory), 5.0, copy).on_cpu() is not None
+        for directory in (judge, tmp_path)
+        for copy in (None, True, False)
+    ]
     assert copied == [True, True, False, False, True, False]
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_copy_on_the_cpu_is_loaded_once_also_where_that_fails(judge: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def test_the_copy_on_the_cpu_is_loaded_once_also_where_that_fails(
+    judge: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
     loaded = []
 
     def load(directory: str) -> Any:
@@ -234,7 +264,9 @@ def test_the_copy_on_the_cpu_is_loaded_once_also_where_that_fails(judge: Path, m
     assert loaded == [str(judge)]
 
 
-def test_a_worker_whose_judge_cannot_be_loaded_is_told_and_no_actor_is_left(ray_session: None, judge: Path, tmp_path: Path) -> None:
+def test_a_worker_whose_judge_cannot_be_loaded_is_told_and_no_actor_is_left(
+    ray_session: None, judge: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"has no config\.json"):
         RewardService(str(tmp_path / "absent"), "cpu", actor_options={"num_cpus": 1})
     directory = write_untrained_judge(tmp_path / "lost")

@@ -14,8 +14,8 @@ if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("the command asks for the `data` extra", allow_module_level=True)
 
 from vlarl_rllib.cli import main
-from vlarl_rllib.data import rlds
-from vlarl_rllib.reward_model import read_frames
+from vlarl_rllib.commands.reward_model import read_frames
+from vlarl_rllib.data import rlds, rlds_writer
 from vlarl_rllib.rewards import load_judge
 
 
@@ -29,8 +29,12 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         random = np.random.default_rng(0)
         for index in range(60 if split == "train" else 0):
             images = episode(INSTRUCTIONS[index % 2], random).repeat(2, axis=1).repeat(2, axis=2)
-            jpegs = [rlds._jpeg(image) for image in images]
-            yield {"image": jpegs, "action": np.zeros((len(images), 7), np.float32), "instruction": INSTRUCTIONS[index % 2]}
+            jpegs = [rlds_writer._jpeg(image) for image in images]
+            yield {
+                "image": jpegs,
+                "action": np.zeros((len(images), 7), np.float32),
+                "instruction": INSTRUCTIONS[index % 2],
+            }
 
     monkeypatch.setattr(rlds, "read_episodes", read)
     return tmp_path / "data"
@@ -82,7 +86,12 @@ def test_frames_know_their_episode_task_and_distance_from_the_end(data: Path) ->
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
     assert vlarl(monkeypatch, "--data", str(data), "--out", str(tmp_path / "judge"), *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()

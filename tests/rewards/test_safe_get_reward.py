@@ -62,7 +62,10 @@ def test_a_reward_that_works_is_passed_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("action", "error"),
     [
-        (raises(RuntimeError("CUDA error: an illegal memory access\nsecond line")), "RuntimeError: CUDA error: an illegal memory access"),
+        (
+            raises(RuntimeError("CUDA error: an illegal memory access\nsecond line")),
+            "RuntimeError: CUDA error: an illegal memory access",
+        ),
         (raises(SystemExit(3)), "RuntimeError: SystemExit: 3"),
         (lambda episode: [1.0, float("nan"), 0.0], "ValueError: 1 of 3 rewards are not finite"),
         (lambda episode: 1.0, r"ValueError: a reward of 3 steps has shape (3,), got ()"),
@@ -79,7 +82,10 @@ def test_what_fails_is_zero_and_told(action, error: str, tmp_path: Path) -> None
 
 
 def test_a_failure_is_tried_again_on_the_cpu(tmp_path: Path) -> None:
-    result = get(Scripted(raises(RuntimeError("CUDA out of memory")), cpu=Scripted(lambda episode: episode.env_rewards)), tmp_path)
+    result = get(
+        Scripted(raises(RuntimeError("CUDA out of memory")), cpu=Scripted(lambda episode: episode.env_rewards)),
+        tmp_path,
+    )
     assert result.value.tolist() == [0.0, 0.0, 1.0] and result.source == "cpu_retry"
     assert result.error == "RuntimeError: CUDA out of memory" and len(files(tmp_path)) == 1
     both = get(Scripted(raises(RuntimeError("first")), cpu=Scripted(raises(RuntimeError("second")))), tmp_path)
@@ -92,16 +98,23 @@ def test_one_that_hangs_is_given_up_and_after_some_times_not_called(tmp_path: Pa
     began = time.monotonic()
     for _ in range(base.MAX_HUNG_CALLS):
         result = get(reward, tmp_path, timeout_seconds=0.1)
-        assert result.source == "zero" and result.error == "TimeoutError: no answer within rewards.timeout_seconds = 0.1"
+        assert (
+            result.source == "zero" and result.error == "TimeoutError: no answer within rewards.timeout_seconds = 0.1"
+        )
     assert time.monotonic() - began < 5
-    assert "3 earlier calls still hang" in get(reward, tmp_path, timeout_seconds=60).error and reward.calls == base.MAX_HUNG_CALLS
+    assert (
+        "3 earlier calls still hang" in get(reward, tmp_path, timeout_seconds=60).error
+        and reward.calls == base.MAX_HUNG_CALLS
+    )
     release.set()
     for thread in reward.hung:
         thread.join(5)
     assert get(reward, tmp_path).source == "ok", "called again once it no longer hangs"
 
 
-def test_tracebacks_have_an_end_and_a_full_disk_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracebacks_have_an_end_and_a_full_disk_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base, "_written", Counter())
     for _ in range(base.MAX_ALIKE + 5):
         assert get(Scripted(raises(RuntimeError("again"))), tmp_path).source == "zero"
@@ -131,7 +144,9 @@ def test_a_sum_counts_what_failed_and_goes_on(tmp_path: Path) -> None:
 def test_a_weighted_reward_that_is_too_large_to_add_up_is_zero(tmp_path: Path) -> None:
     large = Scripted(lambda episode: np.full(3, 1e20))
     rewards = WeightedRewards(
-        [(1e15, large), (1e30, large), (2.0, Scripted(lambda episode: np.ones(3)))], timeout_seconds=5.0, traceback_dir=tmp_path
+        [(1e15, large), (1e30, large), (2.0, Scripted(lambda episode: np.ones(3)))],
+        timeout_seconds=5.0,
+        traceback_dir=tmp_path,
     )
     assert rewards(EPISODE).tolist() == [2.0] * 3
     assert rewards.failures["reward_zeros"] == 2

@@ -4,13 +4,11 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from vlarl_rllib.curriculum import Start
 from vlarl_rllib.envs.vector import SlotEvent
 from vlarl_rllib.rollout import evaluation as evaluation_module
 from vlarl_rllib.rollout.evaluation import Evaluation, StartQueue
-from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.rollout.video import MIN_SIDE, encode_mp4
-from vlarl_rllib.types import SampleReply
+from vlarl_rllib.types import EpisodeResult, SampleReply, Start
 
 
 def starts(tasks: dict[int, int]) -> list[Start]:
@@ -20,7 +18,8 @@ def starts(tasks: dict[int, int]) -> list[Start]:
 
 def event(kind: str, frame: int = 0, *, start: Start, success: bool = False, truncated: bool = False) -> SlotEvent:
     return SlotEvent(
-        slot=0, kind=kind, image=np.full((4, 4, 3), frame, np.uint8), reward=float(success), terminated=success, truncated=truncated,
+        slot=0, kind=kind, image=np.full((4, 4, 3), frame, np.uint8),
+        reward=float(success), terminated=success, truncated=truncated,
         success=success, instruction="reach", task_id=start.task_id, initial_state=start.initial_state,
     )  # fmt: skip
 
@@ -91,7 +90,9 @@ def play(evaluation: Evaluation, slot: int, steps: int, *, success: bool) -> Non
     player.started(event("reset", start=start))
     for step in range(1, steps + 1):
         last = step == steps
-        player.stepped(REPLY, event("step", step, start=start, success=last and success, truncated=last and not success))
+        player.stepped(
+            REPLY, event("step", step, start=start, success=last and success, truncated=last and not success)
+        )
 
 
 def new_evaluation() -> Evaluation:

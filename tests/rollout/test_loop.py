@@ -1,4 +1,5 @@
-"""The event loop of a runner against scripted environments and engines: whatever fails, each slot ends up where it can go on."""
+"""The event loop of a runner against scripted environments and engines: whatever fails, each slot ends up where it can
+go on."""
 
 from __future__ import annotations
 
@@ -10,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlarl_rllib.curriculum import Start
 from vlarl_rllib.engines.protocol import EngineError
 from vlarl_rllib.envs.vector import SlotEvent
 from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
-from vlarl_rllib.types import SampleReply, SampleRequest
+from vlarl_rllib.types import SampleReply, SampleRequest, Start
 
 VERSION = 7
 Answer = SampleReply | Exception | None
@@ -25,7 +25,8 @@ def reply(version: int = VERSION) -> SampleReply:
 
 
 class Environments:
-    """In place of SlotProcesses: answers at once, but for slots in `held`; the number of each frame is its pixels' value.
+    """In place of SlotProcesses: answers at once, but for slots in `held`; the number of each frame is its pixels'
+    value.
 
     Args:
         length: of every episode.
@@ -129,7 +130,9 @@ class Contributor:
 class Rig:
     """A loop of `slots` slots with everything around it."""
 
-    def __init__(self, slots: int = 2, *, quota: int = 5, length: int = 3, groups: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(
+        self, slots: int = 2, *, quota: int = 5, length: int = 3, groups: Sequence[Sequence[int]] | None = None
+    ) -> None:
         self.completions = Completions()
         self.environments, self.engines = Environments(length), Engines(self.completions)
         self.players = {slot: Contributor(quota) for slot in range(slots)}
@@ -167,7 +170,9 @@ def test_every_slot_plays_its_quota_and_keeps_its_episode_for_the_next_run() -> 
     assert rig.environments.commands.count(("reset", 0)) == 3, "the third episode begins when the second ends"
 
 
-@pytest.mark.parametrize(("groups", "batches"), [([[0, 1, 2]], [3] * 4), ([[0, 2], [1]], [1] * 4 + [2] * 4), ([[0], [1], [2]], [1] * 12)])
+@pytest.mark.parametrize(
+    ("groups", "batches"), [([[0, 1, 2]], [3] * 4), ([[0, 2], [1]], [1] * 4 + [2] * 4), ([[0], [1], [2]], [1] * 12)]
+)
 def test_each_group_asks_for_all_its_slots_in_one_call(groups: list[list[int]], batches: list[int]) -> None:
     rig = Rig(slots=3, quota=4, groups=groups)
     rig.run()
@@ -233,7 +238,9 @@ def holding_back(environments: Environments, *, slot: int, allowed: int) -> Call
     return send_reset
 
 
-@pytest.mark.parametrize("failure", [EngineError("the engine died"), reply(VERSION - 1)], ids=["engine lost", "stale version"])
+@pytest.mark.parametrize(
+    "failure", [EngineError("the engine died"), reply(VERSION - 1)], ids=["engine lost", "stale version"]
+)
 def test_a_failed_request_stops_the_run_and_its_frame_is_asked_again(failure: Answer) -> None:
     rig = Rig(slots=2, quota=4)
     rig.engines.answer = lambda number: failure if number == 3 else reply()
@@ -304,7 +311,9 @@ def test_an_answer_for_an_environment_that_died_meanwhile_finds_nobody() -> None
 @pytest.mark.parametrize("recycled", [False, True], ids=["kept", "new process"])
 def test_abandoned_episodes_are_replaced_whatever_their_slots_were_doing(state: str, recycled: bool) -> None:
     rig = Rig(slots=1, quota=4, length=100)
-    rig.engines.answer = {"SAMPLING": lambda number: None if number == 2 else reply(), "READY": failing_at(2)}.get(state, lambda number: reply())
+    rig.engines.answer = {"SAMPLING": lambda number: None if number == 2 else reply(), "READY": failing_at(2)}.get(
+        state, lambda number: reply()
+    )
     if state in ("RESETTING", "STEPPING"):
         hold_at(rig, 0 if state == "RESETTING" else 2)
     interrupt(rig)
@@ -380,7 +389,10 @@ def interrupt(rig: Rig) -> None:
 def test_completions_from_threads_all_arrive_and_a_full_pipe_blocks_nobody() -> None:
     completions = Completions()
     number = 40_000
-    threads = [threading.Thread(target=lambda base=base: [completions.put(base + i) for i in range(number)]) for base in (0, number)]
+    threads = [
+        threading.Thread(target=lambda base=base: [completions.put(base + i) for i in range(number)])
+        for base in (0, number)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

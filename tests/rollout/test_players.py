@@ -1,4 +1,4 @@
-"""What a slot contributes: exact quotas, chunks of episodes."""
+"""What a slot contributes: exact quotas, fragments of episodes."""
 
 from pathlib import Path
 
@@ -6,16 +6,18 @@ import gymnasium as gym
 import numpy as np
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from vlarl_rllib.curriculum import AdaptiveCurriculum, FixedCurriculum
 from vlarl_rllib.envs.vector import SlotEvent
 from vlarl_rllib.rewards import Success, WeightedRewards
-from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer, is_uniform
-from vlarl_rllib.types import SampleReply
+from vlarl_rllib.rollout.curriculum import AdaptiveCurriculum, FixedCurriculum
+from vlarl_rllib.rollout.players import TrainingPlayer, is_uniform
+from vlarl_rllib.types import EpisodeResult, SampleReply
 
 SPACES = (gym.spaces.Box(0, 255, (2, 2, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
 
 
-def event(kind: str, frame: int, *, reward: float = 0.0, terminated: bool = False, truncated: bool = False) -> SlotEvent:
+def event(
+    kind: str, frame: int, *, reward: float = 0.0, terminated: bool = False, truncated: bool = False
+) -> SlotEvent:
     image = np.full((2, 2, 3), frame, np.uint8)
     return SlotEvent(
         slot=0, kind=kind, image=image, reward=reward, terminated=terminated, truncated=truncated, success=terminated,
@@ -27,11 +29,14 @@ def reply(version: int = 7) -> SampleReply:
     return SampleReply(np.arange(7), np.full(7, -1.0, np.float32), version)
 
 
-def player(*, whole_episodes: bool = False, group_size: int = 1, curriculum: FixedCurriculum | None = None) -> TrainingPlayer:
+def player(
+    *, whole_episodes: bool = False, group_size: int = 1, curriculum: FixedCurriculum | None = None
+) -> TrainingPlayer:
     curriculum = curriculum or FixedCurriculum([0], {0: range(40)}, first_slot=0, seed=1)
     rewards = WeightedRewards([(5.0, Success())], timeout_seconds=10.0, traceback_dir=Path("unused"))
     return TrainingPlayer(
-        0, 0, curriculum=curriculum, spaces=SPACES, temperature=1.0, rewards=rewards, decode=lambda tokens: tokens / 256, seed=1,
+        0, 0, curriculum=curriculum, spaces=SPACES, temperature=1.0, rewards=rewards,
+        decode=lambda tokens: tokens / 256, seed=1,
         whole_episodes=whole_episodes, group_size=group_size,
     )  # fmt: skip
 
@@ -60,7 +65,7 @@ def test_an_episode_goes_on_across_iterations_and_a_success_is_scaled() -> None:
     assert slot.results == [EpisodeResult(0, 3, 3, True, 1.0), EpisodeResult(0, 3, 1, False, 0.0)]
 
 
-def test_a_dead_environment_costs_the_running_chunk_and_the_quota_is_still_met() -> None:
+def test_a_dead_environment_costs_the_running_fragment_and_the_quota_is_still_met() -> None:
     slot = player()
     slot.begin_iteration(0, 3)
     slot.started(event("reset", 0))
@@ -72,7 +77,9 @@ def test_a_dead_environment_costs_the_running_chunk_and_the_quota_is_still_met()
     slot.started(event("reset", 8))
     for frame in (9, 10):
         slot.stepped(reply(), event("step", frame))
-    assert [[len(chunk) for chunk in chunks] for chunks in slot.take()] == [[1, 2]] and not slot.wants_action()
+    assert [[len(fragment) for fragment in fragments] for fragments in slot.take()] == [
+        [1, 2]
+    ] and not slot.wants_action()
 
 
 def test_a_request_seed_depends_on_slot_iteration_and_step_alone() -> None:
@@ -109,7 +116,7 @@ def test_groups_are_whole_episodes_from_one_start_also_after_a_death_and_from_on
     assert (slot.missing, slot.num_played, slot.dropped_steps) == (1, 6, 1)
     play(1)
     assert not slot.wants_action()
-    assert [[len(chunk) for chunk in group] for group in slot.take()] == [[3, 2], [1, 1]]
+    assert [[len(fragment) for fragment in group] for group in slot.take()] == [[3, 2], [1, 1]]
     assert begun[0] == begun[1] == begun[2] and begun[3] == begun[4] != begun[0]
 
     ahead = slot.next_start()  # the environment is reset while the learners update
@@ -137,5 +144,7 @@ def test_a_group_is_uniform_by_success_whatever_its_returns() -> None:
         played.add_env_step(0, 0, reward, terminated=success, truncated=not success)
         return played.to_numpy()
 
-    assert is_uniform([episode(0.25, True), episode(1.0, True)]) and is_uniform([episode(-0.5, False), episode(0.0, False)])
+    assert is_uniform([episode(0.25, True), episode(1.0, True)]) and is_uniform(
+        [episode(-0.5, False), episode(0.0, False)]
+    )
     assert not is_uniform([episode(0.0, True), episode(0.0, False)])

@@ -27,7 +27,9 @@ def publisher(tmp_path: Path):
 
 
 def read(manifest):
-    return {name: tensor.clone() for bucket in SharedMemoryReader().buckets(manifest) for name, tensor in bucket.items()}
+    return {
+        name: tensor.clone() for bucket in SharedMemoryReader().buckets(manifest) for name, tensor in bucket.items()
+    }
 
 
 def test_a_version_is_read_as_it_was_written(publisher):
@@ -86,7 +88,9 @@ def test_damaged_or_incomplete_versions_are_refused(publisher):
 
 
 def test_too_little_room_is_said_in_numbers(tmp_path: Path):
-    with pytest.raises(OSError, match=r"weights need 2,000,000,000,000,000 bytes in .* and [\d,]+ are free; enlarge it"):
+    with pytest.raises(
+        OSError, match=r"weights need 2,000,000,000,000,000 bytes in .* and [\d,]+ are free; enlarge it"
+    ):
         SharedMemoryPublisher(run_id="test", bucket_bytes=1, root=tmp_path, version_bytes=10**15)
     assert list(tmp_path.iterdir()) == []
 

@@ -61,7 +61,9 @@ def test_differences_are_named_briefly():
 
 def test_buckets_keep_a_module_together():
     # 16 bytes a tensor; two modules of 64 and 48 bytes, then two single tensors
-    names = [f"layers.0.self_attn.{p}_proj.weight" for p in "qkvo"] + [f"layers.0.mlp.{p}.weight" for p in ("a", "b", "c")]
+    names = [f"layers.0.self_attn.{p}_proj.weight" for p in "qkvo"] + [
+        f"layers.0.mlp.{p}.weight" for p in ("a", "b", "c")
+    ]
     names += ["norm.weight", "lm_head.weight"]
     tensors = [(name, torch.zeros(4)) for name in names]
     assert [len(bucket) for bucket in pack_buckets(iter(tensors), 1)] == [4, 3, 1, 1]
@@ -96,7 +98,11 @@ def test_sharded_weights_are_gathered_whole_on_every_rank(tmp_path: Path):
     # Forked: a fresh interpreter would import torch for ten seconds.
     args = (str(tmp_path / "rendezvous"), str(tmp_path))
     mp.start_processes(_gather_on_rank, args=args, nprocs=2, start_method="fork")
-    reference = {name: parameter.detach().to(torch.bfloat16) for name, parameter in _Policy().named_parameters() if not name.startswith("value_head")}
+    reference = {
+        name: parameter.detach().to(torch.bfloat16)
+        for name, parameter in _Policy().named_parameters()
+        if not name.startswith("value_head")
+    }
     for rank in range(2):
         gathered = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert gathered.keys() == reference.keys() == {"scale", "layer.weight", "layer.bias"}

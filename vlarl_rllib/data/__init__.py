@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from vlarl_rllib.data.rlds import Demonstration, RLDSDataset, RLDSWriter, read_statistics
+from vlarl_rllib.data.rlds import RLDSDataset, read_statistics
+from vlarl_rllib.data.rlds_writer import Demonstration, RLDSWriter
 
 __all__ = ["Demonstration", "RLDSDataset", "RLDSWriter", "read_statistics"]

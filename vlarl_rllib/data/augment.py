@@ -1,7 +1,8 @@
 """Image augmentation of OpenVLA's fine-tuning, in torch on whole batches, on whatever device they are.
 
-Five operations in a fixed order, each with numbers of its own for every image; between two of them values are clipped to [0, 1]
-(openvla/openvla, `image_augment_kwargs` of its RLDS pipeline, which uses TensorFlow's operations). B = batch, S = side in pixels.
+Five operations in a fixed order, each with numbers of its own for every image; between two of them values are clipped
+to [0, 1] (openvla/openvla, `image_augment_kwargs` of its RLDS pipeline, which uses TensorFlow's operations). B = batch,
+S = side in pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ class AugmentationDraw:
     """What is drawn for each image, all [B] float32."""
 
     offset: Tensor
-    """In [0, 1]: of the crop along both axes. Upstream draws them from equal seeds, so its crops lie on the diagonal."""
+    """In [0, 1]: of the crop along both axes.
+
+    Upstream draws them from equal seeds, so its crops lie on the diagonal.
+    """
     brightness: Tensor
     """Added."""
     contrast: Tensor
@@ -54,14 +58,17 @@ def augment(images: Tensor, chosen: AugmentationDraw) -> Tensor:
     pixels = (pixels + _per_image(chosen.brightness, device)).clamp(0.0, 1.0)
     pixels = adjust_contrast(pixels, _per_image(chosen.contrast, device)).clamp(0.0, 1.0)
     hue, saturation, value = to_hsv(pixels)
-    pixels = to_rgb(hue, (saturation * chosen.saturation.to(device)[:, None, None]).clamp(0.0, 1.0), value).clamp(0.0, 1.0)
+    pixels = to_rgb(hue, (saturation * chosen.saturation.to(device)[:, None, None]).clamp(0.0, 1.0), value).clamp(
+        0.0, 1.0
+    )
     hue, saturation, value = to_hsv(pixels)
     pixels = to_rgb((hue + chosen.hue.to(device)[:, None, None]) % 1.0, saturation, value).clamp(0.0, 1.0)
     return (pixels * 255.5).to(torch.uint8)  # `tf.image.convert_image_dtype`
 
 
 def crop(pixels: Tensor, offset: Tensor) -> Tensor:
-    """Cut out a square of `CROP_AREA` at `offset` of the room there is, and stretch it back, bilinear (`tf.image.crop_and_resize`)."""
+    """Cut out a square of `CROP_AREA` at `offset` of the room there is, and stretch it back, bilinear
+    (`tf.image.crop_and_resize`)."""
     side = CROP_AREA**0.5
     start = offset * (1.0 - side)
     steps = torch.linspace(0.0, 1.0, pixels.shape[-1], device=pixels.device)
@@ -81,7 +88,11 @@ def to_hsv(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     red, green, blue = pixels.unbind(1)
     value, spread = pixels.amax(1), pixels.amax(1) - pixels.amin(1)
     safe = torch.where(spread > 0, spread, 1.0)
-    sector = torch.where(value == red, (green - blue) / safe, torch.where(value == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0))
+    sector = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
+    )
     hue = torch.where(spread > 0, (sector / 6.0) % 1.0, 0.0)
     return hue, torch.where(value > 0, spread / torch.where(value > 0, value, 1.0), 0.0), value
 

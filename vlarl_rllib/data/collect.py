@@ -1,8 +1,8 @@
 """`vlarl collect`: a scripted expert plays in subprocesses, and what succeeds becomes an RLDS data set.
 
-Only training starts are played: held-out ones stay unseen by supervised fine-tuning too. No-ops are dropped, as in the published data.
-With noise, what is played strays from the expert's action and what is recorded is the expert's: the data show how to come back
-(DART, arXiv 1703.09327).
+Only training starts are played: held-out ones stay unseen by supervised fine-tuning too. No-ops are dropped, as in the
+published data. With noise, what is played strays from the expert's action and what is recorded is the expert's: the
+data show how to come back (DART, arXiv 1703.09327).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlarl_rllib.curriculum import Start, derive_seed
 from vlarl_rllib.data.experts import make_expert
-from vlarl_rllib.data.rlds import Demonstration, RLDSWriter
+from vlarl_rllib.data.rlds_writer import Demonstration, RLDSWriter
 from vlarl_rllib.envs.base import check_action, check_step
-from vlarl_rllib.interpreter import safe_path
-from vlarl_rllib.registry import EnvSpec, make_env, training_and_held_out_states
+from vlarl_rllib.envs.registry import make_env, training_and_held_out_states
+from vlarl_rllib.process.interpreter import safe_path
+from vlarl_rllib.types import EnvSpec, Start, derive_seed
 
 if TYPE_CHECKING:
     from vlarl_rllib.envs.base import VLAEnv
@@ -50,7 +50,10 @@ class CollectRequest:
     noise: float = 0.0
     """Standard deviation of what is added to the arm's three position deltas, in units of a full action."""
     paces: tuple[float, ...] = (1.0,)
-    """Shares of full speed, each in (0, 1]; every episode is played at one of them, drawn at random. One that is named twice comes twice as often."""
+    """Shares of full speed, each in (0, 1]; every episode is played at one of them, drawn at random.
+
+    One that is named twice comes twice as often.
+    """
     seed: int = 0
     num_processes: int = 1
 
@@ -84,7 +87,10 @@ def collect(request: CollectRequest, progress: Callable[[int, int], None] = lamb
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     if kept < request.episodes:
-        raise RuntimeError(f"the expert succeeded in {kept} of {played} episodes of {request.spec.name}; lower the noise, or choose other tasks")
+        raise RuntimeError(
+            f"the expert succeeded in {kept} of {played} episodes of {request.spec.name}; lower the noise, or "
+            "choose other tasks"
+        )
     return writer.path
 
 
@@ -97,7 +103,10 @@ def starts(request: CollectRequest) -> Iterator[Start]:
 
 
 def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) -> Demonstration | None:
-    """One episode of the expert; None where it fails. Raises ValueError for an action, or a step, that is not what `VLAEnv` says."""
+    """One episode of the expert; None where it fails.
+
+    Raises ValueError for an action, or a step, that is not what `VLAEnv` says.
+    """
     random = np.random.default_rng(start.seed)
     env, expert = _env(spec), make_expert(spec.name, float(random.choice(paces)))
     _, info = env.reset(seed=start.seed, options={"task_id": start.task_id, "initial_state": start.initial_state})
@@ -121,17 +130,23 @@ def play(spec: EnvSpec, start: Start, noise: float, paces: tuple[float, ...]) ->
         return None
     origin = f"{spec.name} task {start.task_id} start {start.initial_state} seed {start.seed}"
     told = np.array(states) if len(states) == len(actions) else None
-    return Demonstration(images, np.array(actions, dtype=np.float32), info["instruction"], states=told, origin=origin).without_no_ops()
+    return Demonstration(
+        images, np.array(actions, dtype=np.float32), info["instruction"], states=told, origin=origin
+    ).without_no_ops()
 
 
 def _in_order(pool: ProcessPoolExecutor, request: CollectRequest) -> Iterator[Demonstration | None]:
-    """Episodes in the order of their starts, so that the data do not depend on who was faster; a few are played ahead."""
+    """Episodes in the order of their starts, so that the data do not depend on who was faster; a few are played
+    ahead."""
     coming = starts(request)
-    # Ctrl-C and a closed terminal are for the parent, which cancels what is not begun. The first submit spawns every worker, and a blocked
-    # signal is inherited.
+    # Ctrl-C and a closed terminal are for the parent, which cancels what is not begun. The first submit spawns every
+    # worker, and a blocked signal is inherited.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
-        futures = [pool.submit(play, request.spec, start, request.noise, request.paces) for start in islice(coming, 2 * request.num_processes)]
+        futures = [
+            pool.submit(play, request.spec, start, request.noise, request.paces)
+            for start in islice(coming, 2 * request.num_processes)
+        ]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     while futures:
@@ -146,7 +161,8 @@ def _env(spec: EnvSpec) -> VLAEnv:
 
 
 def _prepare_worker() -> None:
-    """One thread for numbers, and one that ends the worker with its parent: the pool's queue would keep it waiting for ever."""
+    """One thread for numbers, and one that ends the worker with its parent: the pool's queue would keep it waiting for
+    ever."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"):
         os.environ[name] = "1"

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vlarl_rllib.envs.registry import expert_class
 from vlarl_rllib.envs.synthetic import SyntheticEnv
 from vlarl_rllib.envs.tabletop import OBJECT_HALF_HEIGHT, POSITION_STEP, TabletopEnv, TabletopFacts
-from vlarl_rllib.registry import expert_class
 
 OPEN, CLOSE = -1.0, 1.0
 """The environment's gripper commands."""
@@ -29,7 +29,8 @@ class TabletopExpert:
 
     Args:
         pace: largest position delta, in (0, 1]; 1 = as fast as the environment allows.
-        resolution: position deltas are rounded to multiples of it, so that a small model sees few distinct action tokens; 0 = not at all.
+        resolution: position deltas are rounded to multiples of it, so that a small model sees few distinct action
+            tokens; 0 = not at all.
     """
 
     def __init__(self, pace: float = 1.0, resolution: float = 0.25) -> None:
@@ -71,7 +72,11 @@ def _push(facts: TabletopFacts) -> tuple[np.ndarray, float]:
 def _pick(facts: TabletopFacts) -> tuple[np.ndarray, float]:
     """Over the object, down around it, close, up."""
     error = np.abs(facts.target[:2] - facts.gripper[:2]).max()
-    if facts.opening < _GRASPED and error < 2 * _ALIGNED and abs(facts.gripper[2] - facts.target[2]) < OBJECT_HALF_HEIGHT:
+    if (
+        facts.opening < _GRASPED
+        and error < 2 * _ALIGNED
+        and abs(facts.gripper[2] - facts.target[2]) < OBJECT_HALF_HEIGHT
+    ):
         return np.array([*facts.gripper[:2], _TRAVEL]), CLOSE
     if error > _ALIGNED:
         return np.array([*facts.target[:2], _TRAVEL]), OPEN

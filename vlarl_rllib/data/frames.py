@@ -1,4 +1,5 @@
-"""What an RLDS data set holds, checked as it is read, and frames in the three forms that data sets keep them in: JPEG, PNG and raw.
+"""What an RLDS data set holds, checked as it is read, and frames in the three forms that data sets keep them in: JPEG,
+PNG and raw.
 
 T = steps of an episode, H, W = size of a stored frame.
 """
@@ -31,7 +32,9 @@ def checked_episode(stored: dict[str, Any], where: str, size: tuple[int, int] | 
     """
     images, actions = stored["image"], np.asarray(stored["action"])
     if actions.shape != (len(images), 7) or actions.dtype.kind != "f":
-        raise ValueError(f"{where}: steps/action is {actions.dtype} {list(actions.shape)}, must be float [{len(images)}, 7]; {AGAIN}")
+        raise ValueError(
+            f"{where}: steps/action is {actions.dtype} {list(actions.shape)}, must be float [{len(images)}, 7]; {AGAIN}"
+        )
     if not len(images):
         raise ValueError(f"{where} has no steps, must have at least 1; {AGAIN} without that episode")
     with np.errstate(over="ignore"):  # what is too large for float32 is infinite then
@@ -39,13 +42,19 @@ def checked_episode(stored: dict[str, Any], where: str, size: tuple[int, int] | 
     if not np.isfinite(actions).all():
         step, number = np.argwhere(~np.isfinite(actions))[0]
         found = actions[step, number]
-        raise ValueError(f"{where}: steps/action of step {step} is {found} at number {number}, must be finite; {AGAIN} without that episode")
+        raise ValueError(
+            f"{where}: steps/action of step {step} is {found} at number {number}, must be finite; {AGAIN} "
+            "without that episode"
+        )
     for step, image in enumerate(images):
         found_size = _checked_size(image, f"{where}: steps/observation/image of step {step}")
         size = size or found_size
         if found_size != size:
             found, expected = (" x ".join(map(str, sides)) for sides in (found_size, size))
-            raise ValueError(f"{where}: steps/observation/image of step {step} is {found} pixels, must be {expected} as those before; {AGAIN}")
+            raise ValueError(
+                f"{where}: steps/observation/image of step {step} is {found} pixels, must be {expected} as those "
+                f"before; {AGAIN}"
+            )
     return {"image": images, "action": actions, "instruction": _text(stored["instruction"], where)}
 
 
@@ -77,7 +86,9 @@ def _checked_size(frame: StoredFrame, where: str) -> tuple[int, int]:
             raise ValueError(f"{where} is {frame.dtype} {list(frame.shape)}, {expected}")
     elif not frame.startswith((PNG, JPEG)):
         raise ValueError(f"{where} begins with {frame[:8]!r}, {expected}")
-    elif frame.startswith(PNG) and frame[24:26] != b"\x08\x02":  # bits and kind of colours, in the header that comes first
+    elif (
+        frame.startswith(PNG) and frame[24:26] != b"\x08\x02"
+    ):  # bits and kind of colours, in the header that comes first
         raise ValueError(f"{where} is a PNG file of another kind than 8-bit RGB, {expected}")
     try:
         return frame_size(frame)
@@ -91,5 +102,7 @@ def _text(instruction: Any, where: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: steps/language_instruction is no UTF-8 ({error.reason}); {AGAIN}") from None
     if not text.strip():
-        raise ValueError(f"{where}: steps/language_instruction is empty, must say what is to be done; {AGAIN} without that episode")
+        raise ValueError(
+            f"{where}: steps/language_instruction is empty, must say what is to be done; {AGAIN} without that episode"
+        )
     return text

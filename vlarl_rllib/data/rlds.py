@@ -1,9 +1,9 @@
 """RLDS data sets (TensorFlow Datasets' episodes of steps) in the schema of OpenVLA's LIBERO data.
 
-A step of `modified_libero_rlds` (openvla/modified_libero_rlds on the Hugging Face Hub) holds the frame as JPEG, upright but mirrored as
-the policy sees it; the environment's raw action with gripper -1 = open, +1 = close; the instruction; and the usual RLDS flags. Reading
-turns the gripper into the policy's 1 = open, 0 = close. TensorFlow does the reading and writing, in a process of its own
-(`data/tfds_process.py` says why).
+A step of `modified_libero_rlds` (openvla/modified_libero_rlds on the Hugging Face Hub) holds the frame as JPEG, upright
+but mirrored as the policy sees it; the environment's raw action with gripper -1 = open, +1 = close; the instruction;
+and the usual RLDS flags. Reading turns the gripper into the policy's 1 = open, 0 = close. TensorFlow does the reading
+and writing, in a process of its own (`data/tfds_process.py` says why).
 
 T = steps of an episode, H, W = size of a stored frame.
 """
@@ -11,168 +11,32 @@ T = steps of an episode, H, W = size of a stored frame.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vlarl_rllib.data.frames import StoredFrame, checked_episode, decoded, frame_size
 from vlarl_rllib.data.schema import INFO_FILE, check_metadata, num_episodes
-from vlarl_rllib.data.tfds_process import JOINT_STATE_SIZE, STATE_SIZE, VERSION, TFDSProcess
+from vlarl_rllib.data.tfds_process import TFDSProcess
 from vlarl_rllib.models.checkpoint_facts import check_action_statistics
 
 STATISTICS_FILE = "dataset_statistics.json"
 INCOMPLETE = ".incomplete"
 """Behind the name of a data set's directory while it is being written."""
 SPLIT = re.compile(r"(?P<name>[^\[\]+]+)(\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\])?")
-JPEG_QUALITY = 95
-"""As TensorFlow encodes by default, and so the published data."""
-EPISODES_AT_ONCE = 32
-"""Written together: TensorFlow Datasets writes its metadata anew each time, half of the work for single ones."""
-NO_OP_NORM = 1e-4
-"""Below it the arm's six numbers count as standing still (moojink/rlds_dataset_builder, regeneration of LIBERO's data)."""
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """One episode."""
-
-    images: Sequence[np.ndarray]
-    """T frames [H, W, 3] uint8, as the policy sees them before its own resize."""
-    actions: np.ndarray
-    """[T, 7] float32, the environment's own: gripper -1 = open, +1 = close."""
-    instruction: str
-    states: np.ndarray | None = None
-    """[T, 8] float32: position, axis-angle, two gripper joints; None = zeros."""
-    joint_states: np.ndarray | None = None
-    """[T, 7] float32; None = zeros."""
-    wrist_images: Sequence[np.ndarray] | None = None
-    """T frames of a second camera at the gripper, of the size of `images`."""
-    origin: str = ""
-    """Where it comes from, for `episode_metadata/file_path`."""
-
-    def without_no_ops(self) -> Demonstration:
-        """Without steps that neither move the arm nor the gripper: a policy that imitates them gets stuck in them."""
-        kept: list[int] = []
-        for step, action in enumerate(self.actions):
-            still = np.linalg.norm(action[:6]) < NO_OP_NORM
-            if not (still and (not kept or action[6] == self.actions[kept[-1]][6])):
-                kept.append(step)
-        chosen: dict[str, Any] = {name: [getattr(self, name)[step] for step in kept] for name in ("images", "wrist_images") if getattr(self, name)}
-        chosen |= {name: getattr(self, name)[kept] for name in ("actions", "states", "joint_states") if getattr(self, name) is not None}
-        return replace(self, **chosen)
-
-
-class RLDSWriter:
-    """Writes one data set, episode by episode, beside what the caller does.
-
-    with RLDSWriter(directory, "tabletop") as writer:
-        writer.add(demonstration)
-
-    Frames of all episodes must be of one size, and all or none have `wrist_images`.
-
-    Args:
-        directory: the data set goes into `directory/<name>/1.0.0`, which is there when all is written.
-        name: lower case with underscores.
-
-    Raises:
-        FileExistsError: there is a data set of that name, or one that was not finished.
-    """
-
-    def __init__(self, directory: str | Path, name: str) -> None:
-        self.path = Path(directory) / name / VERSION
-        self._partial = self.path.with_name(VERSION + INCOMPLETE)
-        for path in (self.path, self._partial):
-            if path.exists():
-                raise FileExistsError(f"{path} exists; give another directory, or remove it")
-        self._partial.mkdir(parents=True)
-        self._process = TFDSProcess("write", self._partial, name)
-        self._thread = ThreadPoolExecutor(1, "rlds")
-        self._writing: Future[None] | None = None
-        self._waiting: list[dict[str, Any]] = []
-        self._actions: list[np.ndarray] = []
-
-    def add(self, demonstration: Demonstration) -> None:
-        """Append an episode.
-
-        Raises:
-            ValueError: it has no steps, numbers of frames, actions and states differ, or a number is not finite.
-            ValueError, ImportError, OSError, RuntimeError: an earlier one could not be written.
-        """
-        length = len(demonstration.actions)
-        if length == 0 or len(demonstration.images) != length:
-            raise ValueError(f"a demonstration has {len(demonstration.images)} frames and {length} actions; both must be the same and above 0")
-        for name, values, size in (
-            ("actions", demonstration.actions, 7),
-            ("states", demonstration.states, STATE_SIZE),
-            ("joint states", demonstration.joint_states, JOINT_STATE_SIZE),
-        ):
-            if values is not None and (values.shape != (length, size) or not np.isfinite(values).all()):
-                raise ValueError(f"a demonstration's {name} have shape {values.shape}; they must be ({length}, {size}), and finite")
-        for image in (*demonstration.images, *(demonstration.wrist_images or ())):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ValueError(f"a demonstration's frames are {image.dtype} {list(image.shape)}; they must be uint8 [H, W, 3]")
-        self._waiting.append(_example(demonstration))  # as JPEG: raw frames of a lot would be gigabytes
-        self._actions.append(standardized(demonstration.actions))
-        if len(self._waiting) >= EPISODES_AT_ONCE:
-            self._hand_over()
-
-    def _hand_over(self) -> None:
-        """Begin to write what waits, once what came before is written."""
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = self._thread.submit(self._write, self._waiting)
-        self._waiting = []
-
-    def _write(self, examples: list[dict[str, Any]]) -> None:
-        self._process.send(examples)
-        self._process.receive()
-
-    def close(self) -> None:
-        """Finish the files and write `dataset_statistics.json`; without any episode nothing is left. Raises as `add`."""
-        try:
-            if not self._actions:
-                self._discard()
-                return
-            if self._waiting:
-                self._hand_over()
-            if self._writing is not None:
-                self._writing.result()
-            self._process.send(None)
-            self._process.receive()
-        finally:
-            self._thread.shutdown()
-            self._process.close()
-        statistics = action_statistics(np.concatenate(self._actions), len(self._actions))
-        (self._partial / STATISTICS_FILE).write_text(json.dumps({self.path.parent.name: statistics}, indent=2) + "\n")
-        self._partial.rename(self.path)
-
-    def _discard(self) -> None:
-        self._process.close(patience_seconds=0.0)
-        self._partial.rmdir()
-        with suppress(OSError):  # other versions
-            self.path.parent.rmdir()
-
-    def __enter__(self) -> RLDSWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 class RLDSDataset:
-    """The steps of a data set as single examples, in memory as they are stored: JPEG bytes, a few kB each, PNG or raw frames.
+    """The steps of a data set as single examples, in memory as they are stored: JPEG bytes, a few kB each, PNG or raw
+    frames.
 
-    Iterating goes through all of this shard's steps once, and the next time in another order. An example is a dictionary with `image`
-    [H, W, 3] uint8, `action` [7] float32 (the policy's convention, not normalised), `instruction`, `episode` and `step`.
+    Iterating goes through all of this shard's steps once, and the next time in another order. An example is a
+    dictionary with `image` [H, W, 3] uint8, `action` [7] float32 (the policy's convention, not normalised),
+    `instruction`, `episode` and `step`.
 
     Args:
         directory: one that holds `dataset_info.json`, or a parent of exactly one such.
@@ -184,8 +48,8 @@ class RLDSDataset:
     Raises:
         FileNotFoundError: no data set there.
         ImportError: TensorFlow Datasets is not installed.
-        ValueError: in one line: files are damaged or missing, there is no such split, metadata name foreign code, or what a feature holds is not
-            what `observation/image`, `action` and `language_instruction` must be.
+        ValueError: in one line: files are damaged or missing, there is no such split, metadata name foreign code, or
+            what a feature holds is not what `observation/image`, `action` and `language_instruction` must be.
     """
 
     def __init__(
@@ -235,7 +99,9 @@ class RLDSDataset:
         try:
             image = decoded(self._images[index])
         except (ValueError, OSError) as error:
-            raise ValueError(f"{self.path}: the frame of step {step} in episode {self._numbers[episode]} cannot be decoded ({error})") from None
+            raise ValueError(
+                f"{self.path}: the frame of step {step} in episode {self._numbers[episode]} cannot be decoded ({error})"
+            ) from None
         example = {
             "image": image,
             "action": self.actions[index],
@@ -272,20 +138,37 @@ class RLDSDataset:
 
 
 def find_dataset(directory: str | Path) -> Path:
-    """The directory of the data set in or below `directory`. Raises FileNotFoundError where there is none, or more than one."""
+    """The directory of the data set in or below `directory`.
+
+    Raises FileNotFoundError where there is none, or more than one.
+    """
     root = Path(directory).expanduser().resolve()
-    below = [root] if (root / INFO_FILE).is_file() else sorted(path.parent for path in root.rglob(INFO_FILE)) if root.is_dir() else []
+    below = (
+        [root]
+        if (root / INFO_FILE).is_file()
+        else sorted(path.parent for path in root.rglob(INFO_FILE))
+        if root.is_dir()
+        else []
+    )
     found = [path for path in below if not path.name.endswith(INCOMPLETE)]
     if len(found) == 1:
         return found[0]
     if below and not found:
         raise FileNotFoundError(f"{below[0]} was not written to its end; collect it again")
-    what = "no data set" if not found else f"{len(found)} data sets ({', '.join(str(path.relative_to(root)) for path in found)})"
-    raise FileNotFoundError(f"{directory}: {what} below it; give the directory that holds {INFO_FILE}, such as .../libero_spatial_no_noops/1.0.0")
+    what = (
+        "no data set"
+        if not found
+        else f"{len(found)} data sets ({', '.join(str(path.relative_to(root)) for path in found)})"
+    )
+    raise FileNotFoundError(
+        f"{directory}: {what} below it; give the directory that holds {INFO_FILE}, such as "
+        ".../libero_spatial_no_noops/1.0.0"
+    )
 
 
 def check_dataset(directory: str | Path) -> dict[str, int]:
-    """Whether a data set is one that can be read, as far as its metadata say; the episodes of each split. Needs no TensorFlow.
+    """Whether a data set is one that can be read, as far as its metadata say; the episodes of each split. Needs no
+    TensorFlow.
 
     Raises:
         FileNotFoundError: no data set there.
@@ -299,7 +182,8 @@ def check_dataset(directory: str | Path) -> dict[str, int]:
 
 
 def episodes_of_split(split: str, splits: Mapping[str, int]) -> int:
-    """Episodes of a split, or of a part of one such as `train[:95%]` or `train[10:-10]`, counted as TensorFlow Datasets does.
+    """Episodes of a split, or of a part of one such as `train[:95%]` or `train[10:-10]`, counted as TensorFlow Datasets
+    does.
 
     Args:
         splits: the episodes of each.
@@ -309,7 +193,10 @@ def episodes_of_split(split: str, splits: Mapping[str, int]) -> int:
     """
     parts = SPLIT.fullmatch(split)
     if parts is None or parts["name"] not in splits:
-        raise ValueError(f"{split!r} is no split of the data set, which has {', '.join(splits)}; choose one, or a part such as train[:95%]")
+        raise ValueError(
+            f"{split!r} is no split of the data set, which has {', '.join(splits)}; choose one, or a part such "
+            "as train[:95%]"
+        )
     whole = splits[parts["name"]]
 
     def index(bound: str | None, default: int) -> int:
@@ -349,7 +236,8 @@ def standardized(actions: np.ndarray) -> np.ndarray:
 
 
 def action_statistics(actions: np.ndarray, num_episodes: int) -> dict[str, Any]:
-    """`norm_stats` of standardised actions [N, 7], in the published layout: 1 % and 99 % quantiles, the gripper not normalised."""
+    """`norm_stats` of standardised actions [N, 7], in the published layout: 1 % and 99 % quantiles, the gripper not
+    normalised."""
     values = {
         "mean": actions.mean(0),
         "std": actions.std(0),
@@ -359,7 +247,8 @@ def action_statistics(actions: np.ndarray, num_episodes: int) -> dict[str, Any]:
         "q99": np.quantile(actions, 0.99, axis=0),
     }
     return {
-        "action": {name: [float(number) for number in value] for name, value in values.items()} | {"mask": [True] * 6 + [False]},
+        "action": {name: [float(number) for number in value] for name, value in values.items()}
+        | {"mask": [True] * 6 + [False]},
         "proprio": {name: [0.0] * 7 for name in values},
         "num_transitions": len(actions),
         "num_trajectories": num_episodes,
@@ -367,7 +256,8 @@ def action_statistics(actions: np.ndarray, num_episodes: int) -> dict[str, Any]:
 
 
 def read_statistics(directory: str | Path) -> tuple[str, dict[str, Any]]:
-    """(name, `norm_stats` entry) of a data set: that of its folder, as OpenVLA has it; `dataset_statistics.json`, else computed from all actions.
+    """(name, `norm_stats` entry) of a data set: that of its folder, as OpenVLA has it; `dataset_statistics.json`, else
+    computed from all actions.
 
     Raises as `RLDSDataset`.
     """
@@ -387,7 +277,9 @@ def _stored_statistics(file: Path) -> dict[str, Any]:
         if entry["num_transitions"] < 1:
             raise ValueError("it counts no steps")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); remove it to compute it anew from the actions") from None
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}); remove it to compute it anew from the actions"
+        ) from None
     return entry
 
 
@@ -396,34 +288,3 @@ def fingerprint(directory: str | Path) -> str:
     path = find_dataset(directory)
     facts = [(file.name, file.stat().st_size) for file in sorted(path.iterdir())]
     return hashlib.sha256(repr(facts).encode() + (path / INFO_FILE).read_bytes()).hexdigest()[:16]
-
-
-def _example(demonstration: Demonstration) -> dict[str, Any]:
-    length = len(demonstration.actions)
-    states = demonstration.states if demonstration.states is not None else np.zeros((length, STATE_SIZE))
-    joints = demonstration.joint_states if demonstration.joint_states is not None else np.zeros((length, JOINT_STATE_SIZE))
-    steps = [
-        {
-            "observation": {
-                "image": _jpeg(demonstration.images[step]),
-                **({"wrist_image": _jpeg(demonstration.wrist_images[step])} if demonstration.wrist_images else {}),
-                "state": states[step].astype(np.float32),
-                "joint_state": joints[step].astype(np.float32),
-            },
-            "action": demonstration.actions[step].astype(np.float32),
-            "discount": 1.0,
-            "reward": float(step == length - 1),
-            "is_first": step == 0,
-            "is_last": step == length - 1,
-            "is_terminal": step == length - 1,
-            "language_instruction": demonstration.instruction,
-        }
-        for step in range(length)
-    ]
-    return {"steps": steps, "episode_metadata": {"file_path": demonstration.origin}}
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()

@@ -1,7 +1,9 @@
-"""What an RLDS data set says of itself, checked before TensorFlow Datasets reads it: that reading runs no foreign code, and that the steps are ours.
+"""What an RLDS data set says of itself, checked before TensorFlow Datasets reads it: that reading runs no foreign code,
+and that the steps are ours.
 
-`features.json` names Python classes, which TensorFlow Datasets imports and calls; `dataset_info.json` may hold such names too, and says which
-files hold the data. Only TensorFlow Datasets' own classes and files inside the data set's directory pass.
+`features.json` names Python classes, which TensorFlow Datasets imports and calls; `dataset_info.json` may hold such
+names too, and says which files hold the data. Only TensorFlow Datasets' own classes and files inside the data set's
+directory pass.
 """
 
 from __future__ import annotations
@@ -11,16 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlarl_rllib.json_files import read_json_object
+from vlarl_rllib.process.json_files import read_json_object
 
 INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
 FEATURES_PREFIX = "tensorflow_datasets.core.features."
 FEATURE_CLASSES = {
     FEATURES_PREFIX + name
     for name in (
-        "audio_feature.Audio", "bounding_boxes.BBoxFeature", "class_label_feature.ClassLabel", "dataset_feature.Dataset",
-        "features_dict.FeaturesDict", "image_feature.Image", "scalar.Scalar", "sequence_feature.Sequence", "tensor_feature.Tensor",
-        "text_feature.Text", "translation_feature.Translation", "translation_feature.TranslationVariableLanguages", "video_feature.Video",
+        "audio_feature.Audio", "bounding_boxes.BBoxFeature", "class_label_feature.ClassLabel",
+        "dataset_feature.Dataset",
+        "features_dict.FeaturesDict", "image_feature.Image", "scalar.Scalar", "sequence_feature.Sequence",
+        "tensor_feature.Tensor",
+        "text_feature.Text", "translation_feature.Translation", "translation_feature.TranslationVariableLanguages",
+        "video_feature.Video",
     )
 }  # fmt: skip
 """TensorFlow Datasets' own (4.9); whatever else a file names would be imported."""
@@ -40,7 +45,8 @@ Feature = dict[str, Any]
 
 
 def check_metadata(path: Path) -> None:
-    """Raise ValueError, in one line, for metadata that TensorFlow Datasets must not read, or whose steps are not those that we read.
+    """Raise ValueError, in one line, for metadata that TensorFlow Datasets must not read, or whose steps are not those
+    that we read.
 
     Args:
         path: the directory that holds `dataset_info.json`.
@@ -54,7 +60,10 @@ def check_metadata(path: Path) -> None:
 
 
 def num_episodes(path: Path) -> dict[str, int]:
-    """Episodes of each split, by what `dataset_info.json` says. Raises ValueError where that file is not as TensorFlow Datasets writes it."""
+    """Episodes of each split, by what `dataset_info.json` says.
+
+    Raises ValueError where that file is not as TensorFlow Datasets writes it.
+    """
     file = path / INFO_FILE
     info = _read_object(file)
     try:
@@ -77,7 +86,9 @@ def _check_info(file: Path, info: dict[str, Any]) -> None:
     if unusual := sorted(name for name in info if "_" in name):  # protobuf takes both spellings, and we read one
         raise ValueError(f"{file}: {unusual[0]!r} is no key that TensorFlow Datasets writes; do not trust it")
     if info.get("fileFormat", "tfrecord") != "tfrecord":
-        raise ValueError(f"{file}: fileFormat is {info['fileFormat']!r}, must be 'tfrecord'; write the data as TFRecord files")
+        raise ValueError(
+            f"{file}: fileFormat is {info['fileFormat']!r}, must be 'tfrecord'; write the data as TFRecord files"
+        )
     if "features" in info:
         _check_classes(file, info["features"])
     splits = info.get("splits", [])
@@ -87,7 +98,9 @@ def _check_info(file: Path, info: dict[str, Any]) -> None:
     names += [("splits: filepathTemplate", split.get("filepathTemplate", ""), TEMPLATE) for split in splits]
     for key, name, pattern in names:
         if not isinstance(name, str) or not pattern.fullmatch(name):
-            raise ValueError(f"{file}: {key} is {name!r}, which makes no name of a file in this directory; do not trust it")
+            raise ValueError(
+                f"{file}: {key} is {name!r}, which makes no name of a file in this directory; do not trust it"
+            )
     if unusual := sorted({key for split in splits for key in split if "_" in key}):
         raise ValueError(f"{file}: splits: {unusual[0]!r} is no key that TensorFlow Datasets writes; do not trust it")
 
@@ -98,9 +111,13 @@ def _check_classes(file: Path, feature: Any, name: str = "") -> None:
     if not isinstance(feature, dict) or not isinstance(python_class := feature.get("pythonClassName"), str):
         raise ValueError(f"{where} names no pythonClassName; {AGAIN}, with TensorFlow Datasets 4.5 or later")
     if python_class not in FEATURE_CLASSES:
-        raise ValueError(f"{where} is of class {python_class!r}, which is none of TensorFlow Datasets' own; its code is not run")
+        raise ValueError(
+            f"{where} is of class {python_class!r}, which is none of TensorFlow Datasets' own; its code is not run"
+        )
     if unusual := sorted(feature.keys() - LABELS - CONTENTS):
-        raise ValueError(f"{where} holds {unusual[0]!r}, which is not read; write the data with TensorFlow Datasets' own features")
+        raise ValueError(
+            f"{where} holds {unusual[0]!r}, which is not read; write the data with TensorFlow Datasets' own features"
+        )
     for inner, inner_feature in _inner(where, feature):
         _check_classes(file, inner_feature, f"{name}/{inner}" if name and inner else name or inner)
 
@@ -109,7 +126,11 @@ def _inner(where: str, feature: Feature) -> Iterator[tuple[str, Any]]:
     """(name, feature) of those inside; a sequence's has none of its own."""
     for key, inside in (("featuresDict", "features"), ("sequence", "feature")):
         content = feature.get(key, {})
-        if not isinstance(content, dict) or (unusual := content.keys() - {inside, "length"}) or not isinstance(content.get(inside, {}), dict):
+        if (
+            not isinstance(content, dict)
+            or (unusual := content.keys() - {inside, "length"})
+            or not isinstance(content.get(inside, {}), dict)
+        ):
             raise ValueError(f"{where}: its {key} {f'holds {min(unusual)!r}' if unusual else 'is no object'}; {AGAIN}")
     for name, inner in feature.get("featuresDict", {}).get("features", {}).items():
         if "/" in name or "\\" in name:  # files of labels are called by it
@@ -136,7 +157,9 @@ def _check_steps(file: Path, features: Feature) -> None:
     _check_image(file, observation["image"])
     action, instruction = step["action"], step["language_instruction"]
     if _kind(action) != "tensor_feature.Tensor" or _shape(action) not in ([7], [-1]) or _dtype(action) not in FLOATS:
-        raise ValueError(f"{file}: steps/action is {_described(action)}, must be 7 numbers of {', '.join(FLOATS)}; {LAYOUT}")
+        raise ValueError(
+            f"{file}: steps/action is {_described(action)}, must be 7 numbers of {', '.join(FLOATS)}; {LAYOUT}"
+        )
     is_text = _kind(instruction) == "text_feature.Text" or (_dtype(instruction) == "string" and not _shape(instruction))
     if not is_text:
         raise ValueError(f"{file}: steps/language_instruction is {_described(instruction)}, must be a text; {LAYOUT}")
@@ -146,8 +169,15 @@ def _check_image(file: Path, image: Feature) -> None:
     """JPEG, PNG or raw, of three colours."""
     shape, encoding = _shape(image), _content(image).get("encodingFormat") or "jpeg"
     fits = len(shape) == 3 and shape[2] in (3, -1) and _dtype(image) == "uint8"
-    if _kind(image) not in ("image_feature.Image", "tensor_feature.Tensor") or not fits or encoding not in ("jpeg", "png"):
-        raise ValueError(f"{file}: steps/observation/image is {_described(image)}, must be JPEG, PNG or raw frames [H, W, 3] of uint8; {LAYOUT}")
+    if (
+        _kind(image) not in ("image_feature.Image", "tensor_feature.Tensor")
+        or not fits
+        or encoding not in ("jpeg", "png")
+    ):
+        raise ValueError(
+            f"{file}: steps/observation/image is {_described(image)}, must be JPEG, PNG or raw frames [H, W, 3] "
+            f"of uint8; {LAYOUT}"
+        )
 
 
 def _entries(feature: Feature) -> dict[str, Feature]:

@@ -1,10 +1,11 @@
-"""TensorFlow Datasets, in a process of its own that `data/rlds.py` starts: this file is its program, and imports nothing of this package there.
+"""TensorFlow Datasets, in a process of its own that `data/rlds.py` starts: this file is its program, and imports
+nothing of this package there.
 
-TensorFlow carries an LLVM whose symbols Mesa's software rasteriser then finds: drawing a LIBERO frame crashes in a process that has
-imported TensorFlow before. It would also cost a learner 0.4 GB and some seconds.
+TensorFlow carries an LLVM whose symbols Mesa's software rasteriser then finds: drawing a LIBERO frame crashes in a
+process that has imported TensorFlow before. It would also cost a learner 0.4 GB and some seconds.
 
-FD is an inherited socket. The first message is a command and its arguments; every answer is `("value", something)`, `("end", None)` or
-`("error", (name of an exception class, its text))`.
+FD is an inherited socket. The first message is a command and its arguments; every answer is `("value", something)`,
+`("end", None)` or `("error", (name of an exception class, its text))`.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ class TFDSProcess:
     def __init__(self, *command: Any) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            from vlarl_rllib.interpreter import given_path, python_command
+            from vlarl_rllib.process.interpreter import given_path, python_command
 
-            # Ctrl-C is the caller's to handle, who closes the socket; a blocked signal is inherited, so that not even importing sees it.
+            # Ctrl-C is the caller's to handle, who closes the socket; a blocked signal is inherited, so that not even
+            # importing sees it.
             unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 self._process = subprocess.Popen(
@@ -72,7 +74,9 @@ class TFDSProcess:
         try:
             kind, content = self._connection.recv()
         except (EOFError, OSError):
-            raise RuntimeError(f"the process that reads and writes RLDS data died with exit code {self._process.wait(10)}") from None
+            raise RuntimeError(
+                f"the process that reads and writes RLDS data died with exit code {self._process.wait(10)}"
+            ) from None
         if kind == "error":
             raise RAISED[content[0]](content[1])
         return kind == "value", content
@@ -106,7 +110,8 @@ def main(arguments: list[str]) -> None:
 
 
 def read(connection: Connection, path: Path, split: str) -> Iterator[dict[str, Any]]:
-    """Episodes as stored: `image` (T files, or [T, H, W, 3] of raw frames), `action` [T, ...] and `instruction` (bytes), none of which is checked.
+    """Episodes as stored: `image` (T files, or [T, H, W, 3] of raw frames), `action` [T, ...] and `instruction`
+    (bytes), none of which is checked.
 
     `path` is one whose metadata `data.schema.check_metadata` has passed.
     """
@@ -118,7 +123,9 @@ def read(connection: Connection, path: Path, split: str) -> Iterator[dict[str, A
         observation = builder.info.features["steps"].feature["observation"]
     except Exception as error:  # parsers of several kinds
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its metadata cannot be read ({type(error).__name__}: {reason}); copy or collect it again") from None
+        raise ValueError(
+            f"{path}: its metadata cannot be read ({type(error).__name__}: {reason}); copy or collect it again"
+        ) from None
     if split.partition("[")[0] not in builder.info.splits:
         raise ValueError(f"{path}: has no split {split!r}; it has {', '.join(builder.info.splits)}")
     cameras = [name for name, feature in observation.items() if isinstance(feature, tfds.features.Image)]
@@ -126,31 +133,47 @@ def read(connection: Connection, path: Path, split: str) -> Iterator[dict[str, A
     number = 0
 
     def columns(episode: Any) -> tuple[Any, Any, Any]:
-        """In TensorFlow's graph: 800 episodes of 11 steps in 1.3 s, where an iterator for each took 25 s (2 busy cores)."""
+        """In TensorFlow's graph: 800 episodes of 11 steps in 1.3 s, where an iterator for each took 25 s (2 busy
+        cores)."""
         steps = episode["steps"].batch(MAX_EPISODE_STEPS).get_single_element()
         return steps["observation"]["image"], steps["action"], steps["language_instruction"][0]
 
     try:
         episodes = builder.as_dataset(split=split, decoders=as_stored, shuffle_files=False)
-        for images, actions, instruction in episodes.map(columns, num_parallel_calls=tf.data.AUTOTUNE).as_numpy_iterator():
+        for images, actions, instruction in episodes.map(
+            columns, num_parallel_calls=tf.data.AUTOTUNE
+        ).as_numpy_iterator():
             encoded = images.dtype == object
-            yield {"image": [bytes(image) for image in images] if encoded else images, "action": actions, "instruction": instruction}
+            yield {
+                "image": [bytes(image) for image in images] if encoded else images,
+                "action": actions,
+                "instruction": instruction,
+            }
             number += 1
     except (tf.errors.OpError, OSError, ValueError) as error:
         reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", (str(error).strip() or type(error).__name__).splitlines()[0])
         if EMPTY in reason:
-            raise ValueError(f"{path}: episode {number} has no steps, must have at least 1; collect it again without that episode") from None
-        raise ValueError(f"{path}: damaged or incomplete after {number} episodes ({reason}); copy or collect it again") from None
+            raise ValueError(
+                f"{path}: episode {number} has no steps, must have at least 1; collect it again without that episode"
+            ) from None
+        raise ValueError(
+            f"{path}: damaged or incomplete after {number} episodes ({reason}); copy or collect it again"
+        ) from None
 
 
 def write(connection: Connection, path: Path, name: str) -> Iterator[None]:
-    """Append the lots of examples that arrive, answering each, until None does. The first example shows what all have."""
+    """Append the lots of examples that arrive, answering each, until None does.
+
+    The first example shows what all have.
+    """
     tfds = _tfds()
     writer: Any = None
     while (examples := connection.recv()) is not None:
         if writer is None:
             writer = _writer(tfds, path, name, examples[0]["steps"][0]["observation"])
-        writer.add_examples({"train": examples})  # which also writes all metadata anew, the longer part for a single example
+        writer.add_examples(
+            {"train": examples}
+        )  # which also writes all metadata anew, the longer part for a single example
         yield None
     if writer is not None:
         writer.close_all()
@@ -160,9 +183,13 @@ def _writer(tfds: Any, path: Path, name: str, observation: dict[str, Any]) -> An
     from PIL import Image
 
     width, height = Image.open(io.BytesIO(observation["image"])).size
-    identity = tfds.core.dataset_info.DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir=str(path), module_name=name)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name, version=tfds.core.Version(VERSION), data_dir=str(path), module_name=name
+    )
     features = _features(tfds, (height, width), wrist_camera="wrist_image" in observation)
-    info = tfds.core.DatasetInfo(builder=identity, features=features, description="Demonstrations written by vlarl_rllib.")
+    info = tfds.core.DatasetInfo(
+        builder=identity, features=features, description="Demonstrations written by vlarl_rllib."
+    )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=EPISODES_PER_FILE)
     writer.initialize_splits(["train"])
     return writer
@@ -187,14 +214,18 @@ def _features(tfds: Any, image_shape: tuple[int, int], wrist_camera: bool) -> An
         "is_terminal": tfds.features.Scalar(dtype=np.bool_),
         "language_instruction": tfds.features.Text(),
     }
-    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": {"file_path": tfds.features.Text()}})
+    return tfds.features.FeaturesDict(
+        {"steps": tfds.features.Dataset(step), "episode_metadata": {"file_path": tfds.features.Text()}}
+    )
 
 
 def _tfds() -> Any:
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise ImportError(f"RLDS data need TensorFlow Datasets ({error}); run: pip install 'vlarl-rllib[data]'") from None
+        raise ImportError(
+            f"RLDS data need TensorFlow Datasets ({error}); run: pip install 'vlarl-rllib[data]'"
+        ) from None
     return tensorflow_datasets
 
 

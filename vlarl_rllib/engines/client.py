@@ -26,7 +26,7 @@ from vlarl_rllib.engines.protocol import EngineError
 from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
 
 if TYPE_CHECKING:
-    from vlarl_rllib.engines.hf_engine import HFEngine
+    from vlarl_rllib.engines.torch_engine import TorchEngine
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,9 @@ class RemoteSampler:
             engines = [*self._engines, *(call.engine for call in self._calls.values())]
         self._lose(engines, EngineError("the sampler was closed"))
 
-    def _assign(self, items: Sequence[tuple[Hashable, SampleRequest]]) -> dict[int, tuple[_RemoteCall, list[SampleRequest]]]:
+    def _assign(
+        self, items: Sequence[tuple[Hashable, SampleRequest]]
+    ) -> dict[int, tuple[_RemoteCall, list[SampleRequest]]]:
         """Spread the items over the engines so that loads even out; one call each. Empty where there is no engine."""
         shares: dict[_EngineLoad, list[tuple[Hashable, SampleRequest]]] = {}
         for item in items if self._engines else ():
@@ -192,7 +194,7 @@ class LocalSampler:
         completions: receives a `Completion` for every request.
     """
 
-    def __init__(self, engine: HFEngine, completions: Completions) -> None:
+    def __init__(self, engine: TorchEngine, completions: Completions) -> None:
         self._completions = completions
         self._engine = engine
         self._engine_lock = threading.Lock()
@@ -270,7 +272,11 @@ class LocalSampler:
             while not self._waiting and not self._closed:
                 self._wake.wait()
             batch = self._waiting.popleft() if self._waiting else []
-            while self._engine.mix_calls and self._waiting and len(batch) + len(self._waiting[0]) <= self._engine.max_batch:
+            while (
+                self._engine.mix_calls
+                and self._waiting
+                and len(batch) + len(self._waiting[0]) <= self._engine.max_batch
+            ):
                 batch += self._waiting.popleft()
             self._num_in_model = len(batch)
             return batch

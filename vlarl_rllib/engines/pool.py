@@ -20,10 +20,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from vlarl_rllib.engines.protocol import INITIAL_VERSION, EngineError, EngineSpec, EngineStatus
-from vlarl_rllib.engines.vllm_engine import VLLMEngine, engine_env_vars
+from vlarl_rllib.engines.protocol import EngineError, EngineSpec, EngineStatus
+from vlarl_rllib.engines.vllm.engine import VLLMEngine, engine_env_vars
 from vlarl_rllib.errors import one_line
-from vlarl_rllib.types import WeightManifest
+from vlarl_rllib.types import INITIAL_VERSION, WeightManifest
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,10 @@ class EnginePool:
         member.last_error = one_line(error)
         logger.warning("vlarl-engine-%d failed (%d in a row): %s", member.index, member.num_failures, member.last_error)
         if member.num_failures >= self._max_failures:
-            raise RuntimeError(f"vlarl-engine-{member.index} failed {member.num_failures} times in a row, at last with: {member.last_error}")
+            raise RuntimeError(
+                f"vlarl-engine-{member.index} failed {member.num_failures} times in a row, at last with: "
+                f"{member.last_error}"
+            )
         self.num_restarts += 1
         return member
 

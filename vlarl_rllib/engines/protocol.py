@@ -11,8 +11,6 @@ import numpy as np
 
 from vlarl_rllib.types import NUM_ACTION_TOKENS, SampleReply, SampleRequest, WeightManifest
 
-INITIAL_VERSION = -1
-"""`policy_version` of weights as loaded from the checkpoint."""
 MAX_PROMPT_TOKENS = 128
 """Text tokens of the longest prompt an engine makes room for; LIBERO's longest has 38 with Llama's tokenizer."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
@@ -46,7 +44,10 @@ class EngineSpec:
     enforce_eager: bool
     """No CUDA graphs. The CPU is always eager."""
     mix_calls: bool
-    """Whether requests of several calls share a batch. False = each call is a batch of its own, so that its rounding does not depend on timing."""
+    """Whether requests of several calls share a batch.
+
+    False = each call is a batch of its own, so that its rounding does not depend on timing.
+    """
     seed: int
 
 
@@ -69,7 +70,10 @@ class Engine(Protocol):
     """One sampler. In a Ray actor the three are coroutines of the same names, which callers overlap freely."""
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:
-        """One reply per request, in order. Raises `EngineError` when the engine is beyond use, `ValueError` for a malformed request."""
+        """One reply per request, in order.
+
+        Raises `EngineError` when the engine is beyond use, `ValueError` for a malformed request.
+        """
         ...
 
     def load_weights(self, manifest: WeightManifest) -> int:
@@ -92,16 +96,22 @@ def check_requests(requests: Sequence[SampleRequest], image_size: int) -> None:
     for request in requests:
         image = request.image
         if image.dtype != np.uint8 or image.shape != (image_size, image_size, 3):
-            raise ValueError(f"image is {image.dtype} {list(image.shape)}; the policy takes uint8 [{image_size}, {image_size}, 3]")
+            raise ValueError(
+                f"image is {image.dtype} {list(image.shape)}; the policy takes uint8 [{image_size}, {image_size}, 3]"
+            )
         if not isinstance(request.instruction, str) or not request.instruction.strip():
             raise ValueError(f"instruction={request.instruction!r} must be a text")
         if request.temperature != 0 and not MIN_TEMPERATURE <= request.temperature <= MAX_TEMPERATURE:
-            raise ValueError(f"temperature={request.temperature} must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]")
+            raise ValueError(
+                f"temperature={request.temperature} must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]"
+            )
         if not 0 <= request.seed <= MAX_SEED:
             raise ValueError(f"seed={request.seed} must be in [0, {MAX_SEED}]")
 
 
-def checked_reply(token_ids: Sequence[int], log_probs: Sequence[float], action_token_ids: range, policy_version: int) -> SampleReply:
+def checked_reply(
+    token_ids: Sequence[int], log_probs: Sequence[float], action_token_ids: range, policy_version: int
+) -> SampleReply:
     """Build a reply from what the sampler returned.
 
     Raises EngineError unless these are seven action tokens with log-probabilities: anything else would be decoded as a

@@ -1,8 +1,8 @@
 """The thread that owns a model which generates step by step: continuous batching over all callers.
 
-Whatever waits is admitted before each step, or with `mix_calls` off once the model is idle. A weight update waits for what was submitted
-before it and holds back what was submitted after it, so that every action comes from one version. After the first exception nobody
-waits any more.
+Whatever waits is admitted before each step, or with `mix_calls` off once the model is idle. A weight update waits for
+what was submitted before it and holds back what was submitted after it, so that every action comes from one version.
+After the first exception nobody waits any more.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vlarl_rllib.engines.protocol import INITIAL_VERSION, EngineError, checked_reply
-from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
+from vlarl_rllib.engines.protocol import EngineError, checked_reply
+from vlarl_rllib.types import INITIAL_VERSION, SampleReply, SampleRequest, WeightManifest
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,9 @@ class StepLoop:
         EngineError: `build` failed.
     """
 
-    def __init__(self, build: Callable[[], Stepper], action_token_ids: range, name: str = "engine", *, mix_calls: bool = True) -> None:
+    def __init__(
+        self, build: Callable[[], Stepper], action_token_ids: range, name: str = "engine", *, mix_calls: bool = True
+    ) -> None:
         self._action_token_ids = action_token_ids
         self._waits_for_idle = (_Update,) if mix_calls else (_Update, _Call)
         self._inbox: deque[_Call | _Update | _Probe] = deque()

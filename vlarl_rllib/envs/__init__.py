@@ -5,8 +5,7 @@ Importing this package loads no simulator: LIBERO, robosuite and MuJoCo are impo
 
 from __future__ import annotations
 
-from vlarl_rllib.registry import (
-    EnvSpec,
+from vlarl_rllib.envs.registry import (
     horizon,
     make_env,
     num_initial_states,
@@ -15,6 +14,7 @@ from vlarl_rllib.registry import (
     task_instructions,
     training_and_held_out_states,
 )
+from vlarl_rllib.types import EnvSpec
 
 __all__ = [
     "EnvSpec",

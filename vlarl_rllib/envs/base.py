@@ -1,4 +1,5 @@
-"""What an environment for a vision-language-action policy offers: gymnasium's interface, and state that can be swapped."""
+"""What an environment for a vision-language-action policy offers: gymnasium's interface, and state that can be
+swapped."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from vlarl_rllib.registry import EnvSpec
+from vlarl_rllib.types import EnvSpec
 
 
 class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
@@ -38,7 +39,8 @@ class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
         return converted
 
     def proprioception(self) -> np.ndarray | None:
-        """[8] float32 as OpenVLA's LIBERO data have it: the gripper's position in metres, axis-angle, two finger joints; None = not told."""
+        """[8] float32 as OpenVLA's LIBERO data have it: the gripper's position in metres, axis-angle, two finger
+        joints; None = not told."""
         return None
 
     @abstractmethod
@@ -73,13 +75,18 @@ def check_action(action: np.ndarray, where: str) -> None:
     if np.shape(action) != (7,):
         raise ValueError(f"{where} has shape {np.shape(action)}; expected (7,)")
     if not np.isfinite(action).all():
-        raise ValueError(f"{where} is {np.asarray(action).tolist()}, must be finite; see the action statistics and the weights of the policy")
+        raise ValueError(
+            f"{where} is {np.asarray(action).tolist()}, must be finite; see the action statistics and the "
+            "weights of the policy"
+        )
 
 
 def check_step(result: Any, image_size: int, where: str) -> None:
     """Raise ValueError unless `step` returned what `VLAEnv` says: a frame, a finite reward, two flags and `success`."""
     if not isinstance(result, tuple) or len(result) != 5:
-        raise ValueError(f"{where} returned {type(result).__name__}, must be (observation, reward, terminated, truncated, info)")
+        raise ValueError(
+            f"{where} returned {type(result).__name__}, must be (observation, reward, terminated, truncated, info)"
+        )
     observation, reward, terminated, truncated, info = result
     check_observation(observation, image_size, where)
     if np.ndim(reward) != 0 or not np.isreal(reward) or not np.isfinite(reward):
@@ -91,7 +98,8 @@ def check_step(result: Any, image_size: int, where: str) -> None:
 
 
 def check_observation(observation: Any, image_size: int, where: str) -> None:
-    """Raise ValueError unless its `image` is [S, S, 3] uint8: copied into a frame's memory, another type would lose its values silently."""
+    """Raise ValueError unless its `image` is [S, S, 3] uint8: copied into a frame's memory, another type would lose its
+    values silently."""
     image = observation.get("image") if isinstance(observation, dict) else None
     expected = (image_size, image_size, 3)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != expected:

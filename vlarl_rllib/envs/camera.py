@@ -69,7 +69,9 @@ class OffscreenCamera:
         """
         mujoco = self._mujoco
         self._gl.make_current()
-        mujoco.mjv_updateScene(self._model, data, self._options, self._perturbation, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
+        mujoco.mjv_updateScene(
+            self._model, data, self._options, self._perturbation, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
         if add_geoms is not None:
             add_geoms(self._scene)
         mujoco.mjr_render(self._viewport, self._scene, self._context)
@@ -86,6 +88,7 @@ class OffscreenCamera:
             self._gl.free()
 
     def __del__(self) -> None:
-        """A camera that is dropped without `close` would free its objects from another camera's context, whose frames then are noise."""
+        """A camera that is dropped without `close` would free its objects from another camera's context, whose frames
+        then are noise."""
         if getattr(self, "_open", False) and not sys.is_finalizing():
             self.close()

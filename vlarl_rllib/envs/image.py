@@ -49,7 +49,11 @@ def observation_image(raw: np.ndarray, *, center_crop: bool, image_size: int) ->
     if raw.ndim != 3 or raw.shape[0] != raw.shape[1] or raw.shape[2] != 3 or raw.dtype != np.uint8:
         raise ValueError(f"raw is {raw.dtype} {raw.shape}; the observation path takes a square [H, H, 3] uint8 image")
     compressed = jpeg_round_trip(raw)
-    image = _crop_by_column(_resize_by_column(compressed, RESIZED_SIDE)) if center_crop else resize_lanczos(compressed, RESIZED_SIDE)
+    image = (
+        _crop_by_column(_resize_by_column(compressed, RESIZED_SIDE))
+        if center_crop
+        else resize_lanczos(compressed, RESIZED_SIDE)
+    )
     if image_size != RESIZED_SIDE:
         resized = Image.fromarray(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
         image = np.array(resized, dtype=np.uint8)
@@ -70,9 +74,11 @@ def jpeg_round_trip(raw: np.ndarray) -> np.ndarray:
 
 
 def resize_lanczos(image: np.ndarray, side: int) -> np.ndarray:
-    """Resize [H, W, 3] uint8 to [side, side, 3] uint8, whatever the aspect, like `tf.image.resize(..., "lanczos3", antialias=True)`.
+    """Resize [H, W, 3] uint8 to [side, side, 3] uint8, whatever the aspect, like `tf.image.resize(..., "lanczos3",
+    antialias=True)`.
 
-    Separable: all rows, then all columns, in float32 without rounding in between; at the end round half to even and clip.
+    Separable: all rows, then all columns, in float32 without rounding in between; at the end round half to even and
+    clip.
     """
     from vlarl_rllib.envs.image_kernels import transpose_pixels
 
@@ -104,7 +110,9 @@ def _resize_by_column(image: np.ndarray, side: int) -> np.ndarray:
     height, width = image.shape[:2]
     rows, columns = _scratch("rows", (side, width, 3)), _scratch("columns", (width, side, 3))
     levels = _scratch("levels", (side, side, 3))
-    resample_rows(np.ascontiguousarray(image).reshape(height, -1), *_lanczos_filters(height, side), rows.reshape(side, -1))
+    resample_rows(
+        np.ascontiguousarray(image).reshape(height, -1), *_lanczos_filters(height, side), rows.reshape(side, -1)
+    )
     transpose_pixels(rows, columns)
     resample_rows(columns.reshape(width, -1), *_lanczos_filters(width, side), levels.reshape(side, -1))
     np.rint(levels, out=levels)

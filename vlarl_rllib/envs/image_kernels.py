@@ -47,7 +47,9 @@ def transpose_pixels(image: np.ndarray, out: np.ndarray) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def interpolate_rows(source: np.ndarray, low: np.ndarray, high: np.ndarray, fraction: np.ndarray, out: np.ndarray) -> None:
+def interpolate_rows(
+    source: np.ndarray, low: np.ndarray, high: np.ndarray, fraction: np.ndarray, out: np.ndarray
+) -> None:
     """Write to row y of `out` a + (b - a) * fraction[y], where a and b are the rows low[y] and high[y] of `source`.
 
     Args:

@@ -20,7 +20,7 @@ import numpy as np
 from vlarl_rllib.envs import libero_tasks
 from vlarl_rllib.envs.base import VLAEnv
 from vlarl_rllib.envs.image import observation_image
-from vlarl_rllib.registry import EnvSpec
+from vlarl_rllib.types import EnvSpec
 
 CAMERA = "agentview"
 """The only camera that OpenVLA sees."""
@@ -81,7 +81,9 @@ class LiberoEnv(VLAEnv):
         self.env_spec = spec
         self.render_mode = "rgb_array"
         side = spec.image_size
-        self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)})
+        self.observation_space = gymnasium.spaces.Dict(
+            {"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)}
+        )
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
         self.max_steps = spec.max_steps or libero_tasks.HORIZONS[spec.suite]
         self._instructions = self.task_instructions(spec.suite)
@@ -109,7 +111,9 @@ class LiberoEnv(VLAEnv):
         """The robosuite environment of the loaded task, for scripted experts and tests."""
         return self._simulation
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start an episode; see `VLAEnv`. Without a seed, one is drawn from the environment's own generator.
 
         Raises:
@@ -122,7 +126,10 @@ class LiberoEnv(VLAEnv):
         task_id, index = int(options.get("task_id", 0)), int(options.get("initial_state", 0))
         states = libero_tasks.initial_states(self.env_spec.suite, task_id)
         if not 0 <= index < len(states):
-            raise ValueError(f"initial state {index} is not in task {task_id} of {self.env_spec.suite}, whose states are 0 to {len(states) - 1}")
+            raise ValueError(
+                f"initial state {index} is not in task {task_id} of {self.env_spec.suite}, whose states are 0 to "
+                f"{len(states) - 1}"
+            )
         self.render_seconds = 0.0
         self._camera_on = False
         if task_id != self._task_id:
@@ -230,7 +237,9 @@ class LiberoEnv(VLAEnv):
 
     def _observation(self) -> dict[str, np.ndarray]:
         raw = self._frame_observable().obs
-        return {"image": observation_image(raw, center_crop=self.env_spec.center_crop, image_size=self.env_spec.image_size)}
+        return {
+            "image": observation_image(raw, center_crop=self.env_spec.center_crop, image_size=self.env_spec.image_size)
+        }
 
 
 _CLOCK_FIELDS = ("_time_since_last_sample", "_current_delay", "_current_observed_value", "_sampled")

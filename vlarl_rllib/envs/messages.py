@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from vlarl_rllib.registry import EnvSpec
+from vlarl_rllib.types import EnvSpec
 
 
 @dataclass(frozen=True)

@@ -69,13 +69,18 @@ def choose_gl_backend(render_device: int = 0, environ: MutableMapping[str, str] 
     """
     chosen = environ.get("MUJOCO_GL", "").strip().lower()
     if chosen not in ("", *BACKENDS):
-        raise RuntimeError(f"MUJOCO_GL: {chosen!r} is no backend of MuJoCo; unset it, or choose from {', '.join(BACKENDS)}")
+        raise RuntimeError(
+            f"MUJOCO_GL: {chosen!r} is no backend of MuJoCo; unset it, or choose from {', '.join(BACKENDS)}"
+        )
     if chosen not in ("", "egl"):
         return GLBackend(chosen)
     if chosen and (device := environ.get("MUJOCO_EGL_DEVICE_ID")):
         if not device.isdecimal():
-            raise RuntimeError(f"MUJOCO_EGL_DEVICE_ID: {device!r} is no number of a GPU; unset it, or give one, counted from 0")
-        # Not asked again: looking at a display ends with terminating it, and MuJoCo may be drawing on that very one by now.
+            raise RuntimeError(
+                f"MUJOCO_EGL_DEVICE_ID: {device!r} is no number of a GPU; unset it, or give one, counted from 0"
+            )
+        # Not asked again: looking at a display ends with terminating it, and MuJoCo may be drawing on that very one by
+        # now.
         return GLBackend("egl", int(device))
     devices = find_egl_devices()
     if devices.gpu:
@@ -87,7 +92,8 @@ def choose_gl_backend(render_device: int = 0, environ: MutableMapping[str, str] 
     if devices.software:
         return GLBackend("egl", devices.software[0])
     raise RuntimeError(
-        "nothing can render here: no EGL device answers and OSMesa is missing; run as root: apt-get install -y libosmesa6 libegl1 libgl1"
+        "nothing can render here: no EGL device answers and OSMesa is missing; run as root: apt-get install -y "
+        "libosmesa6 libegl1 libgl1"
     )
 
 
@@ -103,9 +109,13 @@ def find_egl_devices() -> EGLDevices:
         return EGLDevices()
     egl.eglGetProcAddress.restype = ctypes.c_void_p
     egl.eglGetProcAddress.argtypes = [ctypes.c_char_p]
-    query_devices = _extension(egl, "eglQueryDevicesEXT", ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
+    query_devices = _extension(
+        egl, "eglQueryDevicesEXT", ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)
+    )
     query_string = _extension(egl, "eglQueryDeviceStringEXT", ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
-    get_display = _extension(egl, "eglGetPlatformDisplayEXT", ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p)
+    get_display = _extension(
+        egl, "eglGetPlatformDisplayEXT", ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p
+    )
     if query_devices is None or query_string is None or get_display is None:
         return EGLDevices()
     count = ctypes.c_int()

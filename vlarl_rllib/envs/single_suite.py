@@ -8,11 +8,12 @@ import gymnasium
 import numpy as np
 
 from vlarl_rllib.envs.base import VLAEnv
-from vlarl_rllib.registry import EnvSpec
+from vlarl_rllib.types import EnvSpec
 
 
 class SingleSuiteEnv(VLAEnv):
-    """An environment of one suite, whose name is that of the environment; `spec.suite`, `center_crop` and `camera_size` have no meaning."""
+    """An environment of one suite, whose name is that of the environment; `spec.suite`, `center_crop` and `camera_size`
+    have no meaning."""
 
     SUITE: ClassVar[str]
     INSTRUCTIONS: ClassVar[tuple[str, ...]]
@@ -25,7 +26,9 @@ class SingleSuiteEnv(VLAEnv):
         self.env_spec = spec
         self.render_mode = "rgb_array"
         side = spec.image_size
-        self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)})
+        self.observation_space = gymnasium.spaces.Dict(
+            {"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)}
+        )
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
 
     @property

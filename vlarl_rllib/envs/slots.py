@@ -12,7 +12,8 @@ from typing import Any, SupportsFloat
 import numpy as np
 
 from vlarl_rllib.envs.base import VLAEnv, check_action, check_observation, check_start, check_step
-from vlarl_rllib.registry import EnvSpec, make_env
+from vlarl_rllib.envs.registry import make_env
+from vlarl_rllib.types import EnvSpec
 
 
 @dataclass
@@ -43,7 +44,9 @@ class SlotTable:
         """By task: the slot whose state is in the environment."""
         self.render_seconds = 0.0
 
-    def reset(self, slot: int, task_id: int, initial_state: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(
+        self, slot: int, task_id: int, initial_state: int, seed: int
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Begin an episode; whatever the slot was playing ends.
 
         Raises:
@@ -63,13 +66,15 @@ class SlotTable:
         self.render_seconds = env.render_seconds
         return result
 
-    def step(self, slot: int, policy_action: np.ndarray) -> tuple[dict[str, np.ndarray], SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(
+        self, slot: int, policy_action: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], SupportsFloat, bool, bool, dict[str, Any]]:
         """One step of the slot's episode with an un-normalised policy action [7].
 
         Raises:
             RuntimeError: the slot has no episode, or its episode is over.
-            ValueError: the action is not 7 finite numbers, which the environment does not get to see then; or what it returns is not what
-                `VLAEnv` says.
+            ValueError: the action is not 7 finite numbers, which the environment does not get to see then; or what it
+                returns is not what `VLAEnv` says.
         """
         if slot not in self._episodes:
             raise RuntimeError(f"slot {slot} has no episode in progress; reset it first")
@@ -114,8 +119,10 @@ class SlotTable:
         idle = [task_id for task_id in self._envs if task_id not in playing]
         if not idle:
             raise RuntimeError(
-                f"task {wanted} needs a model more, but env.models_per_process is {self._max_models} and slots here are in "
-                f"the middle of episodes on task(s) {sorted(playing)}; raise env.models_per_process, or give the slot one of them"
+                f"task {wanted} needs a model more, but env.models_per_process is {self._max_models} and slots "
+                "here are in "
+                f"the middle of episodes on task(s) {sorted(playing)}; raise env.models_per_process, or give the "
+                "slot one of them"
             )
         self._envs.pop(idle[0]).close()
         self._loaded.pop(idle[0], None)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlarl_rllib.envs.single_suite import SingleSuiteEnv
-from vlarl_rllib.registry import EnvSpec
+from vlarl_rllib.types import EnvSpec
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 230), "yellow": (230, 220, 40)}
 """One task per colour."""
@@ -55,7 +55,9 @@ class SyntheticEnv(SingleSuiteEnv):
         """[7] float64: an action that succeeds now."""
         return np.array([*self._state.target, 0.0, 0.0, 0.0, 0.0, -1.0])
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start an episode; the first frame depends on task and initial state alone, later ones on the seed too."""
         super().reset(seed=seed)
         info = self._start(options)

@@ -1,8 +1,9 @@
-"""A light MuJoCo environment with LIBERO's interface: camera image, instruction, 7-DoF end-effector deltas, sparse success.
+"""A light MuJoCo environment with LIBERO's interface: camera image, instruction, 7-DoF end-effector deltas, sparse
+success.
 
-A floating two-finger gripper, two of three coloured objects and two coloured zones. The tasks touch, push, pick up or put down the object
-that the instruction names; the other object and the other zone are there to be left alone. Drawing in software takes most of a step
-(`python benchmarks/env.py --env tabletop --image-size 56`).
+A floating two-finger gripper, two of three coloured objects and two coloured zones. The tasks touch, push, pick up or
+put down the object that the instruction names; the other object and the other zone are there to be left alone. Drawing
+in software takes most of a step (`python benchmarks/env.py --env tabletop --image-size 56`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vlarl_rllib.envs.tabletop_model import (
     ZONES,
     tabletop_xml,
 )
-from vlarl_rllib.registry import EnvSpec
+from vlarl_rllib.types import EnvSpec
 
 POSITION_STEP, YAW_STEP = 0.04, 0.3
 """Metres and radians of a full action."""
@@ -47,7 +48,8 @@ SHADOW_COLOR = np.array([0.0, 0.0, 0.0, 0.4], dtype=np.float32)
 SHADOW_HEIGHT = 0.0012
 """Of the flat shapes above the table, in metres: above the zones too."""
 HORIZONS = {"touch": 7, "push": 24, "pick": 20, "put": 40}
-"""By verb, in steps. At full pace the scripted expert needs 1 to 5, 8 to 17, 7 to 14 and 15 to 26 (20 starts of one task each)."""
+"""By verb, in steps. At full pace the scripted expert needs 1 to 5, 8 to 17, 7 to 14 and 15 to 26 (20 starts of one
+task each)."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,10 @@ class TabletopSnapshot:
 class TabletopEnv(SingleSuiteEnv):
     """See the module.
 
-    An action is (dx, dy, dz, droll, dpitch, dyaw, gripper), each in [-1, 1]: up to `POSITION_STEP` towards the camera, to its right and
-    upwards, up to `YAW_STEP`, and -1 = open, +1 = close. The gripper always points down: roll and pitch have no effect. The frame
-    depends on task and initial state alone: nothing is drawn from the reset's seed. `spec.fast_render` has no meaning here.
+    An action is (dx, dy, dz, droll, dpitch, dyaw, gripper), each in [-1, 1]: up to `POSITION_STEP` towards the camera,
+    to its right and upwards, up to `YAW_STEP`, and -1 = open, +1 = close. The gripper always points down: roll and
+    pitch have no effect. The frame depends on task and initial state alone: nothing is drawn from the reset's seed.
+    `spec.fast_render` has no meaning here.
 
     Raises:
         RuntimeError: nothing can render on this machine.
@@ -142,13 +145,18 @@ class TabletopEnv(SingleSuiteEnv):
         self._camera = OffscreenCamera(self._model, CAMERA, spec.image_size * SUPERSAMPLING, fast=True)
         self._shadow_casters = [self._model.geom(name).id for name in SHADOW_CASTERS]
         light = self._model.light_dir[0]
-        self._onto_table = np.array([[1.0, 0.0, -light[0] / light[2]], [0.0, 1.0, -light[1] / light[2]], [0.0, 0.0, 1e-3]])
-        """[3, 3] moves a point along the light to the table; a thousandth of its height remains, for OpenGL inverts this to light a face."""
+        self._onto_table = np.array(
+            [[1.0, 0.0, -light[0] / light[2]], [0.0, 1.0, -light[1] / light[2]], [0.0, 0.0, 1e-3]]
+        )
+        """[3, 3] moves a point along the light to the table; a thousandth of its height remains, for OpenGL inverts
+        this to light a face."""
         self._object_geom = {name: self._model.geom(name).id for name in OBJECTS}
         self._gripper_geoms = tuple(self._model.geom(name).id for name in (*FINGER_JOINTS, "palm"))
         self._object_qpos = {name: int(self._model.joint(name).qposadr[0]) for name in OBJECTS}
         self._zone_mocap = {name: int(self._model.body(name).mocapid[0]) for name in ZONES}
-        self._gripper_qpos = np.array([int(self._model.joint(name).qposadr[0]) for name in (*ARM_JOINTS, *FINGER_JOINTS)])
+        self._gripper_qpos = np.array(
+            [int(self._model.joint(name).qposadr[0]) for name in (*ARM_JOINTS, *FINGER_JOINTS)]
+        )
         self._task_id, self._initial_state, self._num_steps, self._was_picked = 0, 0, 0, False
         self._frame: np.ndarray | None = None
 
@@ -172,10 +180,14 @@ class TabletopEnv(SingleSuiteEnv):
 
     def proprioception(self) -> np.ndarray:
         x, y, z, yaw, left, right = self._data.qpos[self._gripper_qpos]
-        down = np.pi * np.array([np.cos(yaw / 2.0), np.sin(yaw / 2.0), 0.0])  # half a turn about a level axis, then the yaw
+        down = np.pi * np.array(
+            [np.cos(yaw / 2.0), np.sin(yaw / 2.0), 0.0]
+        )  # half a turn about a level axis, then the yaw
         return np.array([x, y, z, *down, left, -right], dtype=np.float32)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start an episode; see `VLAEnv`.
 
         Raises:
@@ -198,7 +210,9 @@ class TabletopEnv(SingleSuiteEnv):
         control[3] = pose[3] + YAW_STEP * action[5]
         control[4:] = FINGER_TRAVEL * (1.0 - action[6]) / 2.0
         self._mujoco.mj_step(self._model, self._data, SUBSTEPS)
-        self._mujoco.mj_kinematics(self._model, self._data)  # positions after the last physics step, for distances and drawing
+        self._mujoco.mj_kinematics(
+            self._model, self._data
+        )  # positions after the last physics step, for distances and drawing
         self._num_steps += 1
         success = self._succeeded()
         truncated = self._num_steps >= self.max_steps and not success
@@ -223,7 +237,9 @@ class TabletopEnv(SingleSuiteEnv):
             position[2] += SHADOW_HEIGHT
             shape = self._onto_table @ self._data.geom_xmat[geom].reshape(3, 3)
             shadow = scene.geoms[scene.ngeom]
-            self._mujoco.mjv_initGeom(shadow, self._model.geom_type[geom], self._model.geom_size[geom], position, shape.ravel(), SHADOW_COLOR)
+            self._mujoco.mjv_initGeom(
+                shadow, self._model.geom_type[geom], self._model.geom_size[geom], position, shape.ravel(), SHADOW_COLOR
+            )
             shadow.specular = 0.0
             scene.ngeom += 1
 
@@ -249,18 +265,38 @@ class TabletopEnv(SingleSuiteEnv):
         return {"image": self._frame}
 
     def _place(self, task: Task, random: np.random.Generator) -> None:
-        """Objects in the middle, zones near the camera, the open gripper above the far side; the third object lies out of sight."""
+        """Objects in the middle, zones near the camera, the open gripper above the far side; the third object lies out
+        of sight."""
         distractor = str(random.choice([name for name in OBJECTS if name != task.target]))
         side = random.choice([-1.0, 1.0])
         for name, sign in ((task.target, side), (distractor, -side)):
             address = self._object_qpos[name]
             x, y = random.uniform(-0.07, 0.02), sign * random.uniform(0.06, 0.11)
             half_yaw = random.uniform(-0.3, 0.3) / 2.0
-            self._data.qpos[address : address + 7] = [x, y, OBJECT_HALF_HEIGHT, np.cos(half_yaw), 0.0, 0.0, np.sin(half_yaw)]
+            self._data.qpos[address : address + 7] = [
+                x,
+                y,
+                OBJECT_HALF_HEIGHT,
+                np.cos(half_yaw),
+                0.0,
+                0.0,
+                np.sin(half_yaw),
+            ]
         side = random.choice([-1.0, 1.0])
         for name, sign in zip(ZONES, (side, -side), strict=True):
-            self._data.mocap_pos[self._zone_mocap[name]] = [random.uniform(0.10, 0.13), sign * random.uniform(0.07, 0.10), 0.0]
-        gripper = [random.uniform(-0.14, -0.10), random.uniform(-0.06, 0.06), random.uniform(0.09, 0.13), 0.0, FINGER_TRAVEL, FINGER_TRAVEL]
+            self._data.mocap_pos[self._zone_mocap[name]] = [
+                random.uniform(0.10, 0.13),
+                sign * random.uniform(0.07, 0.10),
+                0.0,
+            ]
+        gripper = [
+            random.uniform(-0.14, -0.10),
+            random.uniform(-0.06, 0.06),
+            random.uniform(0.09, 0.13),
+            0.0,
+            FINGER_TRAVEL,
+            FINGER_TRAVEL,
+        ]
         self._data.qpos[self._gripper_qpos] = gripper
         self._data.ctrl[:] = gripper
 
@@ -283,7 +319,9 @@ class TabletopEnv(SingleSuiteEnv):
     def _touches(self, name: str) -> bool:
         """Whether the gripper is within `TOUCHING` of the object; it may have given it a push and stopped."""
         distance, geom = self._mujoco.mj_geomDistance, self._object_geom[name]
-        return any(distance(self._model, self._data, geom, part, TOUCHING, None) < TOUCHING for part in self._gripper_geoms)
+        return any(
+            distance(self._model, self._data, geom, part, TOUCHING, None) < TOUCHING for part in self._gripper_geoms
+        )
 
     def _object_position(self, name: str) -> np.ndarray:
         address = self._object_qpos[name]

@@ -1,6 +1,7 @@
 """The scene of `tabletop` as a MuJoCo model: a table, a floating two-finger gripper, three objects and two zones.
 
-Metres and radians. Seen by the camera, x points down (towards the viewer), y to the right; z is up and the table top is z = 0.
+Metres and radians. Seen by the camera, x points down (towards the viewer), y to the right; z is up and the table top is
+z = 0.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _SCENE = f"""<mujoco model="tabletop">
     <default class="gripper"><geom type="box" rgba="0.93 0.93 0.95 1" friction="1.5 0.05 0.001"/></default>
   </default>
   <worldbody>
-    <light directional="true" pos="0.3 -0.4 1" dir="-0.25 0.35 -1" diffuse="0.62 0.60 0.56" specular="0.2 0.2 0.2" castshadow="false"/>
+    <light directional="true" pos="0.3 -0.4 1" dir="-0.25 0.35 -1" diffuse="0.62 0.60 0.56" specular="0.2 0.2 0.2"
+      castshadow="false"/>
     <camera name="{CAMERA}" pos="0.46 0 0.60" xyaxes="0 1 0 -0.76 0 0.65" fovy="33"/>
     <geom name="table" type="plane" size="0 0 0.1" group="0" friction="0.4 0.02 0.001"/>
     <geom class="painted" type="box" size="0.30 0.34 0.02" pos="-0.02 0 -0.0201" rgba="0.42 0.40 0.37 1"/>
@@ -60,15 +62,18 @@ _SCENE = f"""<mujoco model="tabletop">
         <joint name="arm_z" type="slide" axis="0 0 1" damping="5"/>
         <joint name="arm_yaw" type="hinge" axis="0 0 1" damping="0.05"/>
         <geom class="gripper" name="palm" size="0.018 0.060 0.012" pos="0 0 0.068" mass="0.3"/>
-        <geom class="gripper" name="pole" type="cylinder" size="0.014 0.30" pos="0 0 0.38" mass="0.05" rgba="0.75 0.76 0.80 1"
+        <geom class="gripper" name="pole" type="cylinder" size="0.014 0.30" pos="0 0 0.38" mass="0.05"
+          rgba="0.75 0.76 0.80 1"
           contype="0" conaffinity="0"/>
         <body name="finger_left" gravcomp="1">
           <joint name="finger_left" type="slide" axis="0 -1 0" range="0 {FINGER_TRAVEL}" limited="true" damping="2"/>
-          <geom class="gripper" name="finger_left" size="0.011 0.006 0.034" pos="0 -0.006 0.024" mass="0.08" rgba="0.03 0.03 0.04 1"/>
+          <geom class="gripper" name="finger_left" size="0.011 0.006 0.034" pos="0 -0.006 0.024" mass="0.08"
+            rgba="0.03 0.03 0.04 1"/>
         </body>
         <body name="finger_right" gravcomp="1">
           <joint name="finger_right" type="slide" axis="0 1 0" range="0 {FINGER_TRAVEL}" limited="true" damping="2"/>
-          <geom class="gripper" name="finger_right" size="0.011 0.006 0.034" pos="0 0.006 0.024" mass="0.08" rgba="0.03 0.03 0.04 1"/>
+          <geom class="gripper" name="finger_right" size="0.011 0.006 0.034" pos="0 0.006 0.024" mass="0.08"
+            rgba="0.03 0.03 0.04 1"/>
         </body>
       </body>
     </body>
@@ -87,11 +92,12 @@ _SCENE = f"""<mujoco model="tabletop">
     <position joint="finger_right" kp="400" kv="12" forcerange="-6 6"/>
   </actuator>
 </mujoco>"""
-"""MJCF, but for the zones and the objects. The table is dark and the gripper bright: small models find a dark gripper on a bright table less well.
+"""MJCF, but for the zones and the objects. The table is dark and the gripper bright: small models find a dark gripper
+on a bright table less well.
 
-Software rendering pays for vertices more than for the pixels of a small frame. So shapes have few faces, and the floor is one square (the
-third number of a plane's size is the spacing of its grid). MuJoCo's shadow map would double the time of a frame; the light casts none, and
-`TabletopEnv` draws the shadows of `SHADOW_CASTERS` as flat shapes.
+Software rendering pays for vertices more than for the pixels of a small frame. So shapes have few faces, and the floor
+is one square (the third number of a plane's size is the spacing of its grid). MuJoCo's shadow map would double the time
+of a frame; the light casts none, and `TabletopEnv` draws the shadows of `SHADOW_CASTERS` as flat shapes.
 """
 
 
@@ -103,7 +109,8 @@ def tabletop_xml() -> str:
         for index, (name, (kind, size, color)) in enumerate(OBJECTS.items())
     )
     zones = "".join(
-        f'<body name="{name}" mocap="true"><geom class="painted" type="box" size="{ZONE_HALF_SIDE} {ZONE_HALF_SIDE} 0.0008" rgba="{color}"/></body>'
+        f'<body name="{name}" mocap="true"><geom class="painted" type="box" size="{ZONE_HALF_SIDE} '
+        f'{ZONE_HALF_SIDE} 0.0008" rgba="{color}"/></body>'
         for name, color in ZONES.items()
     )
     return _SCENE.format(zones=zones, objects=objects)

@@ -1,6 +1,6 @@
 """Slots in long-lived subprocesses, for a caller that waits for whichever is ready.
 
-    processes = SlotProcesses(EnvSpec(suite="libero_spatial"), slot_tasks=[0, 0, 1, 1], num_processes=2)
+    processes = SlotProcesses(EnvSpec(name="libero", suite="libero_spatial"), slot_tasks=[0, 0, 1, 1], num_processes=2)
     for slot, task in enumerate([0, 0, 1, 1]):
         processes.send_reset(slot, task, initial_state=0, seed=slot)
     while playing:
@@ -32,14 +32,16 @@ import numpy as np
 import psutil
 
 from vlarl_rllib.envs.messages import Reset, SlotEvent, Step, Stop, WorkerSetup, frame_bytes, map_frames
-from vlarl_rllib.interpreter import python_command, search_path
-from vlarl_rllib.registry import EnvSpec
+from vlarl_rllib.process.interpreter import python_command, search_path
+from vlarl_rllib.types import EnvSpec
 
 __all__ = ["SlotEvent", "SlotProcesses", "assign_slots"]
 
 CLOSE_GRACE_SECONDS = 5.0
 """How long subprocesses may take to finish their step and exit before they are killed."""
-_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+_THREADS = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
+)
 """One thread each (LP is Mesa's software rasteriser): parallelism comes from the number of subprocesses."""
 
 
@@ -110,13 +112,14 @@ class SlotProcesses:
                 received, alive = worker.receive()
                 if any(event.kind == "reset" for event in received):
                     self._deaths[index] = 0
-                # What a dead subprocess had still answered is not told: a caller that answers it would talk to the new one, which knows
-                # nothing of it, and then once more when it reads of the death.
+                # What a dead subprocess had still answered is not told: a caller that answers it would talk to the new
+                # one, which knows nothing of it, and then once more when it reads of the death.
                 events += [self._with_frame(event) for event in received] if alive else self._bury(index)
         return events
 
     def connections(self) -> list[Connection]:
-        """What to wait on (`multiprocessing.connection.wait`, selectors) for `poll` to have something; ask anew after it."""
+        """What to wait on (`multiprocessing.connection.wait`, selectors) for `poll` to have something; ask anew after
+        it."""
         return [worker.connection for worker in self._workers]
 
     def pids(self) -> list[int]:
@@ -136,14 +139,19 @@ class SlotProcesses:
         self._workers[self._worker_of_slot[slot]].process.kill()
 
     def recycle(self) -> list[int]:
-        """Replace the subprocesses that have done `max_resets` resets, so that what a simulator or driver leaks has an end.
+        """Replace the subprocesses that have done `max_resets` resets, so that what a simulator or driver leaks has an
+        end.
 
         Call it where no running episode matters: a command under way is never answered.
 
         Returns:
             The slots of the new subprocesses.
         """
-        worn = [index for index, worker in enumerate(self._workers) if self._max_resets and worker.num_resets >= self._max_resets]
+        worn = [
+            index
+            for index, worker in enumerate(self._workers)
+            if self._max_resets and worker.num_resets >= self._max_resets
+        ]
         for index in worn:
             self._workers[index].process.kill()
             self._workers[index].end(grace_seconds=CLOSE_GRACE_SECONDS)
@@ -213,7 +221,9 @@ class _Worker:
             command = python_command("-m", "vlarl_rllib.envs.worker", *map(str, fds), str(os.getpid()))
             environment = {**os.environ, **_THREADS, "PYTHONPATH": search_path()}
             environment.pop("CUDA_VISIBLE_DEVICES", None)  # robosuite would compare EGL's device number with it
-            started = _spawner().submit(subprocess.Popen, command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL)
+            started = _spawner().submit(
+                subprocess.Popen, command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL
+            )
             self.process = started.result()
         self.connection = Connection(ours.detach())
         self.send(setup)
@@ -272,7 +282,10 @@ def assign_slots(slot_tasks: Sequence[int], num_processes: int, models_per_proce
         ValueError: there are more distinct tasks than places.
     """
     if not slot_tasks or num_processes < 1 or models_per_process < 1:
-        raise ValueError(f"slots: {len(slot_tasks)}, processes: {num_processes}, models per process: {models_per_process}; each must be at least 1")
+        raise ValueError(
+            f"slots: {len(slot_tasks)}, processes: {num_processes}, models per process: {models_per_process}; "
+            "each must be at least 1"
+        )
     tasks = list(dict.fromkeys(slot_tasks))
     num_processes = min(num_processes, len(slot_tasks))
     if len(tasks) > num_processes * models_per_process:

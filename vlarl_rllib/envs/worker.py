@@ -68,7 +68,9 @@ def _serve(connection: Connection, frames_fd: int, setup: WorkerSetup) -> None:
     table.close()
 
 
-def _play(table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent]) -> tuple[dict[str, np.ndarray], SlotEvent]:
+def _play(
+    table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent]
+) -> tuple[dict[str, np.ndarray], SlotEvent]:
     """Run one command; the parent fills in the frame. `starts` keeps the facts of each slot's last reset."""
     slot = command.slot
     if isinstance(command, Reset):

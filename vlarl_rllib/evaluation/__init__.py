@@ -2,7 +2,8 @@
 
     from vlarl_rllib.evaluation import EvaluationRequest, evaluate_policy
 
-    result = evaluate_policy(EvaluationRequest("openvla/openvla-7b-finetuned-libero-spatial", suite="libero_spatial", gpus=1.0), "runs/eval")
+    policy = "openvla/openvla-7b-finetuned-libero-spatial"
+    result = evaluate_policy(EvaluationRequest(policy, suite="libero_spatial", gpus=1.0), "runs/eval")
     print(result.standard.success_rate, result.standard.interval)
 
 Importing this loads neither Ray nor torch.

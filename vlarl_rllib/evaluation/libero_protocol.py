@@ -1,9 +1,10 @@
 """What is asked of an evaluation: LIBERO's protocol, and the few things that may be varied.
 
-Protocol (openvla/openvla, `experiments/robot/libero/run_libero_eval.py`): each task of a suite from each of its 50 published initial
-states, trial i = state i; ten settle steps, then at most the suite's horizon of greedy steps; a trial counts as success once LIBERO's
-goal check holds. One difference: there the poses of fixtures come from one global random stream that runs through all episodes; here
-they are drawn from a seed of each episode, `derive_seed(seed, trial)`, so that an episode depends on nothing that was played before.
+Protocol (openvla/openvla, `experiments/robot/libero/run_libero_eval.py`): each task of a suite from each of its 50
+published initial states, trial i = state i; ten settle steps, then at most the suite's horizon of greedy steps; a trial
+counts as success once LIBERO's goal check holds. One difference: there the poses of fixtures come from one global
+random stream that runs through all episodes; here they are drawn from a seed of each episode, `derive_seed(seed,
+trial)`, so that an episode depends on nothing that was played before.
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vlarl_rllib import registry
-from vlarl_rllib.curriculum import Start, derive_seed
-from vlarl_rllib.export import TrainingCheckpoint, find_training_checkpoint, resolve_policy
-from vlarl_rllib.preflight import check_environment, check_model, count_gpus
-from vlarl_rllib.published import absolute_unless_name, is_model_name
-from vlarl_rllib.registry import EnvSpec
-from vlarl_rllib.settings import LIBERO_TASKS, Settings, SettingsError, default_statistics
-from vlarl_rllib.surroundings import check_ray, cluster_address
+from vlarl_rllib.envs import registry
+from vlarl_rllib.process.surroundings import check_ray, cluster_address
+from vlarl_rllib.runs.export import TrainingCheckpoint, find_training_checkpoint, resolve_policy
+from vlarl_rllib.runs.preflight import check_environment, check_model, count_gpus
+from vlarl_rllib.settings import Settings, SettingsError
+from vlarl_rllib.settings.published import absolute_unless_name, is_model_name
+from vlarl_rllib.types import EnvSpec, Start, derive_seed
 
-ENGINES = ("vllm", "hf")
+ENGINES = ("vllm", "torch")
 DTYPES = ("float32", "bfloat16")
 DEFAULT_SUITE = "libero_spatial"
 """Stands in where the environment has no suites."""
@@ -51,11 +51,12 @@ class EvaluationRequest:
     max_steps: int | None = None
     """Policy steps after which an episode is cut off; None = the suite's horizon."""
     unnorm_key: str | None = None
-    """Action statistics of the checkpoint; None = those that the run trained with, else the suite's or environment's."""
+    """Action statistics of the checkpoint; None = those that the run trained with, else the suite's or environment's.
+    """
     center_crop: bool = True
     fast_render: bool = False
     engine: str = "vllm"
-    """vllm, or hf: in each runner's process."""
+    """vllm, or torch: in each runner's process."""
     dtype: str | None = None
     """float32 or bfloat16; None = bfloat16 on a GPU, float32 on a CPU."""
     gpus: float = 0.0
@@ -76,7 +77,11 @@ class EvaluationRequest:
 
     @property
     def task_ids(self) -> list[int]:
-        return list(range(registry.num_tasks(self.env_spec.suite, name=self.env))) if self.tasks is None else list(self.tasks)
+        return (
+            list(range(registry.num_tasks(self.env_spec.suite, name=self.env)))
+            if self.tasks is None
+            else list(self.tasks)
+        )
 
     @property
     def statistics(self) -> str:
@@ -84,7 +89,7 @@ class EvaluationRequest:
         if self.unnorm_key:
             return self.unnorm_key
         trained = _find_training_checkpoint(self.checkpoint)
-        return trained.settings.unnorm_key if trained else default_statistics(self.env, self.env_spec.suite)
+        return trained.settings.unnorm_key if trained else registry.default_statistics(self.env, self.env_spec.suite)
 
     @property
     def compute_type(self) -> str:
@@ -94,15 +99,23 @@ class EvaluationRequest:
     @cached_property
     def policy_path(self) -> str:
         """What the engines load. A run or training checkpoint is exported here, once, with torch."""
-        return resolve_policy(self.checkpoint) if _find_training_checkpoint(self.checkpoint) else absolute_unless_name(self.checkpoint)
+        return (
+            resolve_policy(self.checkpoint)
+            if _find_training_checkpoint(self.checkpoint)
+            else absolute_unless_name(self.checkpoint)
+        )
 
     def starts(self) -> list[Start]:
         """Every episode of the evaluation, once."""
-        return [Start(task, trial, derive_seed(self.seed, trial)) for task in self.task_ids for trial in range(self.trials)]
+        return [
+            Start(task, trial, derive_seed(self.seed, trial)) for task in self.task_ids for trial in range(self.trials)
+        ]
 
     def held_out(self) -> dict[int, frozenset[int]]:
         """By task, the initial states that no training of this package uses."""
-        return {task: frozenset(registry.training_and_held_out_states(self.env_spec, task)[1]) for task in self.task_ids}
+        return {
+            task: frozenset(registry.training_and_held_out_states(self.env_spec, task)[1]) for task in self.task_ids
+        }
 
     def instructions(self) -> dict[int, str]:
         all_of_suite = registry.task_instructions(self.env_spec.suite, name=self.env)
@@ -155,7 +168,12 @@ class EvaluationRequest:
         tasks = list(dict.fromkeys(start.task_id for start in starts))
         return Settings.from_dict(
             {
-                "model": {"path": self.policy_path, "unnorm_key": self.statistics, "center_crop": self.center_crop, "dtype": self.compute_type},
+                "model": {
+                    "path": self.policy_path,
+                    "unnorm_key": self.statistics,
+                    "center_crop": self.center_crop,
+                    "dtype": self.compute_type,
+                },
                 "env": {
                     "name": self.env,
                     "suite": self.env_spec.suite,
@@ -166,7 +184,11 @@ class EvaluationRequest:
                     "max_steps": self.max_steps,
                     "fast_render": self.fast_render,
                 },
-                "rollout": {"num_runners": self.num_runners, "steps_per_iteration": 1, "timeout_seconds": RUNNER_TIMEOUT_SECONDS},
+                "rollout": {
+                    "num_runners": self.num_runners,
+                    "steps_per_iteration": 1,
+                    "timeout_seconds": RUNNER_TIMEOUT_SECONDS,
+                },
                 "engines": {
                     "num": self.num_engines if self.engine == "vllm" else 0,
                     "gpus": self.gpus,
@@ -205,8 +227,8 @@ class EvaluationRequest:
                 raise SettingsError(f"--suite: {self.suite!r} means nothing to --env {self.env}; leave it out")
             return
         if self.suite is None:
-            raise SettingsError(f"--suite: missing; choose one of {', '.join(LIBERO_TASKS)}")
-        _check_choice("--suite", self.suite, LIBERO_TASKS)
+            raise SettingsError(f"--suite: missing; choose one of {', '.join(registry.suites(self.env))}")
+        _check_choice("--suite", self.suite, registry.suites(self.env))
 
     def _check_starts(self) -> None:
         where = self.suite or self.env
@@ -220,7 +242,9 @@ class EvaluationRequest:
             raise SettingsError(f"--tasks: {','.join(map(str, self.task_ids))} names a task twice; name each once")
         states = min(registry.num_initial_states(self.env_spec.suite, task, name=self.env) for task in self.task_ids)
         if not 1 <= self.trials <= states:
-            raise SettingsError(f"--trials: {self.trials} must be between 1 and {states}, the initial states of each task of {where}")
+            raise SettingsError(
+                f"--trials: {self.trials} must be between 1 and {states}, the initial states of each task of {where}"
+            )
 
     def _check_sizes(self) -> None:
         if self.seed < 0:
@@ -232,14 +256,21 @@ class EvaluationRequest:
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')}: {value} must be at least 1")
         if self.num_envs and self.num_processes and self.num_processes > self.num_envs:
-            raise SettingsError(f"--num-processes: {self.num_processes} is more than --num-envs {self.num_envs}; use at most one process per slot")
-        if self.engine == "hf" and (self.gpus or self.num_engines != 1):
-            raise SettingsError("--engine: hf samples on the CPU inside each runner; leave out --gpus and --num-engines, or use vllm")
+            raise SettingsError(
+                f"--num-processes: {self.num_processes} is more than --num-envs {self.num_envs}; use at most one "
+                "process per slot"
+            )
+        if self.engine == "torch" and (self.gpus or self.num_engines != 1):
+            raise SettingsError(
+                "--engine: torch samples on the CPU inside each runner; leave out --gpus and --num-engines, or use vllm"
+            )
         if self.gpus < 0 or self.gpus > 8:
             raise SettingsError(f"--gpus: {self.gpus:g} must be between 0 and 8 for each engine")
         total = self.num_engines * self.gpus
         if total and not cluster_address() and not count_gpus():
-            raise SettingsError(f"--gpus: {total:g} GPU(s) are needed but this machine shows none; use --gpus 0 to run on the CPU")
+            raise SettingsError(
+                f"--gpus: {total:g} GPU(s) are needed but this machine shows none; use --gpus 0 to run on the CPU"
+            )
 
 
 def _check_choice(option: str, value: str, choices: Collection[str]) -> None:
@@ -260,7 +291,8 @@ def _find_training_checkpoint(checkpoint: str) -> TrainingCheckpoint | None:
 
 
 def _fingerprint(directory: Path) -> str:
-    """Changes when a file of the checkpoint is written anew: names, sizes and times, since reading 15 GB would take a minute."""
+    """Changes when a file of the checkpoint is written anew: names, sizes and times, since reading 15 GB would take a
+    minute."""
     files = sorted(file for pattern in ("*.safetensors", "*.json") for file in directory.glob(pattern))
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlarl_rllib.lost_output import LOST
-from vlarl_rllib.own_files import own_file, own_folder, replace_file
-from vlarl_rllib.run_directory import claimed, installed_versions
+from vlarl_rllib.process.lost_output import LOST
+from vlarl_rllib.process.own_files import own_file, own_folder, replace_file
+from vlarl_rllib.runs.directory import claimed, installed_versions
 from vlarl_rllib.settings import SettingsError
 
 if TYPE_CHECKING:
-    from vlarl_rllib.rollout.players import EpisodeResult
+    from vlarl_rllib.types import EpisodeResult
 
 QUESTION_FILE = "evaluation.json"
 EPISODES_FILE = "episodes.jsonl"
@@ -56,7 +56,12 @@ class EvaluationDirectory:
         """
         lines = ""
         for result in results:
-            episode = {"task": result.task_id, "trial": result.initial_state, "success": result.success, "steps": result.length}
+            episode = {
+                "task": result.task_id,
+                "trial": result.initial_state,
+                "success": result.success,
+                "steps": result.length,
+            }
             if result.video is not None:
                 self._keep_video(episode, result.video)
             self.episodes.append(episode)
@@ -92,13 +97,16 @@ class EvaluationDirectory:
         if file is None:
             if others := sorted(path.name for path in self.path.iterdir() if not path.name.startswith(".")):
                 raise SettingsError(f"--out: {self.path} holds other things ({others[0]}, ...); give a new directory")
-            replace_file(self.path / QUESTION_FILE, json.dumps({**self.question, "versions": versions}, indent=2) + "\n")
+            replace_file(
+                self.path / QUESTION_FILE, json.dumps({**self.question, "versions": versions}, indent=2) + "\n"
+            )
             return
         before = _read_question(file)
         for key, value in self.question.items():
             if before.get(key) != value:
                 raise SettingsError(
-                    f"--out: {self.path} holds another evaluation, whose {key} is {json.dumps(before.get(key))} and not {json.dumps(value)}; "
+                    f"--out: {self.path} holds another evaluation, whose {key} is {json.dumps(before.get(key))} "
+                    f"and not {json.dumps(value)}; "
                     "give another directory, or ask the same again"
                 )
         if before["versions"] != versions:
@@ -125,7 +133,11 @@ class EvaluationDirectory:
         kinds = {"task": int, "trial": int, "success": bool, "steps": int}
         if not isinstance(episode, dict) or any(type(episode.get(key)) is not kind for key, kind in kinds.items()):
             return False
-        return episode["task"] in self.question["tasks"] and 0 <= episode["trial"] < self.question["trials"] and episode["steps"] >= 0
+        return (
+            episode["task"] in self.question["tasks"]
+            and 0 <= episode["trial"] < self.question["trials"]
+            and episode["steps"] >= 0
+        )
 
     def _mend(self) -> None:
         """Write the file anew, so that what is added does not end up on half a line."""
@@ -137,7 +149,9 @@ def _read_question(file: Path) -> dict[str, Any]:
     try:
         question = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise SettingsError(f"--out: {file} cannot be read ({type(error).__name__}: {error}); give a new directory") from None
+        raise SettingsError(
+            f"--out: {file} cannot be read ({type(error).__name__}: {error}); give a new directory"
+        ) from None
     versions = question.get("versions") if isinstance(question, dict) else None
     if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
         raise SettingsError(f"--out: {file} is not what an evaluation writes; give a new directory")

@@ -1,4 +1,5 @@
-"""From finished episodes to success rates: the numbers, and results.json, results.csv, report.md and the terminal's table."""
+"""From finished episodes to success rates: the numbers, and results.json, results.csv, report.md and the terminal's
+table."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vlarl_rllib.own_files import replace_file
+from vlarl_rllib.process.own_files import replace_file
 
 Z_95 = 1.959963984540054
 """Quantile of the standard normal distribution that leaves 2.5 % above."""
@@ -57,13 +58,22 @@ class SuccessCount:
 
     def to_dict(self) -> dict[str, Any]:
         low, high = self.interval or (None, None)
-        return {"episodes": self.episodes, "successes": self.successes, "success_rate": self.success_rate, "low": low, "high": high}
+        return {
+            "episodes": self.episodes,
+            "successes": self.successes,
+            "success_rate": self.success_rate,
+            "low": low,
+            "high": high,
+        }
 
     def __str__(self) -> str:
         if self.interval is None:
             return "-"
         low, high = self.interval
-        return f"{100 * self.successes / self.episodes:.1f} % [{100 * low:.1f}, {100 * high:.1f}] {self.successes}/{self.episodes}"
+        return (
+            f"{100 * self.successes / self.episodes:.1f} % [{100 * low:.1f}, {100 * high:.1f}] "
+            f"{self.successes}/{self.episodes}"
+        )
 
 
 @dataclass(frozen=True)
@@ -178,7 +188,9 @@ def to_csv(result: EvaluationResult) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = ("episodes", "successes", "success_rate", "low", "high")
-    writer.writerow(["task", "instruction", *(f"{group}_{column}" for group in GROUPS for column in columns), "mean_steps"])
+    writer.writerow(
+        ["task", "instruction", *(f"{group}_{column}" for group in GROUPS for column in columns), "mean_steps"]
+    )
     for task in (*result.tasks, result.overall):
         counts = [count.to_dict()[column] for count in (task.standard, task.held_out) for column in columns]
         name = "all" if task.task_id is None else task.task_id
@@ -196,10 +208,13 @@ def to_markdown(result: EvaluationResult) -> str:
     lines += [] if result.complete else ["", INCOMPLETE]
     lines += [
         "",
-        "Success rate [95 % Wilson interval] successes/episodes. Held-out starts are those that no training of vlarl_rllib uses, the last"
+        "Success rate [95 % Wilson interval] successes/episodes. Held-out starts are those that no training of "
+        "vlarl_rllib uses, the last"
         " fifth of each task's initial states. One greedy episode from each start.",
         "",
-        f"Not the published protocol: {'; '.join(result.deviations)}." if result.deviations else "The published protocol.",
+        f"Not the published protocol: {'; '.join(result.deviations)}."
+        if result.deviations
+        else "The published protocol.",
         "",
         "| what was asked | |",
         "|---|---|",

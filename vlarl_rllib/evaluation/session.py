@@ -1,4 +1,5 @@
-"""One evaluation from the question to the report: `evaluate_policy` for programs, `run_evaluation` for the command line."""
+"""One evaluation from the question to the report: `evaluate_policy` for programs, `run_evaluation` for the command
+line."""
 
 from __future__ import annotations
 
@@ -12,24 +13,27 @@ from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlarl_rllib.console import make_console, pasted
 from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
 from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
 from vlarl_rllib.evaluation.report import INCOMPLETE, EvaluationResult, summarize, to_table, write_reports
-from vlarl_rllib.lost_output import KEEP_TRYING_SECONDS, keep_trying
+from vlarl_rllib.process.console import make_console, pasted
+from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, keep_trying
+from vlarl_rllib.process.signals import END
 from vlarl_rllib.settings import SettingsError
-from vlarl_rllib.signals import END
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vlarl_rllib.curriculum import Start
     from vlarl_rllib.rollout.evaluation import EvaluationRound
+    from vlarl_rllib.types import Start
 
 logger = logging.getLogger(__name__)
 
 ROUND_SECONDS = 5.0
-"""After so long runners return what is finished. It is what Ctrl-C waits for and a kill costs; to end and begin a round takes some 0.02 s."""
+"""After so long runners return what is finished.
+
+It is what Ctrl-C waits for and a kill costs; to end and begin a round takes some 0.02 s.
+"""
 LINE_SECONDS = 30.0
 """Between two lines of progress where there is no terminal."""
 SPEED_WINDOW_SECONDS = 600.0
@@ -57,7 +61,8 @@ class Watch:
 
 
 def evaluate_policy(request: EvaluationRequest, out: str | Path) -> EvaluationResult:
-    """Evaluate a policy, or go on with the evaluation that is in `out`; uses a running Ray, else starts one and ends it.
+    """Evaluate a policy, or go on with the evaluation that is in `out`; uses a running Ray, else starts one and ends
+    it.
 
     Raises:
         SettingsError: a mistake in the request, or `out` holds something else.
@@ -82,7 +87,9 @@ def run_evaluation(request: EvaluationRequest, out: Path) -> int:
         before = f", {len(directory.episodes)} of them played before" if directory.episodes else ""
         console.print(f"evaluation directory {where}: {watch.total} episodes{before}")
         if directory.versions_before:
-            console.print(f"versions have changed since it began: {_changes(directory.versions_before)}", style="yellow")
+            console.print(
+                f"versions have changed since it began: {_changes(directory.versions_before)}", style="yellow"
+            )
         try:
             result = _evaluate(request, directory, watch)
         except KeyboardInterrupt:
@@ -93,14 +100,19 @@ def run_evaluation(request: EvaluationRequest, out: Path) -> int:
             from vlarl_rllib.errors import one_line
 
             console.print(f"the evaluation failed: {one_line(error)}", style="red")
-            console.print(f"{len(directory.episodes)} of {watch.total} episodes are kept; the same command goes on from there")
+            console.print(
+                f"{len(directory.episodes)} of {watch.total} episodes are kept; the same command goes on from there"
+            )
             return 1
     if result.episodes:
         console.print(to_table(result))
     if not result.complete:
         if result.episodes:
             console.print(INCOMPLETE, style="yellow")
-        console.print(f"stopped; the same command with --out {where} plays the other {result.num_planned - len(result.episodes)} episodes")
+        console.print(
+            f"stopped; the same command with --out {where} plays the other "
+            f"{result.num_planned - len(result.episodes)} episodes"
+        )
         return END.code
     if result.deviations:
         console.print(f"not the published protocol: {'; '.join(result.deviations)}", style="dim")
@@ -122,7 +134,7 @@ def _evaluate(request: EvaluationRequest, directory: EvaluationDirectory, watch:
 
 def _play(request: EvaluationRequest, directory: EvaluationDirectory, starts: list[Start], watch: Watch) -> None:
     from vlarl_rllib.evaluation.workers import evaluation_plan, start_workers
-    from vlarl_rllib.ray_session import ray_session
+    from vlarl_rllib.runs.ray_session import ray_session
 
     settings = request.settings(starts)
     record = _to_record(request, starts)
@@ -149,7 +161,9 @@ def _to_record(request: EvaluationRequest, starts: list[Start]) -> frozenset[Sta
 
 
 def _report(request: EvaluationRequest, directory: EvaluationDirectory) -> EvaluationResult:
-    result = summarize(directory.question, directory.episodes, request.instructions(), request.held_out(), request.deviations())
+    result = summarize(
+        directory.question, directory.episodes, request.instructions(), request.held_out(), request.deviations()
+    )
 
     def write() -> None:
         directory.write()
@@ -161,14 +175,19 @@ def _report(request: EvaluationRequest, directory: EvaluationDirectory) -> Evalu
 
 
 def _changes(before: dict[str, str]) -> str:
-    from vlarl_rllib.run_directory import installed_versions
+    from vlarl_rllib.runs.directory import installed_versions
 
     now = installed_versions()
-    return ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in {**before, **now} if before.get(name) != now.get(name))
+    return ", ".join(
+        f"{name} {before.get(name)} -> {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    )
 
 
 class _Terminal(Watch):
-    """A progress bar, or lines where there is no terminal; the first Ctrl-C or SIGTERM ends the evaluation after the round."""
+    """A progress bar, or lines where there is no terminal; the first Ctrl-C or SIGTERM ends the evaluation after the
+    round."""
 
     def __init__(self, console: Console, directory: EvaluationDirectory, total: int) -> None:
         self.total = total
@@ -176,15 +195,27 @@ class _Terminal(Watch):
         self._known = len(directory.episodes)
         self._steps, self._began, self._said = 0, 0.0, 0.0
         self._faults: Counter[str] = Counter()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rates]}"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=SPEED_WINDOW_SECONDS
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=SPEED_WINDOW_SECONDS,
         )
         self._bar = self._progress.add_task("starting", total=total, completed=self._known, rates="")
         self._polled = ExitStack()
 
     def __enter__(self) -> Self:
-        logging.getLogger("ray.rllib").setLevel(logging.CRITICAL)  # it shows each death as a traceback; what was mended is told at the end
+        logging.getLogger("ray.rllib").setLevel(
+            logging.CRITICAL
+        )  # it shows each death as a traceback; what was mended is told at the end
         self._progress.start()
         return self
 
@@ -201,7 +232,11 @@ class _Terminal(Watch):
         self._steps += played.num_steps
         self._faults["env_deaths"] += played.env_deaths
         episodes = self._directory.episodes
-        rate = f"{100 * sum(episode['success'] for episode in episodes) / len(episodes):.1f} % success so far  " if episodes else ""
+        rate = (
+            f"{100 * sum(episode['success'] for episode in episodes) / len(episodes):.1f} % success so far  "
+            if episodes
+            else ""
+        )
         rates = f"{rate}{self._steps / (time.monotonic() - self._began):.1f} steps/s"
         self._progress.update(self._bar, completed=len(episodes), rates=rates)
         if not self._console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:
@@ -213,7 +248,11 @@ class _Terminal(Watch):
         self._faults.update(restarts)
         seconds, played = time.monotonic() - self._began, len(self._directory.episodes) - self._known
         faults = "".join(f", {name} {count}" for name, count in self._faults.items() if count)
-        self._console.print(f"{played} episodes, {self._steps} steps in {seconds:.1f} s, {self._steps / seconds:.1f} steps/s{faults}")
+        self._console.print(
+            f"{played} episodes, {self._steps} steps in {seconds:.1f} s, {self._steps / seconds:.1f} steps/s{faults}"
+        )
 
     def _notice(self, name: str) -> None:
-        self._console.print(f"{name}: ending within {ROUND_SECONDS:g} s, finished episodes are kept; once more to end at once")
+        self._console.print(
+            f"{name}: ending within {ROUND_SECONDS:g} s, finished episodes are kept; once more to end at once"
+        )

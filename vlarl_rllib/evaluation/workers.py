@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from vlarl_rllib.config import VLAPPOConfig
-from vlarl_rllib.coordination import LoadedWeights, RunnerCalls
 from vlarl_rllib.engines.pool import EnginePool
+from vlarl_rllib.rllib_compat import make_runner_group, runner_actors
+from vlarl_rllib.rollout.runner_pool import RunnerCalls
 from vlarl_rllib.settings import RuntimeArgs, Settings, calculate_runtime_args
+from vlarl_rllib.weights.sync import LoadedWeights
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,10 @@ class Workers:
 
     def restarts(self) -> dict[str, int]:
         """How often a runner or an engine was replaced."""
-        return {"runner_restarts": self.calls.num_restarts, "engine_restarts": self.pool.num_restarts if self.pool else 0}
-
-
-class _Runners(EnvRunnerGroup):
-    """Gives each runner its config by value: one that lies in the object store may be gone when Ray starts the runner anew."""
-
-    def _make_worker(self, *, config: Any, **kwargs: Any) -> Any:
-        return super()._make_worker(config=self._remote_config, **kwargs)
+        return {
+            "runner_restarts": self.calls.num_restarts,
+            "engine_restarts": self.pool.num_restarts if self.pool else 0,
+        }
 
 
 def evaluation_plan(settings: Settings) -> RuntimeArgs:
@@ -58,8 +55,13 @@ def start_workers(settings: Settings) -> Iterator[Workers]:
     runners: EnvRunnerGroup | None = None
     try:
         if engines.num:
-            pool = EnginePool(config.engine_spec(), engines.num, actor_options=options, start_timeout_seconds=engines.start_timeout_seconds)
-        runners = _Runners(config=config, local_env_runner=False)
+            pool = EnginePool(
+                config.engine_spec(),
+                engines.num,
+                actor_options=options,
+                start_timeout_seconds=engines.start_timeout_seconds,
+            )
+        runners = make_runner_group(config)
         if pool is not None:
             pool.wait_until_ready()
         calls = RunnerCalls(
@@ -72,7 +74,7 @@ def start_workers(settings: Settings) -> Iterator[Workers]:
         yield Workers(calls, pool)
     finally:
         if runners is not None:
-            for actor in runners._worker_manager.actors().values():  # `stop` would wait for calls under way
+            for actor in runner_actors(runners).values():  # `stop` would wait for calls under way
                 ray.kill(actor, no_restart=True)
         if pool is not None:
             pool.shutdown()

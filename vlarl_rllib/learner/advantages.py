@@ -1,6 +1,6 @@
 """From a rollout's rewards and values to what the update learns from.
 
-N = steps, K = frames behind the last step of a chunk that goes on, C = chunks, T = longest chunk.
+N = steps, K = frames behind the last step of a fragment that goes on, C = fragments, T = longest fragment.
 """
 
 from __future__ import annotations
@@ -22,22 +22,29 @@ def advantages_and_targets(batch: RolloutBatch, values: Tensor, settings: Settin
         values: [N+K] of all frames, before the first optimiser step.
     """
     training = settings.training
-    bootstrap = torch.zeros(len(batch.chunk_terminated))
-    alive = batch.chunk_bootstrap >= 0
-    bootstrap[alive] = values[batch.chunk_bootstrap[alive]]
+    bootstrap = torch.zeros(len(batch.fragment_terminated))
+    alive = batch.fragment_bootstrap >= 0
+    bootstrap[alive] = values[batch.fragment_bootstrap[alive]]
     ones = batch.rows(torch.ones(batch.num_steps)).bool()
     rewards = batch.rows(fsdp.whiten(batch.rewards) if training.whiten_rewards else batch.rewards)
     rows = batch.rows(values[: batch.num_steps])
-    terminated, truncated = ones & torch.from_numpy(batch.chunk_terminated)[:, None] & _is_last(ones), torch.zeros_like(ones)
+    terminated, truncated = (
+        ones & torch.from_numpy(batch.fragment_terminated)[:, None] & _is_last(ones),
+        torch.zeros_like(ones),
+    )
     behind = bootstrap[:, None].expand(ones.shape)
     if weight := settings.rewards.value_shaping:
-        rewards = shaped_rewards(rewards, rows, next_values(rows, terminated, truncated, behind, ones), training.gamma, weight)
-    of_critic, value_targets = gae(rewards, rows, terminated, truncated, behind, training.gamma, training.gae_lambda, ones)
+        rewards = shaped_rewards(
+            rewards, rows, next_values(rows, terminated, truncated, behind, ones), training.gamma, weight
+        )
+    of_critic, value_targets = gae(
+        rewards, rows, terminated, truncated, behind, training.gamma, training.gae_lambda, ones
+    )
     if training.advantages == "gae":
         advantages = batch.flat(of_critic)
     else:
-        groups = torch.from_numpy(batch.chunk_contribution)
-        advantages = group_advantages(rewards.sum(1), groups, training.advantages)[batch.chunk]
+        groups = torch.from_numpy(batch.fragment_contribution)
+        advantages = group_advantages(rewards.sum(1), groups, training.advantages)[batch.fragment]
     return advantages, batch.flat(value_targets)
 
 

@@ -1,4 +1,5 @@
-"""Sharded checkpoints of the learners' state (torch distributed checkpoint): every rank writes its shards, any number of ranks reads them."""
+"""Sharded checkpoints of the learners' state (torch distributed checkpoint): every rank writes its shards, any number
+of ranks reads them."""
 
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 STEPPED_FILE = "stepped.json"
-"""Which optimisers had stepped. torch's state-dict functions initialise an optimiser's state with a dummy step and leave step = 1
-behind, which would shift Adam's bias correction after a resume; so an optimiser without state is not saved, and loads as one that has none."""
+"""Which optimisers had stepped. torch's state-dict functions initialise an optimiser's state with a dummy step and
+leave step = 1 behind, which would shift Adam's bias correction after a resume; so an optimiser without state is not
+saved, and loads as one that has none."""
 
 
 METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -33,11 +36,13 @@ METADATA_CLASSES = {
     "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     "pathlib": {"Path", "PosixPath"},
 }  # fmt: skip
-"""All that the pickle `.metadata` of a checkpoint names; torch would import and call whatever else it named (2.11 to 2.13)."""
+"""All that the pickle `.metadata` of a checkpoint names; torch would import and call whatever else it named (2.11 to
+2.13)."""
 
 
 def save_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """Write model and optimisers into `directory`, which every rank must see. Collective; complete when all ranks have returned.
+    """Write model and optimisers into `directory`, which every rank must see. Collective; complete when all ranks have
+    returned.
 
     Raises:
         OSError: where a rank could not write; raised on every rank.
@@ -53,7 +58,8 @@ def save_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
 
 
 def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """Read what `save_sharded` wrote, also into another number of ranks: weights and moments. Learning rates and the like stay as they are.
+    """Read what `save_sharded` wrote, also into another number of ranks: weights and moments. Learning rates and the
+    like stay as they are.
 
     Collective.
 
@@ -63,7 +69,9 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
         OSError: where it is damaged, or of another model; raised on every rank.
     """
     if not (directory / STEPPED_FILE).is_file():
-        raise FileNotFoundError(f"{directory}: no complete checkpoint here ({STEPPED_FILE} is missing); give an older one")
+        raise FileNotFoundError(
+            f"{directory}: no complete checkpoint here ({STEPPED_FILE} is missing); give an older one"
+        )
     stepped = json.loads((directory / STEPPED_FILE).read_text())
     state = _state(model, optimizers, stepped)
     try:
@@ -73,7 +81,9 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
         raise OSError(f"{directory}: {_first_failure(error)}") from None
     for name, optimizer in optimizers.items():
         if name in stepped:
-            settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+            settings = [
+                {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+            ]
             set_optimizer_state_dict(model, optimizer, state[name])
             for group, own in zip(optimizer.param_groups, settings, strict=True):
                 group.update(own)  # learning rate, weight decay and the like are the new run's
@@ -82,7 +92,8 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
 
 
 def load_trained(directory: Path, model: nn.Module) -> None:
-    """Read the trained parameters that `model`, which is not sharded, has in common with a checkpoint. Needs no process group.
+    """Read the trained parameters that `model`, which is not sharded, has in common with a checkpoint. Needs no process
+    group.
 
     Raises:
         ValueError: where the checkpoint holds something that torch does not write.
@@ -104,7 +115,8 @@ def _state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], stepp
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """By name, on the parameters' own memory, so that `dcp.load` fills the model.
 
-    torch's `get_model_state_dict` fails on bitsandbytes' 8-bit layers: their state dict has entries (SCB) that are no attributes.
+    torch's `get_model_state_dict` fails on bitsandbytes' 8-bit layers: their state dict has entries (SCB) that are no
+    attributes.
     """
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -126,7 +138,9 @@ class _SafePlanner(dcp.DefaultLoadPlanner):
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in METADATA_CLASSES.get(module, ()):
-            raise ValueError(f"the checkpoint names {module}.{name}, which torch's checkpoints have no use for; do not trust it")
+            raise ValueError(
+                f"the checkpoint names {module}.{name}, which torch's checkpoints have no use for; do not trust it"
+            )
         return super().find_class(module, name)
 
 

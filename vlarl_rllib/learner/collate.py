@@ -1,7 +1,7 @@
 """From episodes to tensors, and which steps make up each minibatch on each rank.
 
-Letters: N = steps of a rank, K = its bootstrap frames, C = its chunks (a chunk is an uninterrupted piece of one episode),
-T = longest chunk, A = action tokens, S = image side.
+Letters: N = steps of a rank, K = its bootstrap frames, C = its fragments (a fragment is an uninterrupted piece of one
+episode), T = longest fragment, A = action tokens, S = image side.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlarl_rllib.types import INSTRUCTION_KEY, LOG_PROBS_KEY
+
 if TYPE_CHECKING:
     from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-
-INSTRUCTION_KEY = "instruction"
-"""Where a rollout keeps the task's instruction in `episode.custom_data`."""
-LOG_PROBS_KEY = "token_log_probs"
-"""Extra model output [A]: the sampler's log-probabilities of the action tokens."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class RolloutBatch:
     """All steps that one rank owns, in host memory; images stay uint8."""
 
     frames: np.ndarray
-    """[N+K, S, S, 3] uint8: the frame of each step, then the frame behind each chunk that did not terminate."""
+    """[N+K, S, S, 3] uint8: the frame of each step, then the frame behind each fragment that did not terminate."""
     frame_prompt: np.ndarray
     """[N+K] int64 index into `prompts`."""
     prompts: list[list[int]]
@@ -40,16 +37,16 @@ class RolloutBatch:
     """[N, A] float32"""
     rewards: Tensor
     """[N] float32"""
-    chunk: np.ndarray
-    """[N] int64: the chunk of each step."""
+    fragment: np.ndarray
+    """[N] int64: the fragment of each step."""
     column: np.ndarray
-    """[N] int64: the place of each step in its chunk."""
-    chunk_contribution: np.ndarray
-    """[C] int64: the contribution that each chunk came in."""
-    chunk_terminated: np.ndarray
+    """[N] int64: the place of each step in its fragment."""
+    fragment_contribution: np.ndarray
+    """[C] int64: the contribution that each fragment came in."""
+    fragment_terminated: np.ndarray
     """[C] bool"""
-    chunk_bootstrap: np.ndarray
-    """[C] int64: index into `frames` of the frame behind the chunk; -1 after termination."""
+    fragment_bootstrap: np.ndarray
+    """[C] int64: index into `frames` of the frame behind the fragment; -1 after termination."""
     contribution_steps: tuple[int, ...]
     """Steps of each contribution, in order; they sum to N."""
 
@@ -58,18 +55,19 @@ class RolloutBatch:
         return len(self.tokens)
 
     def rows(self, flat: Tensor) -> Tensor:
-        """[N] -> [C, T], zero behind the end of a chunk."""
+        """[N] -> [C, T], zero behind the end of a fragment."""
         num_columns = int(self.column.max()) + 1 if len(self.column) else 0
-        rows = torch.zeros(len(self.chunk_terminated), num_columns, dtype=flat.dtype)
-        rows[self.chunk, self.column] = flat
+        rows = torch.zeros(len(self.fragment_terminated), num_columns, dtype=flat.dtype)
+        rows[self.fragment, self.column] = flat
         return rows
 
     def flat(self, rows: Tensor) -> Tensor:
         """[C, T] -> [N]."""
-        return rows[self.chunk, self.column]
+        return rows[self.fragment, self.column]
 
     def model_inputs(self, frames: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """What the model needs for the frames with these indices: input_ids, attention_mask, pixel_values (uint8), action_tokens.
+        """What the model needs for the frames with these indices: input_ids, attention_mask, pixel_values (uint8),
+        action_tokens.
 
         A bootstrap frame has no action; it gets the first step's tokens, whose logits nobody reads.
         """
@@ -90,48 +88,58 @@ class RolloutBatch:
         return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
-def collate(contributions: Sequence[Sequence[SingleAgentEpisode]], prompt_ids: Callable[[str], list[int]]) -> RolloutBatch:
-    """Put the chunks of all contributions one after the other.
+def collate(
+    contributions: Sequence[Sequence[SingleAgentEpisode]], prompt_ids: Callable[[str], list[int]]
+) -> RolloutBatch:
+    """Put the fragments of all contributions one after the other.
 
     Args:
-        contributions: for each slot, or group of episodes, its chunks in the order they were played.
+        contributions: for each slot, or group of episodes, its fragments in the order they were played.
         prompt_ids: instruction -> token ids.
 
     Raises:
-        ValueError: for no contributions at all, or a chunk without steps.
+        ValueError: for no contributions at all, or a fragment without steps.
     """
-    chunks = [episode for contribution in contributions for episode in contribution]
-    if not chunks or any(len(episode) == 0 for episode in chunks):
-        raise ValueError("contributions: every learner needs at least one chunk, and a chunk at least one step; got an empty one")
+    fragments = [episode for contribution in contributions for episode in contribution]
+    if not fragments or any(len(episode) == 0 for episode in fragments):
+        raise ValueError(
+            "contributions: every learner needs at least one fragment, and a fragment at least one step; got an "
+            "empty one"
+        )
     frames, rewards, tokens, log_probs = [], [], [], []
-    for episode in chunks:
+    for episode in fragments:
         images = np.asarray(episode.get_observations())
         frames.append(images)
         rewards.append(np.asarray(episode.get_rewards(), dtype=np.float32))
         tokens.append(np.asarray(episode.get_actions(), dtype=np.int64))
         log_probs.append(np.asarray(episode.get_extra_model_outputs(LOG_PROBS_KEY), dtype=np.float32))
-    lengths = np.array([len(episode) for episode in chunks])
-    terminated = np.array([bool(episode.is_terminated) for episode in chunks])
+    lengths = np.array([len(episode) for episode in fragments])
+    terminated = np.array([bool(episode.is_terminated) for episode in fragments])
     num_steps = int(lengths.sum())
     bootstrap = np.where(terminated, -1, num_steps + np.cumsum(~terminated) - 1)
 
     prompts: dict[str, int] = {}
-    chunk_prompt = np.array([prompts.setdefault(episode.custom_data[INSTRUCTION_KEY], len(prompts)) for episode in chunks])
-    chunk = np.repeat(np.arange(len(chunks)), lengths)
+    fragment_prompt = np.array(
+        [prompts.setdefault(episode.custom_data[INSTRUCTION_KEY], len(prompts)) for episode in fragments]
+    )
+    fragment = np.repeat(np.arange(len(fragments)), lengths)
     return RolloutBatch(
         frames=np.concatenate(
-            [images[:-1] for images in frames] + [images[-1:] for images, done in zip(frames, terminated, strict=True) if not done]
+            [images[:-1] for images in frames]
+            + [images[-1:] for images, done in zip(frames, terminated, strict=True) if not done]
         ),
-        frame_prompt=np.concatenate([chunk_prompt[chunk], chunk_prompt[~terminated]]),
+        frame_prompt=np.concatenate([fragment_prompt[fragment], fragment_prompt[~terminated]]),
         prompts=[prompt_ids(instruction) for instruction in prompts],
         tokens=np.concatenate(tokens),
         behaviour_log_probs=torch.from_numpy(np.concatenate(log_probs)),
         rewards=torch.from_numpy(np.concatenate(rewards)),
-        chunk=chunk,
+        fragment=fragment,
         column=np.concatenate([np.arange(length) for length in lengths]),
-        chunk_contribution=np.repeat(np.arange(len(contributions)), [len(contribution) for contribution in contributions]),
-        chunk_terminated=terminated,
-        chunk_bootstrap=bootstrap,
+        fragment_contribution=np.repeat(
+            np.arange(len(contributions)), [len(contribution) for contribution in contributions]
+        ),
+        fragment_terminated=terminated,
+        fragment_bootstrap=bootstrap,
         contribution_steps=tuple(sum(len(episode) for episode in contribution) for contribution in contributions),
     )
 
@@ -158,8 +166,11 @@ class UpdatePlan:
     seed: int
     """Seed of this iteration's permutations."""
 
-    def minibatches(self, rank: int, num_epochs: int, minibatch_size: int, micro_batch_size: int) -> Iterator[Minibatch]:
-        """Minibatches of near-equal size, drawn from one permutation of all steps per epoch; no step is left out or repeated.
+    def minibatches(
+        self, rank: int, num_epochs: int, minibatch_size: int, micro_batch_size: int
+    ) -> Iterator[Minibatch]:
+        """Minibatches of near-equal size, drawn from one permutation of all steps per epoch; no step is left out or
+        repeated.
 
         The permutation does not depend on the number of ranks, so 1 learner and 2 make the same optimiser steps.
         """
@@ -173,7 +184,10 @@ class UpdatePlan:
                 counts = np.bincount(owner[chosen], minlength=self.num_ranks)
                 num_forwards = math.ceil(int(counts.max()) / micro_batch_size)
                 mine = np.sort(local[chosen[owner[chosen] == rank]])
-                yield Minibatch(tuple(mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_forwards)), len(chosen))
+                yield Minibatch(
+                    tuple(mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_forwards)),
+                    len(chosen),
+                )
 
 
 def assign_owners(steps: Sequence[int], num_ranks: int) -> tuple[int, ...]:

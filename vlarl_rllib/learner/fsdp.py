@@ -1,8 +1,8 @@
 """Sharding the policy with FSDP2, and the few collectives around it.
 
-One unit for each ViT, the projector, each decoder layer, and the root (embeddings, final norm, LM head, value head, and units too small
-to be worth their own collectives). Everything a parameter belongs to is inside the root unit: parameters left outside would never be
-reduced over ranks.
+One unit for each ViT, the projector, each decoder layer, and the root (embeddings, final norm, LM head, value head, and
+units too small to be worth their own collectives). Everything a parameter belongs to is inside the root unit:
+parameters left outside would never be reduced over ranks.
 """
 
 from __future__ import annotations
@@ -25,34 +25,49 @@ BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Process-group backend by device type; on GPUs gloo carries the few numbers that live on the host."""
 
 
-def init_process_group(device: torch.device, rank: int, world_size: int, store: dist.Store, timeout_seconds: float) -> None:
+def init_process_group(
+    device: torch.device, rank: int, world_size: int, store: dist.Store, timeout_seconds: float
+) -> None:
     """Join the learners' process group. Raises where a peer does not show up within the time-out."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(BACKEND[device.type], store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
+    dist.init_process_group(
+        BACKEND[device.type], store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
+    )
 
 
 def shard_model(
-    model: nn.Module, *, device: torch.device, mesh_shape: tuple[int, int], compute_dtype: torch.dtype | None, settings: FSDPSettings
+    model: nn.Module,
+    *,
+    device: torch.device,
+    mesh_shape: tuple[int, int],
+    compute_dtype: torch.dtype | None,
+    settings: FSDPSettings,
 ) -> None:
     """Shard an OpenVLA in place; gradients are reduced in float32.
 
     Args:
         mesh_shape: [replicas, shards]; their product is the number of ranks.
-        compute_dtype: what parameters are cast to when they are gathered. None = each is used as it is kept: with adapters the
-            frozen base lies in the compute type already, and A and B are merged in float32.
+        compute_dtype: what parameters are cast to when they are gathered. None = each is used as it is kept: with
+            adapters the frozen base lies in the compute type already, and A and B are merged in float32.
     """
-    # F.linear of 3-D inputs and slices are views; the warning is about in-place operations on them, of which there are none.
+    # F.linear of 3-D inputs and slices are views; the warning is about in-place operations on them, of which there are
+    # none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = _device_mesh(device, mesh_shape)
     casts = compute_dtype not in (None, torch.float32)
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32) if casts else MixedPrecisionPolicy()
+    precision = (
+        MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32) if casts else MixedPrecisionPolicy()
+    )
     offload: OffloadPolicy = CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy()
     if settings.checkpoint_activations:
         model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator, union-attr]
     unsharded = quantized_parameters(model)
-    # `small` on one rank and 2 cores, 64 samples a step: 257 ms in units of its own, 232 ms in one, 214 ms without FSDP.
-    worthwhile = [unit for unit in _units(model) if sum(p.numel() for p in unit.parameters()) >= settings.min_unit_parameters]
+    # `small` on one rank and 2 cores, 64 samples a step: 257 ms in units of its own, 232 ms in one, 214 ms without
+    # FSDP.
+    worthwhile = [
+        unit for unit in _units(model) if sum(p.numel() for p in unit.parameters()) >= settings.min_unit_parameters
+    ]
     for unit in (*worthwhile, model):
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=unsharded)
 

@@ -21,14 +21,16 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and value targets (Schulman et al., arXiv 1506.02438, equations 11-16).
 
-    A_t = delta_t + gamma lam c_t A_{t+1} with delta_t = r_t + gamma n_t - V_t. Within an episode n_t = V_{t+1} and c_t = 1. Where
-    it ends, c_t = 0, and n_t is 0 after `terminated` but `bootstrap_values[t]` after `truncated`: a time-out is no failure.
-    The last valid step of a row counts as truncated unless it terminated, since nothing behind it was seen.
+    A_t = delta_t + gamma lam c_t A_{t+1} with delta_t = r_t + gamma n_t - V_t. Within an episode n_t = V_{t+1} and c_t
+    = 1. Where it ends, c_t = 0, and n_t is 0 after `terminated` but `bootstrap_values[t]` after `truncated`: a time-out
+    is no failure. The last valid step of a row counts as truncated unless it terminated, since nothing behind it was
+    seen.
 
     Args:
         rewards, values: [B, T] float.
         terminated, truncated: [B, T] bool; where both hold, `terminated` wins.
-        bootstrap_values: [B, T] float, V of the observation that followed step t; read only where the row ends or was truncated.
+        bootstrap_values: [B, T] float, V of the observation that followed step t; read only where the row ends or was
+            truncated.
         gamma, lam: discount and lambda, each in [0, 1].
         mask: [B, T] bool, True for real steps; the valid steps of a row are its first ones.
 
@@ -54,8 +56,11 @@ def gae(
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def next_values(values: Tensor, terminated: Tensor, truncated: Tensor, bootstrap_values: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] value of what followed each step: V_{t+1} within an episode, 0 after `terminated`, `bootstrap_values` where it was cut.
+def next_values(
+    values: Tensor, terminated: Tensor, truncated: Tensor, bootstrap_values: Tensor, mask: Tensor
+) -> Tensor:
+    """[B, T] value of what followed each step: V_{t+1} within an episode, 0 after `terminated`, `bootstrap_values`
+    where it was cut.
 
     Arguments as in `gae`.
     """
@@ -66,8 +71,9 @@ def next_values(values: Tensor, terminated: Tensor, truncated: Tensor, bootstrap
 def shaped_rewards(rewards: Tensor, values: Tensor, following: Tensor, gamma: float, weight: float) -> Tensor:
     """`r + weight (gamma V(s') - V(s))`: the critic's values as a potential (Ng, Harada & Russell 1999), [B, T].
 
-    A potential leaves the best policy as it is; `following` is `next_values`. In `gae` it acts like a critic of (1 + weight) V. The value
-    targets must be those of the shaped rewards too: with a critic of the unshaped ones, each further step near success would pay.
+    A potential leaves the best policy as it is; `following` is `next_values`. In `gae` it acts like a critic of (1 +
+    weight) V. The value targets must be those of the shaped rewards too: with a critic of the unshaped ones, each
+    further step near success would pay.
     """
     return rewards + weight * (gamma * following - values)
 

@@ -14,8 +14,8 @@ EPSILON = 1e-6
 def group_advantages(returns: Tensor, groups: Tensor, kind: Literal["grpo", "rloo"]) -> Tensor:
     """How much better each episode did than its group.
 
-    `grpo`: (R - mean) / standard deviation of the group (Shao et al., arXiv 2402.03300, section 4.1.2); `rloo`: R minus the mean of the
-    others (Ahmadian et al., arXiv 2402.14740, section 3). An episode alone in its group gets 0.
+    `grpo`: (R - mean) / standard deviation of the group (Shao et al., arXiv 2402.03300, section 4.1.2); `rloo`: R minus
+    the mean of the others (Ahmadian et al., arXiv 2402.14740, section 3). An episode alone in its group gets 0.
 
     Args:
         returns: [E] float, sum of each episode's rewards.
@@ -24,7 +24,10 @@ def group_advantages(returns: Tensor, groups: Tensor, kind: Literal["grpo", "rlo
     Returns:
         [E] of `returns`' type; exactly 0 where a group's returns are equal.
     """
-    dtype, returns = returns.dtype, returns.double()  # sums in float32 leave equals a rounding error apart, which `grpo` would scale to 1
+    dtype, returns = (
+        returns.dtype,
+        returns.double(),
+    )  # sums in float32 leave equals a rounding error apart, which `grpo` would scale to 1
     sizes = torch.bincount(groups).to(returns.dtype)
     count = sizes[groups]
     centred = returns - _sum_by(groups, returns, len(sizes)) / count

@@ -60,20 +60,27 @@ class LossOutputs:
     loss: Tensor
     """Scalar: summed over valid steps, divided by `num_valid`."""
     sums: dict[str, Tensor]
-    """Detached scalars: policy_loss, value_loss, entropy, approx_kl, clip_fraction (sums), ratio_deviation (largest |ratio - 1|)."""
+    """Detached scalars: policy_loss, value_loss, entropy, approx_kl, clip_fraction (sums), ratio_deviation (largest
+    |ratio - 1|)."""
 
 
 def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
-    """Clipped surrogate, clipped value loss, entropy bonus and k3 KL (Schulman et al., arXiv 1707.06347; k3: Schulman 2020).
+    """Clipped surrogate, clipped value loss, entropy bonus and k3 KL (Schulman et al., arXiv 1707.06347; k3: Schulman
+    2020).
 
-    With `ratio: action` the ratio is that of the joint probability of a step's A tokens; with `token` each token is clipped on its own
-    and a step's loss is the mean over its tokens. Where old log-probs were recomputed, the surrogate is weighted with
-    min(old / behaviour, importance_cap), the truncated importance weight of the gap between sampler and learner.
+    With `ratio: action` the ratio is that of the joint probability of a step's A tokens; with `token` each token is
+    clipped on its own and a step's loss is the mean over its tokens. Where old log-probs were recomputed, the surrogate
+    is weighted with min(old / behaviour, importance_cap), the truncated importance weight of the gap between sampler
+    and learner.
     """
     mask = inputs.mask
     log_ratio = _per_unit(inputs.log_probs - inputs.old_log_probs, settings.ratio)
     ratio = log_ratio.exp()
-    correction = _per_unit(inputs.old_log_probs - inputs.behaviour_log_probs, settings.ratio).exp().clamp(max=settings.importance_cap)
+    correction = (
+        _per_unit(inputs.old_log_probs - inputs.behaviour_log_probs, settings.ratio)
+        .exp()
+        .clamp(max=settings.importance_cap)
+    )
     advantages = inputs.advantages[:, None] * correction
     clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean(1)
@@ -93,7 +100,9 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
         "clip_fraction": _masked_sum(outside, mask),
         "ratio_deviation": deviation.max() if len(mask) else deviation.sum(),
     }
-    return LossOutputs(_masked_sum(per_step, mask) / inputs.num_valid, {name: value.detach() for name, value in sums.items()})
+    return LossOutputs(
+        _masked_sum(per_step, mask) / inputs.num_valid, {name: value.detach() for name, value in sums.items()}
+    )
 
 
 def _per_unit(log_ratio: Tensor, ratio: str) -> Tensor:
@@ -102,7 +111,8 @@ def _per_unit(log_ratio: Tensor, ratio: str) -> Tensor:
 
 
 def _value_loss(inputs: LossInputs, clip: float | None) -> Tensor:
-    """[N] half the squared error; with `clip`, the worse of the value and the value kept within `clip` of the old one."""
+    """[N] half the squared error; with `clip`, the worse of the value and the value kept within `clip` of the old
+    one."""
     loss = (inputs.values - inputs.value_targets).square()
     if clip is not None:
         near = inputs.old_values + (inputs.values - inputs.old_values).clamp(-clip, clip)

@@ -1,8 +1,9 @@
-"""Supervised fine-tuning on demonstrations, on the same sharded policy as PPO (the recipe of OpenVLA's fine-tuning).
+"""Supervised fine-tuning on demonstrations, on the same kind of sharded policy as PPO (the recipe of OpenVLA's
+fine-tuning).
 
-Each rank reads its share of the episodes and goes through them in an order of its own. The loss is the mean cross-entropy of the seven
-action tokens and the end of sequence, over the full vocabulary. What a step learns from follows from its number and the run's seed: so a
-checkpoint needs the number alone.
+Each rank reads its share of the episodes and goes through them in an order of its own. The loss is the mean
+cross-entropy of the seven action tokens and the end of sequence, over the full vocabulary. What a step learns from
+follows from its number and the run's seed: so a checkpoint needs the number alone.
 
 b = demonstrated steps of one rank, S = image side in pixels, A = 8 targets.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -24,10 +26,12 @@ from torch import Tensor
 from vlarl_rllib.data.augment import augment, draw
 from vlarl_rllib.data.rlds import RLDSDataset
 from vlarl_rllib.envs.image import RESIZED_SIDE, resize_lanczos
+from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner import fsdp
-from vlarl_rllib.learner.learner import POLICY, VLALearner
-from vlarl_rllib.models.action_tokenizer import ActionTokenizer
-from vlarl_rllib.settings import SFTSettings
+from vlarl_rllib.learner.rank import Rank
+from vlarl_rllib.learner.sharded_policy import POLICY, ShardedPolicy
+from vlarl_rllib.models.openvla.actions import ActionTokenizer
+from vlarl_rllib.settings import Settings, SFTSettings
 from vlarl_rllib.types import NUM_ACTION_TOKENS
 
 NUM_TARGETS = NUM_ACTION_TOKENS + 1
@@ -47,16 +51,64 @@ class DemonstrationBatch:
     """[b, 7] float32, normalised."""
 
 
-class SupervisedLearner(VLALearner):
-    """One FSDP rank that imitates."""
+class SupervisedLearner(Rank):
+    """One FSDP rank that imitates.
 
-    def _policy_rates(self) -> tuple[float, float]:
-        return self.settings.sft.lr, self.settings.sft.weight_decay
+    Args:
+        settings: of the run, as a dictionary.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = Settings.from_dict(settings)
 
     def build(self) -> None:
-        with ThreadPoolExecutor(1, "reader") as pool:  # TensorFlow takes as long to import, in its process, as the policy to build
+        """Load the policy and the list of episodes. Collective."""
+        from vlarl_rllib.models.build import build_policy
+        from vlarl_rllib.models.openvla import OpenVLAProcessor
+
+        model, sft = self.settings.model, self.settings.sft
+        with ThreadPoolExecutor(
+            1, "reader"
+        ) as pool:  # TensorFlow takes as long to import, in its process, as the policy to build
             self._reading = pool.submit(self._read)
-            super().build()
+            self.join_alone()
+            self._device = self.choose_device()
+            torch.manual_seed(
+                self.settings.run.seed
+            )  # fresh adapters; the same on every rank, which keeps its own shard of them
+            self._processor = OpenVLAProcessor.from_pretrained(model.path)
+            self.sharded = ShardedPolicy(
+                build_policy(model, self._device),
+                None,
+                self.settings,
+                device=self._device,
+                rank=self._rank,
+                world_size=self._world_size,
+                lr=sft.lr,
+                weight_decay=sft.weight_decay,
+                if_diverged=lower_the_rates({"sft.lr": sft.lr}),
+            )
+
+    def shutdown(self) -> None:
+        if hasattr(self, "sharded"):
+            self.sharded.close()
+        self.leave()
+
+    def save_sharded(self, directory: str) -> None:
+        """See `ShardedPolicy.save`."""
+        self.sharded.save(Path(directory))
+
+    def load_sharded(self, directory: str) -> None:
+        """See `ShardedPolicy.load`."""
+        self.sharded.load(Path(directory))
+
+    def with_weights(self, use: Callable[[dict[str, Tensor]], None]) -> None:
+        """Have rank 0 call `use` with the whole policy by published name, on the CPU. Collective."""
+        tensors = self.sharded.gather()
+        if self._rank == 0:
+            use(dict(tensors))
+        for _ in tensors:
+            pass
 
     def _read(self) -> RLDSDataset:
         sft = self.settings.sft
@@ -76,8 +128,11 @@ class SupervisedLearner(VLALearner):
         sft = self.settings.sft
         self._data = self._reading.result()
         if not len(self._data):
-            raise ValueError(f"sft.data: rank {self._rank} of {self._world_size} gets no episode of {sft.split}; use fewer learners or more data")
-        config: Any = self.policy.config
+            raise ValueError(
+                f"sft.data: rank {self._rank} of {self._world_size} gets no episode of {sft.split}; use fewer "
+                "learners or more data"
+            )
+        config: Any = self.sharded.policy.config
         self._tokenizer = ActionTokenizer(config.action_vocab_size, config.n_action_bins)
         self._statistics = statistics
         self._generator = torch.Generator()
@@ -96,7 +151,8 @@ class SupervisedLearner(VLALearner):
         """Make that many optimiser steps; sums over their demonstrations, the same on every rank. See `means`.
 
         Returns:
-            samples, steps, loss (nats), correct (action tokens), l1 (between the most likely action and the demonstrated one, normalised to
+            samples, steps, loss (nats), correct (action tokens), l1 (between the most likely action and the
+            demonstrated one, normalised to
             [-1, 1]), grad_norm, skipped (steps with a non-finite gradient).
         """
         sums = dict.fromkeys(("loss", "correct", "l1"), 0.0)
@@ -105,35 +161,33 @@ class SupervisedLearner(VLALearner):
             self._generator.manual_seed((self.settings.run.seed * 1_000_003 + self._num_steps) * 1024 + self._rank)
             for name, value in self._accumulate(next(self._batches)).items():
                 sums[name] += value
-            for group in self.optimizers()[POLICY].param_groups:
+            for group in self.sharded.optimizers[POLICY].param_groups:
                 group["lr"] = self.settings.sft.lr * rate_factor(self._num_steps, self.settings.sft)
             self._num_steps += 1
-            step_norms, finite = self._step_optimizers((POLICY,))
+            step_norms, finite = self.sharded.step((POLICY,))
             norms += step_norms[POLICY]
             skipped += not finite
         samples = num_steps * self.settings.sft.batch_size
         counts = {"samples": float(samples), "steps": float(num_steps), "grad_norm": norms, "skipped": float(skipped)}
         return fsdp.all_reduce_sums(sums) | counts
 
-    def _rates(self) -> dict[str, float]:
-        return {"sft.lr": self.settings.sft.lr}
-
     def _accumulate(self, batch: DemonstrationBatch) -> dict[str, float]:
         """Forward and backward passes of one optimiser step; sums over this rank's demonstrations."""
         sums = dict.fromkeys(("loss", "correct", "l1"), 0.0)
-        size, first_id = self.settings.learners.micro_batch_size, cast(range, self.policy.action_token_ids)[0]
+        size, first_id = self.settings.learners.micro_batch_size, cast(range, self.sharded.policy.action_token_ids)[0]
         starts = range(0, len(batch.targets), size)
         for start in starts:
-            self.policy.set_requires_gradient_sync(start == starts[-1])  # type: ignore[operator]
+            self.sharded.reduce_gradients(in_this_pass=start == starts[-1])
             rows = slice(start, start + size)
             inputs = {name: tensor[rows].to(self._device) for name, tensor in batch.inputs.items()}
             if self.settings.sft.augment:
-                inputs["pixel_values"] = augment(inputs["pixel_values"], draw(len(inputs["pixel_values"]), self._generator))
+                inputs["pixel_values"] = augment(
+                    inputs["pixel_values"], draw(len(inputs["pixel_values"]), self._generator)
+                )
             targets = batch.targets[rows].to(self._device)
-            logits = self.policy(**inputs, action_tokens=targets, full_vocabulary=True).action_logits
+            logits = self.sharded.forward(**inputs, action_tokens=targets, full_vocabulary=True).action_logits
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            # FSDP averages gradients over ranks.
-            (loss * self._world_size / (self.settings.sft.batch_size * NUM_TARGETS)).backward()
+            self.sharded.backward(loss / (self.settings.sft.batch_size * NUM_TARGETS))
             likely = logits[:, :NUM_ACTION_TOKENS].argmax(-1).cpu()
             sums["loss"] += float(loss.detach())
             sums["correct"] += float((likely == batch.targets[rows, :NUM_ACTION_TOKENS]).sum())
@@ -144,12 +198,16 @@ class SupervisedLearner(VLALearner):
     # Data
 
     def _make_batches(self) -> Iterator[DemonstrationBatch]:
-        """Batches without end; beside a GPU, the next one is made, by several threads, while the last one is learned."""
+        """Batches without end; beside a GPU, the next one is made, by several threads, while the last one is
+        learned."""
         indices = self._endless()
         if self._device.type == "cpu":  # threads would take turns with the learning one at the cores
             while True:
                 yield self._make_batch(indices, map)
-        with ThreadPoolExecutor(1, "demonstrations") as ahead, ThreadPoolExecutor(DECODING_THREADS, "decoding") as decoders:
+        with (
+            ThreadPoolExecutor(1, "demonstrations") as ahead,
+            ThreadPoolExecutor(DECODING_THREADS, "decoding") as decoders,
+        ):
             coming: Future[DemonstrationBatch] = ahead.submit(self._make_batch, indices, decoders.map)
             while True:
                 batch = coming.result()
@@ -163,7 +221,9 @@ class SupervisedLearner(VLALearner):
     def _make_batch(self, indices: Iterator[int], each: Callable[..., Iterator[dict[str, Any]]]) -> DemonstrationBatch:
         chosen = list(each(self._example, islice(indices, self._share)))
         images = [example["image"] for example in chosen]
-        inputs = self._processor(images=images, instructions=[example["instruction"] for example in chosen], raw_images=True)
+        inputs = self._processor(
+            images=images, instructions=[example["instruction"] for example in chosen], raw_images=True
+        )
         actions = self._tokenizer.normalize(np.stack([example["action"] for example in chosen]), self._statistics)
         targets = np.full((len(chosen), NUM_TARGETS), self._processor.tokenizer.eos_token_id, dtype=np.int64)
         targets[:, :NUM_ACTION_TOKENS] = self._tokenizer.encode(actions)
@@ -180,7 +240,8 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     """Of what `SupervisedLearner.supervise` returned, also of several calls added up.
 
     Returns:
-        loss (nats per target), token_accuracy (of the action tokens), l1 (per number of the action), grad_norm, skipped (a count).
+        loss (nats per target), token_accuracy (of the action tokens), l1 (per number of the action), grad_norm, skipped
+        (a count).
     """
     samples = sums["samples"]
     return {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlarl_rllib.json_files import read_json_object
-from vlarl_rllib.model_files import AGAIN, check_weights, refuse_foreign_code
+from vlarl_rllib.models.files import AGAIN, check_weights, refuse_foreign_code
+from vlarl_rllib.process.json_files import read_json_object
 from vlarl_rllib.types import NUM_ACTION_TOKENS
 
 CONFIG_FILE, STATISTICS_FILE = "config.json", "dataset_statistics.json"
@@ -34,15 +34,21 @@ class CheckpointFacts:
     """By key of `norm_stats`, the file that it is from."""
 
     def action_statistics(self, unnorm_key: str) -> dict[str, Any]:
-        """`q01`, `q99`, `mask` of a data set, checked. Raises ValueError: an unknown key, naming the choices, or numbers that scale no action."""
+        """`q01`, `q99`, `mask` of a data set, checked.
+
+        Raises ValueError: an unknown key, naming the choices, or numbers that scale no action.
+        """
         for key in (unnorm_key, f"{unnorm_key}_no_noops"):
             if key in self.norm_stats:
                 return action_statistics(self.norm_stats[key], f"{self.origins[key]}: {key}")
-        raise ValueError(f"{unnorm_key!r} is not in this checkpoint's norm_stats; choose from {', '.join(sorted(self.norm_stats))}")
+        raise ValueError(
+            f"{unnorm_key!r} is not in this checkpoint's norm_stats; choose from {', '.join(sorted(self.norm_stats))}"
+        )
 
 
 def read_checkpoint_facts(checkpoint: str) -> CheckpointFacts:
-    """Read `config.json` and, where there is one, `dataset_statistics.json` of a directory or hub id; see that a directory's weights are whole.
+    """Read `config.json` and, where there is one, `dataset_statistics.json` of a directory or hub id; see that a
+    directory's weights are whole.
 
     Raises:
         FileNotFoundError: no `config.json`.
@@ -51,13 +57,22 @@ def read_checkpoint_facts(checkpoint: str) -> CheckpointFacts:
     """
     config_file = _find(checkpoint, CONFIG_FILE)
     if config_file is None:
-        raise FileNotFoundError(f"{checkpoint}: has no config.json; give an OpenVLA checkpoint directory, a hub id, or a preset such as tiny")
+        raise FileNotFoundError(
+            f"{checkpoint}: has no config.json; give an OpenVLA checkpoint directory, a hub id, or a preset such "
+            "as tiny"
+        )
     config = read_json_object(config_file, AGAIN)
     if config.get("model_type") != "openvla":
-        raise ValueError(f"{checkpoint}: model_type is {config.get('model_type')!r}, must be 'openvla'; other policies are not supported")
+        raise ValueError(
+            f"{checkpoint}: model_type is {config.get('model_type')!r}, must be 'openvla'; other policies are "
+            "not supported"
+        )
     refuse_foreign_code(config, str(config_file))
     statistics_file = _find(checkpoint, STATISTICS_FILE)
-    of_config, of_file = config.get("norm_stats") or {}, read_json_object(statistics_file, AGAIN) if statistics_file else {}
+    of_config, of_file = (
+        config.get("norm_stats") or {},
+        read_json_object(statistics_file, AGAIN) if statistics_file else {},
+    )
     if not isinstance(of_config, dict):
         raise ValueError(f"{config_file}: norm_stats is {type(of_config).__name__}, must be an object by data set")
     try:
@@ -65,9 +80,13 @@ def read_checkpoint_facts(checkpoint: str) -> CheckpointFacts:
         image_size, num_bins = int(config["image_sizes"][0]), int(config.get("n_action_bins", 256))
         action_vocab_size = vocabulary - int(config.get("pad_to_multiple_of", PUBLISHED_PADDING))
     except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{config_file}: its sizes cannot be read ({type(error).__name__}: {error}); copy the checkpoint again") from None
+        raise ValueError(
+            f"{config_file}: its sizes cannot be read ({type(error).__name__}: {error}); copy the checkpoint again"
+        ) from None
     if not (1 <= image_size <= MAX_IMAGE_SIZE and 2 <= num_bins <= action_vocab_size):
-        raise ValueError(f"{config_file}: {num_bins} bins of {action_vocab_size} ids, frames of {image_size} pixels make no policy")
+        raise ValueError(
+            f"{config_file}: {num_bins} bins of {action_vocab_size} ids, frames of {image_size} pixels make no policy"
+        )
     if Path(checkpoint).is_dir():
         check_weights(Path(checkpoint))
     return CheckpointFacts(
@@ -90,21 +109,35 @@ def action_statistics(entry: Any, where: str) -> dict[str, Any]:
 def check_action_statistics(statistics: Any, where: str) -> None:
     """Raise ValueError, in one line that begins with `where`, for statistics that an action must not be scaled with.
 
-    Quantiles are 7 finite numbers each, no upper one below its lower one where `mask` (7 booleans, all true where absent) holds. Equal ones
+    Quantiles are 7 finite numbers each, no upper one below its lower one where `mask` (7 booleans, all true where
+    absent) holds. Equal ones
     pass: a dimension that never changes, such as the rotations of `tabletop`, has them, and scales to that constant.
     """
     if not isinstance(statistics, dict):
-        raise ValueError(f"{where} is {type(statistics).__name__}, must be an object with q01 and q99; make the statistics anew")
+        raise ValueError(
+            f"{where} is {type(statistics).__name__}, must be an object with q01 and q99; make the statistics anew"
+        )
     for name in ("q01", "q99"):
         numbers = statistics.get(name)
         if not isinstance(numbers, list) or len(numbers) != NUM_ACTION_TOKENS or not all(map(_is_finite, numbers)):
-            raise ValueError(f"{where}.{name} is {_shortened(numbers)}, must be {NUM_ACTION_TOKENS} finite numbers; make the statistics anew")
+            raise ValueError(
+                f"{where}.{name} is {_shortened(numbers)}, must be {NUM_ACTION_TOKENS} finite numbers; make the "
+                "statistics anew"
+            )
     mask = statistics.get("mask", [True] * NUM_ACTION_TOKENS)
-    if not isinstance(mask, list) or len(mask) != NUM_ACTION_TOKENS or not all(isinstance(entry, bool) for entry in mask):
-        raise ValueError(f"{where}.mask is {_shortened(mask)}, must be {NUM_ACTION_TOKENS} booleans; make the statistics anew")
+    if (
+        not isinstance(mask, list)
+        or len(mask) != NUM_ACTION_TOKENS
+        or not all(isinstance(entry, bool) for entry in mask)
+    ):
+        raise ValueError(
+            f"{where}.mask is {_shortened(mask)}, must be {NUM_ACTION_TOKENS} booleans; make the statistics anew"
+        )
     for index, (low, high, used) in enumerate(zip(statistics["q01"], statistics["q99"], mask, strict=True)):
         if used and not (low <= high and math.isfinite(high - low)):
-            raise ValueError(f"{where}: q99 is {high} and q01 {low} at number {index}, must not be lower; make the statistics anew")
+            raise ValueError(
+                f"{where}: q99 is {high} and q01 {low} at number {index}, must not be lower; make the statistics anew"
+            )
 
 
 def _is_finite(number: Any) -> bool:
@@ -126,6 +159,8 @@ def _find(checkpoint: str, name: str) -> Path | None:
     try:
         return Path(hf_hub_download(checkpoint, name))
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(f"{checkpoint}: cannot be fetched from the hub and is not in the local cache; download it first") from error
+        raise FileNotFoundError(
+            f"{checkpoint}: cannot be fetched from the hub and is not in the local cache; download it first"
+        ) from error
     except EntryNotFoundError:
         return None

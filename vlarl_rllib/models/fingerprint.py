@@ -18,7 +18,8 @@ SAMPLES, SAMPLE_BYTES = 64, 16384
 def fingerprint(model: str) -> str:
     """Equal for copies of a checkpoint's directory, different for another architecture or other weights.
 
-    A preset and a hub id stand for themselves. Reads config.json and 1 MB of each safetensors file, so that 15 GB take milliseconds.
+    A preset and a hub id stand for themselves. Reads config.json and 1 MB of each safetensors file, so that 15 GB take
+    milliseconds.
     """
     if model in PRESETS:
         return cache_name(model)

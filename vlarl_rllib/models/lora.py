@@ -2,9 +2,10 @@
 
 r = rank, N = rows of the input (batch x sequence), I = in features, O = out features.
 
-PEFT computes `x Wᵀ + s (x Aᵀ) Bᵀ`. Here a layer multiplies once with `W' = W + s B A`, rounded to the compute type as the sampler's
-weights are, and its backward pass forms the two low-rank gradients alone. So the learner runs on exactly the weights that the engines
-hold, and saves the extra products. W' is made anew in both passes: it would otherwise double the memory of the base.
+PEFT computes `x Wᵀ + s (x Aᵀ) Bᵀ`. Here a layer multiplies once with `W' = W + s B A`, rounded to the compute type as
+the sampler's weights are, and its backward pass forms the two low-rank gradients alone. So the learner runs on exactly
+the weights that the engines hold, and saves the extra products. W' is made anew in both passes: it would otherwise
+double the memory of the base.
 
 The base may be quantised (`models/quantization.py`); then W is what it dequantises to.
 """
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlarl_rllib.model_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, check_adapter
+from vlarl_rllib.models.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, check_adapter
 
 if TYPE_CHECKING:
     from vlarl_rllib.settings import LoraSettings
@@ -39,16 +40,18 @@ PUBLISHED_TARGETS = (
     "q", "kv", "qkv", "proj", "fc1", "fc2", "fc3",
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
 )  # fmt: skip
-"""Module names of the adapters published with OpenVLA's fine-tuning code (PEFT 0.11's `all-linear`): both towers with their patch
-embeddings, the projector, the language model and its head; 439 modules of the 7B model."""
+"""Module names of the adapters published with OpenVLA's fine-tuning code (PEFT 0.11's `all-linear`): both towers with
+their patch embeddings, the projector, the language model and its head; 439 modules of the 7B model."""
 TARGETS: dict[str, str | tuple[str, ...]] = {
     "published": PUBLISHED_TARGETS,
-    "frozen_vision": r"projector\.fc[123]|language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|language_model\.lm_head",
+    "frozen_vision": r"projector\.fc[123]|language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+    r"|language_model\.lm_head",
     "language_model": r"language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
 }
 """What `model.lora.targets` stands for; a pattern must match a whole module name."""
 USED_KEYS = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora",
+    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "alpha_pattern", "use_rslora",
 )  # fmt: skip
 """Fields of an adapter's config that say what is computed."""
 MAX_ALPHA = 16
@@ -58,7 +61,8 @@ MAX_ALPHA = 16
 def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """`W + scaling * B A` out of place, in the type of W: sums in float32, rounded once.
 
-    In bfloat16 that reads and writes each weight once; a float32 sum would be five times the traffic, a quarter of a training step.
+    In bfloat16 that reads and writes each weight once; a float32 sum would be five times the traffic, a quarter of a
+    training step.
 
     Args:
         weight: [O, I], or [O, C, h, w] of a convolution.
@@ -111,7 +115,9 @@ class MergedConv2d(peft_layers.Conv2d, _Merged):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         conv = cast(nn.Conv2d, self.base_layer)
-        return F.conv2d(x, merge_lora(conv.weight, *self.factors), conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return F.conv2d(
+            x, merge_lora(conv.weight, *self.factors), conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
 
 
 class _MergedProduct(torch.autograd.Function):
@@ -129,7 +135,9 @@ class _MergedProduct(torch.autograd.Function):
         (grad,) = grad_outputs
         scaling = ctx.layer.factors[2]
         # The base weight is read from the layer rather than saved: FSDP has gathered it again by now.
-        grad_x = grad @ merge_lora(ctx.layer.base_weight(), lora_a, lora_b, scaling) if ctx.needs_input_grad[0] else None
+        grad_x = (
+            grad @ merge_lora(ctx.layer.base_weight(), lora_a, lora_b, scaling) if ctx.needs_input_grad[0] else None
+        )
         grad_a = grad_b = None
         if ctx.needs_input_grad[1]:
             rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
@@ -140,7 +148,8 @@ class _MergedProduct(torch.autograd.Function):
 
 
 def add_lora(model: nn.Module, settings: LoraSettings) -> LoraConfig:
-    """Put adapters into `model` in place: float32, B = 0 and A drawn from torch's global generator, or those of `settings.adapter`.
+    """Put adapters into `model` in place: float32, B = 0 and A drawn from torch's global generator, or those of
+    `settings.adapter`.
 
     Everything else is frozen.
 
@@ -151,7 +160,9 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> LoraConfig:
     config = read_adapter_config(settings.adapter) if settings.adapter else _new_config(settings)
     config._register_custom_module({nn.Linear: MergedLinear, nn.Conv2d: MergedConv2d})
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # of keys that an inference-only adapter would have
+        warnings.filterwarnings(
+            "ignore", category=UserWarning, module="peft"
+        )  # of keys that an inference-only adapter would have
         inject_adapter_in_model(config, model, ADAPTER_NAME)
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.float()
@@ -207,7 +218,9 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
     try:
         config = LoraConfig(**{name: stored[name] for name in USED_KEYS if name in stored})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{directory}: {ADAPTER_CONFIG_FILE} is not PEFT's ({error}); copy the adapter again") from None
+        raise ValueError(
+            f"{directory}: {ADAPTER_CONFIG_FILE} is not PEFT's ({error}); copy the adapter again"
+        ) from None
     config.init_lora_weights = True
     return config
 
@@ -219,9 +232,14 @@ def load_adapter_weights(model: nn.Module, directory: str | Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{directory}: {ADAPTER_WEIGHTS_FILE} is damaged ({error}); copy it again") from None
     own = adapter_parameters(model)
-    wrong = sorted(stored.keys() ^ own.keys()) or sorted(name for name, tensor in stored.items() if tensor.shape != own[name].shape)
+    wrong = sorted(stored.keys() ^ own.keys()) or sorted(
+        name for name, tensor in stored.items() if tensor.shape != own[name].shape
+    )
     if wrong:
-        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit this model, the first is {wrong[0]}; was it trained on another one?")
+        raise ValueError(
+            f"{directory}: {len(wrong)} tensors do not fit this model, the first is {wrong[0]}; was it trained "
+            "on another one?"
+        )
     with torch.no_grad():
         for name, tensor in stored.items():
             own[name].copy_(tensor)

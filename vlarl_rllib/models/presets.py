@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlarl_rllib.published import PUBLISHED_MODELS, absolute_unless_name
-from vlarl_rllib.surroundings import cache_directory
+from vlarl_rllib.process.surroundings import cache_directory
+from vlarl_rllib.settings.published import PUBLISHED_MODELS, absolute_unless_name
 
 if TYPE_CHECKING:
     from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
@@ -148,8 +148,8 @@ PRESETS = {
         num_layers=2,
         num_heads=2,
     ),
-    # 1.1 M parameters, 16 patches: for `tabletop` on a CPU. Fine-tuning mostly learns within 600 steps which object the instruction names;
-    # with two decoder layers, or with one tower block more, it had not by then.
+    # 1.1 M parameters, 16 patches: for `tabletop` on a CPU. Fine-tuning mostly learns within 600 steps which object the
+    # instruction names; with two decoder layers, or with one tower block more, it had not by then.
     "small": Preset(
         image_size=56,
         tower_width=64,
@@ -179,7 +179,8 @@ def resolve_model(path_or_preset: str | Path, cache_dir: str | Path | None = Non
 
     Args:
         path_or_preset: a preset (`tiny`, `mini`), a published name (`openvla-7b`, ...), a checkpoint directory, or a
-            Hub id of the form owner/name. A name means the same whatever lies in the working directory; `./tiny` is a directory.
+            Hub id of the form owner/name. A name means the same whatever lies in the working directory; `./tiny` is a
+            directory.
         cache_dir: where a preset's checkpoint is written, once; another process doing the same at the same time is
             harmless. None = `surroundings.cache_directory`.
 
@@ -334,7 +335,9 @@ def write_tokenizer(preset: Preset, directory: Path) -> None:
             pre_tokenizers.Split(Regex("[:?\\n]"), behavior="isolated"),
         ]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair="$A $B:1", special_tokens=[(BOS, vocabulary[BOS])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair="$A $B:1", special_tokens=[(BOS, vocabulary[BOS])]
+    )
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in (UNKNOWN, BOS, EOS, PAD)])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
@@ -352,7 +355,8 @@ def write_tokenizer(preset: Preset, directory: Path) -> None:
 
 
 def cache_name(preset_name: str) -> str:
-    """Name of a preset's directory: it changes with this file, so that a checkpoint made by other code is not taken for the current one."""
+    """Name of a preset's directory: it changes with this file, so that a checkpoint made by other code is not taken for
+    the current one."""
     source = Path(__file__).read_bytes() + json.dumps(asdict(PRESETS[preset_name])).encode()
     return f"{preset_name}-{hashlib.sha256(source).hexdigest()[:12]}"
 

@@ -1,7 +1,8 @@
 """Frozen weights in 8 or 4 bits with bitsandbytes, as transformers loads them.
 
-The language model's decoder layers are quantised; towers, projector, embeddings and head stay as they are. A layer's product uses the
-dequantised weight (`lora._Merged.base_weight`), which is also what the sampler receives, so both run on the same numbers.
+The language model's decoder layers are quantised; towers, projector, embeddings and head stay as they are. A layer's
+product uses the dequantised weight (`lora._Merged.base_weight`), which is also what the sampler receives, so both run
+on the same numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ NOT_QUANTIZED = ["vision_backbone", "projector", "lm_head"]
 
 
 def quantization_config(kind: Literal["8bit", "4bit"], dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What `from_pretrained(quantization_config=...)` takes: LLM.int8 (arXiv 2208.07339) or NF4 (QLoRA, arXiv 2305.14314).
+    """What `from_pretrained(quantization_config=...)` takes: LLM.int8 (arXiv 2208.07339) or NF4 (QLoRA, arXiv
+    2305.14314).
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -27,7 +29,9 @@ def quantization_config(kind: Literal["8bit", "4bit"], dtype: torch.dtype) -> Bi
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(f"model.quantization: {kind} needs bitsandbytes, which is not installed; run: pip install bitsandbytes")
+        raise ImportError(
+            f"model.quantization: {kind} needs bitsandbytes, which is not installed; run: pip install bitsandbytes"
+        )
     return BitsAndBytesConfig(
         load_in_8bit=kind == "8bit",
         load_in_4bit=kind == "4bit",

@@ -1,4 +1,5 @@
-"""The numbers of one iteration, flat and few: `result["vlarl"]`, and `result["vlarl_details"]` for what is not always there.
+"""The numbers of one iteration, flat and few: `result["vlarl"]`, and `result["vlarl_details"]` for what is not always
+there.
 
 docs/metrics.md gives the formula of each.
 """
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 from ray.rllib.utils import metrics as names
 
-from vlarl_rllib.rollout.players import EpisodeResult, success_by_task
-from vlarl_rllib.types import WeightManifest
+from vlarl_rllib.rollout.players import success_by_task
+from vlarl_rllib.types import EpisodeResult, WeightManifest
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ FAULTS = (
 
 @dataclass
 class LastRates:
-    """Success as it was known last, so that there is a number in every iteration: Tune's `stop`, schedulers and CSV need one."""
+    """Success as it was known last, so that there is a number in every iteration: Tune's `stop`, schedulers and CSV
+    need one."""
 
     training: float = 0.0
     """Of the last iteration in which an episode ended; 0 before the first."""
@@ -123,12 +125,17 @@ def fill_in_episode_means(runners: dict[str, Any]) -> None:
 
 def rllib_evaluation(metrics: dict[str, Any]) -> dict[str, Any]:
     """What `evaluation_metrics` made, under RLlib's names too: the mean return is 1 for a success."""
-    means = {"success_rate": names.EPISODE_RETURN_MEAN, "mean_length": names.EPISODE_LEN_MEAN, "episodes": names.NUM_EPISODES}
+    means = {
+        "success_rate": names.EPISODE_RETURN_MEAN,
+        "mean_length": names.EPISODE_LEN_MEAN,
+        "episodes": names.NUM_EPISODES,
+    }
     return {names.ENV_RUNNER_RESULTS: {name: metrics[ours] for ours, name in means.items()}, "vlarl": metrics}
 
 
 def iteration_row(result: dict[str, Any]) -> dict[str, Any]:
-    """An iteration's line of `metrics.jsonl`, from Tune's or `Algorithm.train`'s result: the numbers, and over them the details."""
+    """An iteration's line of `metrics.jsonl`, from Tune's or `Algorithm.train`'s result: the numbers, and over them the
+    details."""
     return result["vlarl"] | result["vlarl_details"]
 
 
@@ -186,7 +193,10 @@ def _success(results: Sequence[EpisodeResult]) -> dict[str, Any]:
 
 
 def plain_state(metrics: names.metrics_logger.MetricsLogger) -> dict[str, Any]:
-    """RLlib's running metrics for a checkpoint, as JSON. One of values that are no numbers, which callbacks may log, begins anew on a resume."""
+    """RLlib's running metrics for a checkpoint, as JSON.
+
+    One of values that are no numbers, which callbacks may log, begins anew on a resume.
+    """
     kept: dict[str, Any] = {}
     for name, state in metrics.get_state()["stats"].items():
         try:

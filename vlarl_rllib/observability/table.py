@@ -34,7 +34,9 @@ class LiveTable(Callback):
         """Tune pickles its callbacks for `Tuner.restore`, which is not used here; a console cannot be pickled."""
         return {}
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         row = iteration_row(result)
         if not self._has_header:
             self._has_header = True
@@ -42,15 +44,21 @@ class LiveTable(Callback):
             self._console.print("".join(f"{name:>{width}}" for name, width in COLUMNS), style="bold")
         self._spent.append(sum(v for k, v in row["seconds"].items() if k != "startup"))
         if repeated := self._add(row):
-            self._console.print(f"{repeated} iteration(s) are played again after a fault: {_nonzero(row['faults'])}", style="yellow")
+            self._console.print(
+                f"{repeated} iteration(s) are played again after a fault: {_nonzero(row['faults'])}", style="yellow"
+            )
         self._print_evaluation(row["initial_evaluation"])
-        self._console.print("".join(f"{text:>{width}}" for text, (_, width) in zip(self._cells(row), COLUMNS, strict=True)))
+        self._console.print(
+            "".join(f"{text:>{width}}" for text, (_, width) in zip(self._cells(row), COLUMNS, strict=True))
+        )
         self._print_evaluation(row["evaluation"])
 
     def _print_evaluation(self, evaluation: dict[str, Any] | None) -> None:
         if evaluation:
             rate, episodes = 100 * evaluation["success_rate"], evaluation["episodes"]
-            self._console.print(f"evaluation: {rate:.1f} % of {episodes} greedy episodes from held-out starts", style="dim")
+            self._console.print(
+                f"evaluation: {rate:.1f} % of {episodes} greedy episodes from held-out starts", style="dim"
+            )
 
     def _cells(self, row: dict[str, Any]) -> list[str]:
         seconds = row["seconds"]

@@ -1,8 +1,8 @@
 """OpenVLA as an RLModule.
 
-RLlib reads weights from one learner and ships them as numpy, which a sharded bfloat16 policy cannot survive. So the state that
-travels through RLlib is a token naming the weights' version; the weights themselves go from the learners to the engines
-(`vlarl_rllib.weights`). In runners the module is a stub: engines sample.
+RLlib reads weights from one learner and ships them as numpy, which a sharded bfloat16 policy cannot survive. So the
+state that travels through RLlib is a token naming the weights' version; the weights themselves go from the learners to
+the engines (`vlarl_rllib.weights`). In runners the module is a stub: engines sample.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ WEIGHTS_VERSION = "weights_version"
 
 
 class OpenVLARLModule(TorchRLModule, ValueFunctionAPI):
-    """Holds the policy as `self.policy` in learners, and a separate critic as `self.critic` where there is one; nothing in runners.
+    """Holds the policy as `self.policy` in learners, and a separate critic as `self.critic` where there is one; nothing
+    in runners.
 
     `model_config` is `{"model": the settings' model section, "seed": the run's, "device": where quantised weights go}`.
     """
@@ -56,7 +57,10 @@ class OpenVLARLModule(TorchRLModule, ValueFunctionAPI):
         Returns `action_logits` [N, A, 256] float32 and `values` [N] float32.
         """
         output = self.policy(**batch)
-        return {ACTION_LOGITS: output.action_logits, VALUES: output.values if self.critic is None else self.compute_values(batch)}
+        return {
+            ACTION_LOGITS: output.action_logits,
+            VALUES: output.values if self.critic is None else self.compute_values(batch),
+        }
 
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
         """[N] float32 values of the observations in `batch` (keys as in training)."""
@@ -65,7 +69,9 @@ class OpenVLARLModule(TorchRLModule, ValueFunctionAPI):
         return self.critic(**{name: tensor for name, tensor in batch.items() if name != "action_tokens"}).values
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        raise RuntimeError(f"OpenVLARLModule got {sorted(batch)} to act on; actions come from the engines, through VLAEnvRunner")
+        raise RuntimeError(
+            f"OpenVLARLModule got {sorted(batch)} to act on; actions come from the engines, through VLAEnvRunner"
+        )
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {WEIGHTS_VERSION: self.weights_version}

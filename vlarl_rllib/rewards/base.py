@@ -1,6 +1,6 @@
 """What a reward is, and calling one that may fail: it never ends a run.
 
-T = steps of a chunk of an episode, S = image side in pixels.
+T = steps of a fragment of an episode, S = image side in pixels.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 MAX_TRACEBACKS, MAX_ALIKE = 200, 10
-"""Files that one process writes, and with the same message: a reward that fails at every step must not fill the disk, nor hide another failure."""
+"""Files that one process writes, and with the same message: a reward that fails at every step must not fill the disk,
+nor hide another failure."""
 MAX_HUNG_CALLS = 3
-"""Calls of one reward that may be hanging at a time; further ones are not made. A thread cannot be ended from outside."""
+"""Calls of one reward that may be hanging at a time; further ones are not made.
+
+A thread cannot be ended from outside.
+"""
 _numbers = itertools.count()
 _written: Counter[str] = Counter()
 """Files by message."""
@@ -48,7 +52,7 @@ class RewardEpisode:
 
 
 class Reward(ABC):
-    """A number for each step of a chunk."""
+    """A number for each step of a fragment."""
 
     name: str
 
@@ -76,7 +80,9 @@ class RewardResult:
     """One line about what failed first."""
 
 
-def safe_get_reward(reward: Reward, episode: RewardEpisode, *, timeout_seconds: float, traceback_dir: Path) -> RewardResult:
+def safe_get_reward(
+    reward: Reward, episode: RewardEpisode, *, timeout_seconds: float, traceback_dir: Path
+) -> RewardResult:
     """Call a reward; where it raises, hangs or returns something that is no reward, try it on the CPU, else take zero.
 
     Args:
@@ -99,7 +105,10 @@ def safe_get_reward(reward: Reward, episode: RewardEpisode, *, timeout_seconds: 
 
 
 def _call(reward: Reward, episode: RewardEpisode, timeout_seconds: float) -> np.ndarray:
-    """In a thread that can be given up. Raises what the reward raises, TimeoutError, or ValueError for a value that is no reward."""
+    """In a thread that can be given up.
+
+    Raises what the reward raises, TimeoutError, or ValueError for a value that is no reward.
+    """
     reward.hung = [thread for thread in reward.hung if thread.is_alive()]
     if len(reward.hung) >= MAX_HUNG_CALLS:
         raise TimeoutError(f"{len(reward.hung)} earlier calls still hang; no further one is made")
@@ -157,7 +166,10 @@ def _write_traceback(reward: Reward, episode: RewardEpisode, error: Exception, d
     _written[message] += 1
     number = next(_numbers)
     text = "".join(traceback.format_exception(error))
-    facts = f"reward {name}, {len(episode.actions)} steps, instruction {episode.instruction!r}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    facts = (
+        f"reward {name}, {len(episode.actions)} steps, instruction {episode.instruction!r}, "
+        f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
+    )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f"reward_{name}_{os.getpid()}_{number:04d}.txt").write_text(f"{facts}\n\n{text}")

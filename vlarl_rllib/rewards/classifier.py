@@ -1,7 +1,9 @@
-"""The judge that `vlarl reward-model` trains: a small convolutional network, conditioned on the words of the instruction.
+"""The judge that `vlarl reward-model` trains: a small convolutional network, conditioned on the words of the
+instruction.
 
-An instruction is the mean embedding of its words and pairs of neighbouring words ("put the red cube on the blue zone" and the reverse have
-the same words); it scales and shifts the channels behind every convolution (FiLM, arXiv 1709.07871).
+An instruction is the mean embedding of its words and pairs of neighbouring words ("put the red cube on the blue zone"
+and the reverse have the same words); it scales and shifts the channels behind every convolution (FiLM, arXiv
+1709.07871).
 
 N, B = frames, S = image side in pixels.
 """
@@ -22,7 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from vlarl_rllib.rewards.judge import CLASSIFIER_TYPE, CONFIG_FILE, WEIGHTS_FILE, check_judge, read_config, weights_digest
+from vlarl_rllib.rewards.judge import (
+    CLASSIFIER_TYPE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_judge,
+    read_config,
+    weights_digest,
+)
 
 CHANNELS = (24, 48, 64, 64)
 """Of each convolution; all but the last halve the picture."""
@@ -60,8 +69,8 @@ class SuccessClassifier:
     def score(self, images: np.ndarray, instruction: str) -> np.ndarray:
         """[N, S, S, 3] uint8 -> [N] float32 in [0, 1]."""
         bag = self.bags([instruction]).to(self._device)
-        chunks = [images[first : first + BATCH_SIZE] for first in range(0, len(images), BATCH_SIZE)]
-        logits = [self.network(self.pixels(chunk), bag.expand(len(chunk), -1)) for chunk in chunks]
+        fragments = [images[first : first + BATCH_SIZE] for first in range(0, len(images), BATCH_SIZE)]
+        logits = [self.network(self.pixels(fragment), bag.expand(len(fragment), -1)) for fragment in fragments]
         return torch.sigmoid(torch.cat(logits)).cpu().numpy()
 
     def pixels(self, images: np.ndarray) -> Tensor:
@@ -69,7 +78,8 @@ class SuccessClassifier:
         return torch.from_numpy(resized(images, self.config.image_size)).to(self._device).permute(0, 3, 1, 2)
 
     def bags(self, instructions: Sequence[str]) -> Tensor:
-        """[N, V] float32: the share of each term of the vocabulary in the known part of an instruction; zeros where nothing is known."""
+        """[N, V] float32: the share of each term of the vocabulary in the known part of an instruction; zeros where
+        nothing is known."""
         bags = torch.zeros(len(instructions), len(self.config.vocabulary))
         for row, instruction in enumerate(instructions):
             known = [self._index[term] for term in terms(instruction) if term in self._index]
@@ -83,7 +93,12 @@ class SuccessClassifier:
         root.mkdir(parents=True, exist_ok=True)
         weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()})
         (root / WEIGHTS_FILE).write_bytes(weights)
-        facts = {"model_type": CLASSIFIER_TYPE, **asdict(self.config), "weights_sha256": weights_digest(weights), "training": self.training}
+        facts = {
+            "model_type": CLASSIFIER_TYPE,
+            **asdict(self.config),
+            "weights_sha256": weights_digest(weights),
+            "training": self.training,
+        }
         (root / CONFIG_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -99,7 +114,9 @@ class SuccessClassifier:
             classifier.network.load_state_dict(load((Path(directory) / WEIGHTS_FILE).read_bytes()))
         except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"{directory} is not a success classifier of this version ({reason}); run vlarl reward-model again") from error
+            raise ValueError(
+                f"{directory} is not a success classifier of this version ({reason}); run vlarl reward-model again"
+            ) from error
         return classifier
 
 
@@ -112,7 +129,13 @@ class Network(nn.Module):
         nn.init.normal_(self.embedding.weight)
         sizes = [5, *CHANNELS]  # colours, and where in the picture: x and y
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 5 if block == 0 else 3, stride=1 if block == len(CHANNELS) - 1 else 2, padding=2 if block == 0 else 1)
+            nn.Conv2d(
+                before,
+                after,
+                5 if block == 0 else 3,
+                stride=1 if block == len(CHANNELS) - 1 else 2,
+                padding=2 if block == 0 else 1,
+            )
             for block, (before, after) in enumerate(zip(sizes, CHANNELS, strict=False))
         )
         self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, channels) for channels in CHANNELS)

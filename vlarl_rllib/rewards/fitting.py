@@ -1,6 +1,7 @@
 """Training of the success classifier on frames of demonstrations, all of which succeed at their last step.
 
-Frames within `near` steps of the end show the task solved, earlier ones do not, and no frame does under the instruction of another task.
+Frames within `near` steps of the end show the task solved, earlier ones do not, and no frame does under the instruction
+of another task.
 
 N = frames, S = image side in pixels.
 """
@@ -53,7 +54,8 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class HeldOutQuality:
-    """Of the scores on held-out episodes: each frame under its own instruction, each solved one under all others too."""
+    """Of the scores on held-out episodes: each frame under its own instruction, each solved one under all others
+    too."""
 
     num_episodes: int
     num_judgements: int
@@ -72,13 +74,19 @@ class HeldOutQuality:
 
 
 class _Batches:
-    """Draws labelled frames: half of them solved, the rest earlier ones and, where there are other instructions, half of it solved under one."""
+    """Draws labelled frames: half of them solved, the rest earlier ones and, where there are other instructions, half
+    of it solved under one."""
 
-    def __init__(self, frames: DemonstrationFrames, training: np.ndarray, options: FitOptions, random: np.random.Generator) -> None:
+    def __init__(
+        self, frames: DemonstrationFrames, training: np.ndarray, options: FitOptions, random: np.random.Generator
+    ) -> None:
         solved = frames.steps_left < options.near
         self._solved, self._earlier = np.flatnonzero(training & solved), np.flatnonzero(training & ~solved)
         if not len(self._earlier):
-            raise ValueError(f"every episode ends within {options.near} steps, so that no frame is left to tell success from; use a smaller --near")
+            raise ValueError(
+                f"every episode ends within {options.near} steps, so that no frame is left to tell success from; "
+                "use a smaller --near"
+            )
         self._instruction_of, self._num_instructions = frames.instruction_of, len(frames.instructions)
         self._size, self._random = options.batch_size, random
 
@@ -99,7 +107,8 @@ class _Batches:
 def fit_classifier(
     frames: DemonstrationFrames, options: FitOptions, progress: Callable[[int, float], None] = lambda step, loss: None
 ) -> tuple[SuccessClassifier, HeldOutQuality]:
-    """Train on most episodes and measure on the rest; the same seed gives the same classifier. torch's global generator is left as it was.
+    """Train on most episodes and measure on the rest; the same seed gives the same classifier. torch's global generator
+    is left as it was.
 
     Args:
         progress: called with (steps done, loss of the last one).
@@ -120,17 +129,27 @@ def fit_classifier(
         classifier = SuccessClassifier(ClassifierConfig(frames.images.shape[1], tuple(vocabulary)))
     _optimize(classifier, frames, batches, options, progress)
     quality = measure(classifier, frames, is_held_out, options.near)
-    classifier.training = {"options": asdict(options), "instructions": list(frames.instructions), "held_out": asdict(quality)}
+    classifier.training = {
+        "options": asdict(options),
+        "instructions": list(frames.instructions),
+        "held_out": asdict(quality),
+    }
     return classifier, quality
 
 
 def _optimize(
-    classifier: SuccessClassifier, frames: DemonstrationFrames, batches: _Batches, options: FitOptions, progress: Callable[[int, float], None]
+    classifier: SuccessClassifier,
+    frames: DemonstrationFrames,
+    batches: _Batches,
+    options: FitOptions,
+    progress: Callable[[int, float], None],
 ) -> None:
     network = classifier.network.train()
     bags = classifier.bags(frames.instructions)
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps + 1, pct_start=WARM_UP, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.lr, total_steps=options.steps + 1, pct_start=WARM_UP, cycle_momentum=False
+    )
     for step in range(options.steps):
         drawn, instructions, labels = batches.draw()
         logits = network(classifier.pixels(frames.images[drawn]), bags[instructions])
@@ -143,7 +162,9 @@ def _optimize(
     network.eval()
 
 
-def measure(classifier: SuccessClassifier, frames: DemonstrationFrames, chosen: np.ndarray, near: int) -> HeldOutQuality:
+def measure(
+    classifier: SuccessClassifier, frames: DemonstrationFrames, chosen: np.ndarray, near: int
+) -> HeldOutQuality:
     """How well `classifier` judges the frames where `chosen` [N] is true: whole episodes, at least one."""
     solved = chosen & (frames.steps_left < near)
     own_scores = np.zeros(len(chosen), np.float32)

@@ -12,8 +12,8 @@ ARM = slice(0, 6)
 class MalformedReply(Reward):
     """-1 at a step whose reply is not seven action tokens (a stop token in between, another id).
 
-    The samplers of this package choose among the action ids alone, and runners take no other reply: in a run it is always 0. It is for
-    scoring episodes from elsewhere.
+    The samplers of this package choose among the action ids alone, and runners take no other reply: in a run it is
+    always 0. It is for scoring episodes from elsewhere.
 
     Args:
         action_token_ids: the 256 ids.
@@ -40,7 +40,8 @@ class Length(Reward):
 
 
 class Smoothness(Reward):
-    """Minus the mean squared change of the arm's six normalised numbers since the step before; in [-4, 0], 0 at a chunk's first step."""
+    """Minus the mean squared change of the arm's six normalised numbers since the step before; in [-4, 0], 0 at a
+    fragment's first step."""
 
     name = "smoothness"
 

@@ -1,8 +1,8 @@
-"""A judge looks at frames and says how likely the instruction has been carried out. What a directory holds one, and loading it.
+"""A judge looks at frames and says how likely the instruction has been carried out. What directory holds one.
 
-Nothing heavy is imported here before `load_judge`, so that a wrong directory is answered at once.
+Nothing heavy is imported here, so that a wrong directory is answered at once; `judges.py` loads one.
 
-T = steps of a chunk of an episode, S = image side in pixels.
+T = steps of a fragment of an episode, S = image side in pixels.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from vlarl_rllib.json_files import read_json_object
-from vlarl_rllib.model_files import WEIGHTS_FILE, check_weights, refuse_foreign_code
+from vlarl_rllib.models.files import WEIGHTS_FILE, check_weights, refuse_foreign_code
+from vlarl_rllib.process.json_files import read_json_object
 
 CONFIG_FILE = "config.json"
 CLASSIFIER_TYPE = "vlarl_success_classifier"
@@ -46,7 +46,9 @@ def judge_kind(directory: str | Path) -> JudgeKind:
         return "classifier"
     if "vision_config" in config:  # as all of transformers' image-text-to-text models that judge frames have
         return "vision_language"
-    raise ValueError(f"{directory} holds a model of type {config.get('model_type')!r}, which cannot judge frames; {REMEDY}")
+    raise ValueError(
+        f"{directory} holds a model of type {config.get('model_type')!r}, which cannot judge frames; {REMEDY}"
+    )
 
 
 def check_judge(directory: str | Path) -> JudgeKind:
@@ -66,19 +68,11 @@ def check_judge(directory: str | Path) -> JudgeKind:
     if not (root / WEIGHTS_FILE).is_file():
         raise ValueError(f"{directory} has no {WEIGHTS_FILE}; run vlarl reward-model again")
     if weights_digest((root / WEIGHTS_FILE).read_bytes()) != read_config(directory).get("weights_sha256"):
-        raise ValueError(f"{directory}: {WEIGHTS_FILE} is not the file that {CONFIG_FILE} was written with; run vlarl reward-model again")
+        raise ValueError(
+            f"{directory}: {WEIGHTS_FILE} is not the file that {CONFIG_FILE} was written with; run vlarl "
+            "reward-model again"
+        )
     return kind
-
-
-def load_judge(directory: str | Path, device: str = "cpu") -> Judge:
-    """The judge in `directory`, on "cpu" or "cuda". Raises ValueError, one line, for a directory that holds none or a damaged one."""
-    if check_judge(directory) == "classifier":
-        from vlarl_rllib.rewards.classifier import SuccessClassifier
-
-        return SuccessClassifier.load(directory, device)
-    from vlarl_rllib.rewards.vision_language import VisionLanguageJudge
-
-    return VisionLanguageJudge(directory, device)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The learned process reward: what a step does to a judge's score.
 
-T = steps of a chunk of an episode, S = image side in pixels.
+T = steps of a fragment of an episode, S = image side in pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.rewards.base import Reward, RewardEpisode
-from vlarl_rllib.rewards.judge import Judge, judge_kind, load_judge
+from vlarl_rllib.rewards.judge import Judge, judge_kind
+from vlarl_rllib.rewards.judges import load_judge
 
 WAIT_SHARE = 0.9
 """Of the reward's time-out, for the worker's answer: the call ends by itself before it is given up."""
@@ -21,7 +22,8 @@ WAIT_SHARE = 0.9
 class ProcessReward(Reward):
     """Score of the frame behind a step minus score of the frame before it, by the run's reward worker.
 
-    The differences of an episode add up to its last score minus its first, at most 1, in however many chunks it is handed over.
+    The differences of an episode add up to its last score minus its first, at most 1, in however many fragments it is
+    handed over.
 
     Args:
         judge_directory: what the worker has loaded.
@@ -56,7 +58,9 @@ class ProcessReward(Reward):
         if self._worker is None:
             raise RuntimeError("no reward worker is attached")
         if self._was_late:
-            raise TimeoutError("the reward worker was late before, and is asked again when the next round of sampling begins")
+            raise TimeoutError(
+                "the reward worker was late before, and is asked again when the next round of sampling begins"
+            )
         try:
             scores = ray.get(self._worker.score.remote(episode.images, episode.instruction), timeout=self._wait_seconds)
         except ray.exceptions.GetTimeoutError as error:
@@ -65,14 +69,20 @@ class ProcessReward(Reward):
         return differences(scores, len(episode.actions))
 
     def on_cpu(self) -> Reward | None:
-        """The same judge in this process, loaded at its first call; None where it is too large for that. Raises ValueError as `judge_kind`."""
+        """The same judge in this process, loaded at its first call; None where it is too large for that.
+
+        Raises ValueError as `judge_kind`.
+        """
         if self._cpu_copy is None:
             self._cpu_copy = judge_kind(self._directory) == "classifier"
         return self._local if self._cpu_copy else None
 
 
 class LocalProcessReward(Reward):
-    """`ProcessReward` by a judge in this process, loaded at the first call, within its time-out. A failure to load is remembered."""
+    """`ProcessReward` by a judge in this process, loaded at the first call, within its time-out.
+
+    A failure to load is remembered.
+    """
 
     name = "process"
 
@@ -87,7 +97,9 @@ class LocalProcessReward(Reward):
         return differences(self._load().score(episode.images, episode.instruction), len(episode.actions))
 
     def _load(self) -> Judge:
-        with self._loading:  # a call that was given up may still be loading: the next one waits for it instead of loading too
+        with (
+            self._loading
+        ):  # a call that was given up may still be loading: the next one waits for it instead of loading too
             if self._judge is None:
                 try:
                     self._judge = load_judge(self._directory)

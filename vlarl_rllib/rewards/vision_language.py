@@ -1,6 +1,7 @@
 """The judge that is a vision-language model of transformers: it is asked whether a frame shows the instruction done.
 
-The score is P(yes) / (P(yes) + P(no)) of the next token. No code of a checkpoint is run, and its weights are safetensors.
+The score is P(yes) / (P(yes) + P(no)) of the next token. No code of a checkpoint is run, and its weights are
+safetensors.
 
 B = frames of a batch, V = vocabulary, S = image side in pixels.
 """
@@ -38,15 +39,21 @@ class VisionLanguageJudge:
     def __init__(self, directory: str | Path, device: str = "cpu") -> None:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         try:
-            self._processor: Any = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            self._processor: Any = AutoProcessor.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
             model = AutoModelForImageTextToText.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise ValueError(f"{directory} cannot be loaded as a vision-language model ({reason}); download it again") from error
+            raise ValueError(
+                f"{directory} cannot be loaded as a vision-language model ({reason}); download it again"
+            ) from error
         if not getattr(self._processor, "chat_template", None):
-            raise ValueError(f"{directory}: its processor has no chat template to ask with; choose a model that was tuned to answer")
+            raise ValueError(
+                f"{directory}: its processor has no chat template to ask with; choose a model that was tuned to answer"
+            )
         self._model = model.to(device).eval()
         self._yes, self._no = self._single_tokens(YES), self._single_tokens(NO)
         if not self._yes or not self._no:
@@ -54,16 +61,22 @@ class VisionLanguageJudge:
 
     def score(self, images: np.ndarray, instruction: str) -> np.ndarray:
         """[N, S, S, 3] uint8 -> [N] float32 in [0, 1]."""
-        chunks = [images[first : first + BATCH_SIZE] for first in range(0, len(images), BATCH_SIZE)]
-        logits = torch.cat([self.next_token_logits(chunk, instruction) for chunk in chunks])
+        fragments = [images[first : first + BATCH_SIZE] for first in range(0, len(images), BATCH_SIZE)]
+        logits = torch.cat([self.next_token_logits(fragment, instruction) for fragment in fragments])
         yes, no = logits[:, self._yes].logsumexp(-1), logits[:, self._no].logsumexp(-1)
         return torch.sigmoid(yes - no).cpu().numpy()
 
     @torch.no_grad()
     def next_token_logits(self, images: np.ndarray, instruction: str) -> Tensor:
-        """[B, S, S, 3] uint8 -> [B, V] float32, behind the question. Frames of one size and one instruction make prompts of one length."""
+        """[B, S, S, 3] uint8 -> [B, V] float32, behind the question.
+
+        Frames of one size and one instruction make prompts of one length.
+        """
         question = {"type": "text", "text": QUESTION.format(instruction=instruction.rstrip(". "))}
-        conversations = [[{"role": "user", "content": [{"type": "image", "image": Image.fromarray(image)}, question]}] for image in images]
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "image": Image.fromarray(image)}, question]}]
+            for image in images
+        ]
         inputs = self._processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self._model.device, dtype=self._model.dtype)

@@ -46,7 +46,9 @@ class WeightedRewards:
         """[T] float32."""
         total = np.zeros(len(episode.actions), np.float32)
         for weight, reward in self._rewards:
-            result = safe_get_reward(reward, episode, timeout_seconds=self._timeout_seconds, traceback_dir=self._traceback_dir)
+            result = safe_get_reward(
+                reward, episode, timeout_seconds=self._timeout_seconds, traceback_dir=self._traceback_dir
+            )
             with np.errstate(over="ignore"):
                 weighted = np.float32(weight) * result.value
             fits = bool((np.abs(weighted) <= LARGEST).all())
@@ -59,8 +61,16 @@ class WeightedRewards:
 
 def make_rewards(settings: RewardSettings, action_token_ids: range, traceback_dir: Path) -> WeightedRewards:
     """The rewards that the settings give a weight."""
-    known = ((settings.success, Success()), (settings.malformed, MalformedReply(action_token_ids)), (settings.length, Length()))
-    chosen: list[tuple[float, Reward]] = [(weight, reward) for weight, reward in (*known, (settings.smoothness, Smoothness())) if weight]
+    known = (
+        (settings.success, Success()),
+        (settings.malformed, MalformedReply(action_token_ids)),
+        (settings.length, Length()),
+    )
+    chosen: list[tuple[float, Reward]] = [
+        (weight, reward) for weight, reward in (*known, (settings.smoothness, Smoothness())) if weight
+    ]
     if settings.process and settings.judge:
-        chosen.append((settings.process, ProcessReward(settings.judge, settings.timeout_seconds, settings.judge_cpu_copy)))
+        chosen.append(
+            (settings.process, ProcessReward(settings.judge, settings.timeout_seconds, settings.judge_cpu_copy))
+        )
     return WeightedRewards(chosen, timeout_seconds=settings.timeout_seconds, traceback_dir=traceback_dir)

@@ -19,7 +19,8 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError
 
 from vlarl_rllib.errors import one_line
-from vlarl_rllib.rewards.judge import check_judge, load_judge
+from vlarl_rllib.rewards.judge import check_judge
+from vlarl_rllib.rewards.judges import load_judge
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ RESTART_POLL_SECONDS = 0.5
 class RewardWorker:
     """The actor. Raises ValueError from its constructor where the directory holds no judge.
 
-    `ping` has a thread of its own, so that it does not wait behind the calls of slow rounds: Ray cancels none that is with an actor.
+    `ping` has a thread of its own, so that it does not wait behind the calls of slow rounds: Ray cancels none that is
+    with an actor.
     """
 
     def __init__(self, directory: str, device: str) -> None:
@@ -49,7 +51,8 @@ class RewardWorker:
         return os.getpid(), 0.0 if since is None else time.monotonic() - since
 
     def score(self, images: np.ndarray, instruction: str) -> np.ndarray:
-        """See `Judge.score`. A broken CUDA context, which no later call would survive, ends the process: Ray starts another."""
+        """See `Judge.score`. A broken CUDA context, which no later call would survive, ends the process: Ray starts
+        another."""
         self._since = time.monotonic()
         try:
             return self.judge(images, instruction)
@@ -101,7 +104,10 @@ class RewardService:
         self.handle: Any = self._actor_class.remote(*self._arguments)
 
     def wait_until_ready(self, timeout_seconds: float = START_TIMEOUT_SECONDS) -> None:
-        """Wait for the judge to be loaded. Raises RuntimeError, with the worker gone, where that fails or takes too long."""
+        """Wait for the judge to be loaded.
+
+        Raises RuntimeError, with the worker gone, where that fails or takes too long.
+        """
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
@@ -114,13 +120,20 @@ class RewardService:
                 raise RuntimeError(f"the reward worker does not start: {one_line(error)}") from error
 
     def ensure_alive(self) -> None:
-        """Kill a worker that is frozen and replace one that Ray has given up. Waits for no restart: runners do without meanwhile."""
+        """Kill a worker that is frozen and replace one that Ray has given up.
+
+        Waits for no restart: runners do without meanwhile.
+        """
         try:
             pid, busy_seconds = ray.get(self.handle.ping.remote(), timeout=self._patience_seconds)
             if busy_seconds > self._patience_seconds:
                 raise GetTimeoutError(f"one call takes {busy_seconds:.0f} s already")
         except GetTimeoutError as error:
-            logger.warning("the reward worker is frozen (%s, more than %g s); it is killed", one_line(error), self._patience_seconds)
+            logger.warning(
+                "the reward worker is frozen (%s, more than %g s); it is killed",
+                one_line(error),
+                self._patience_seconds,
+            )
             ray.kill(self.handle, no_restart=False)
         except ActorDiedError as error:  # its constructor failed, after a restart
             logger.warning("the reward worker is lost (%s); another one is started", one_line(error))

@@ -1,7 +1,8 @@
 """RLlib's EnvRunner for slots of vision-language-action environments, sampled by engines.
 
-The Algorithm calls `attach` (which engines, which version), then `sample_slots` until the runner says that the iteration is complete.
-Episodes stay in this node's object store; what returns is one reference per slot with its number of steps.
+The Algorithm calls `attach` (which engines, which version), then `sample_slots` until the runner says that the
+iteration is complete. Episodes stay in this node's object store; what returns is one reference per slot with its number
+of steps.
 """
 
 from __future__ import annotations
@@ -13,12 +14,9 @@ import time
 import traceback
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import gymnasium as gym
-import numpy as np
 import ray
 from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -26,81 +24,23 @@ from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from vlarl_rllib.curriculum import AdaptiveCurriculum, FixedCurriculum, Start
 from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec
+from vlarl_rllib.envs.registry import env_class, training_and_held_out_states
 from vlarl_rllib.envs.vector import SlotProcesses
-from vlarl_rllib.models.action_tokenizer import ActionTokenizer
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
-from vlarl_rllib.registry import EnvSpec, env_class, training_and_held_out_states
+from vlarl_rllib.models.openvla.actions import ActionTokenizer
 from vlarl_rllib.rewards import make_rewards
+from vlarl_rllib.rollout.contribution import REWARD_FAULTS, Attached, Contribution
+from vlarl_rllib.rollout.curriculum import AdaptiveCurriculum, FixedCurriculum
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
-from vlarl_rllib.rollout.players import EpisodeResult, TrainingPlayer, is_uniform
+from vlarl_rllib.rollout.players import TrainingPlayer, is_uniform
+from vlarl_rllib.rollout.slot_env import SlotVectorEnv, slot_spaces
 from vlarl_rllib.settings import Settings, calculate_runtime_args
-from vlarl_rllib.types import NUM_ACTION_BINS, NUM_ACTION_TOKENS, WeightManifest
+from vlarl_rllib.types import EnvSpec, Start, WeightManifest
 
 logger = logging.getLogger(__name__)
-
-REWARD_FAULTS = ("reward_zeros", "reward_cpu_retries")
-"""Rewards of a chunk that came to nothing, and those that a CPU had to give."""
-
-
-@dataclass
-class Contribution:
-    """What one `sample_slots` call brought."""
-
-    refs: list[Any] = field(default_factory=list)
-    """One ref per slot that has new chunks, or per group of episodes; each a list of SingleAgentEpisode."""
-    num_steps: list[int] = field(default_factory=list)
-    uniform: list[bool] = field(default_factory=list)
-    """Of each ref, whether all episodes of the group succeed or all fail, so that nothing tells what made the difference."""
-    played_steps: int = 0
-    """Steps that this call played, handed over or not."""
-    missing: int = 0
-    """Steps or episodes that the iteration still lacks, because an engine failed. Nothing is handed over then: a chunk that is cut there
-    has other advantages, and the runner's objects are no safer than the runner."""
-    engine_error: str | None = None
-    metrics: Any = None
-    results: list[EpisodeResult] = field(default_factory=list)
-    """Episodes that ended in this call, by slot."""
-    token_checksum: int = 0
-    """Sum of the CRC-32 of each step's action tokens: equal in two runs that took the same actions, in whatever order."""
-    runner: int = 0
-    """Number of the runner, from 1."""
-    pids: dict[str, Any] = field(default_factory=dict)
-    """Process ids: `runner`, and `environments` by subprocess."""
-
-
-class Attached(NamedTuple):
-    """A runner that is ready to sample."""
-
-    pid: int
-    tasks: tuple[int, ...]
-    """Of each slot, as it begins with."""
-    evaluating: tuple[Start, ...]
-    """Starts of the evaluation episodes that go on here."""
-    failure: str | None = None
-    """Traceback of what kept it from making its environments; it cannot sample then."""
-
-
-def slot_spaces(image_size: int) -> tuple[gym.Space, gym.Space]:
-    """What a slot shows, and what it takes."""
-    return gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8), gym.spaces.MultiDiscrete([NUM_ACTION_BINS] * NUM_ACTION_TOKENS)
-
-
-class SlotVectorEnv(gym.vector.VectorEnv):
-    """The slots as RLlib wants to see an environment: spaces and a size. The event loop plays them, without `step`."""
-
-    def __init__(self, processes: SlotProcesses, num_envs: int, image_size: int) -> None:
-        self.processes = processes
-        self.num_envs = num_envs
-        self.single_observation_space, self.single_action_space = slot_spaces(image_size)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-
-    def close_extras(self, **kwargs: Any) -> None:
-        self.processes.close()
 
 
 class VLAEnvRunner(SingleAgentEnvRunner):
@@ -119,7 +59,10 @@ class VLAEnvRunner(SingleAgentEnvRunner):
     # RLlib's surface
 
     def make_env(self) -> None:
-        """Start the environments. What goes wrong is kept for `failure`: of an actor that raises while it is made, Ray makes the next one."""
+        """Start the environments.
+
+        What goes wrong is kept for `failure`: of an actor that raises while it is made, Ray makes the next one.
+        """
         try:
             self._make_env()
         except Exception:
@@ -156,8 +99,13 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         )
         self.env = SlotVectorEnv(processes, env.num_envs, model.image_size)
         self.num_envs = env.num_envs
-        tokenizer, stats = ActionTokenizer(model.action_vocab_size, model.num_bins), model.action_statistics(settings.unnorm_key)
-        self._rewards = make_rewards(settings.rewards, tokenizer.token_ids, Path(self.config.run_dir or tempfile.gettempdir()) / "reward_errors")
+        tokenizer, stats = (
+            ActionTokenizer(model.action_vocab_size, model.num_bins),
+            model.action_statistics(settings.unnorm_key),
+        )
+        self._rewards = make_rewards(
+            settings.rewards, tokenizer.token_ids, Path(self.config.run_dir or tempfile.gettempdir()) / "reward_errors"
+        )
         self._make_players(spec, slot_tasks, runner * env.num_envs, tokenizer)
         self._loop = SlotLoop(
             processes,
@@ -168,7 +116,9 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             env_timeout_seconds=env.timeout_seconds,
         )
 
-    def _make_players(self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int, tokenizer: ActionTokenizer) -> None:
+    def _make_players(
+        self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int, tokenizer: ActionTokenizer
+    ) -> None:
         self._slot_tasks = slot_tasks
         self._curriculum = self._make_curriculum(spec, first_slot)
         self._players = {
@@ -190,14 +140,18 @@ class VLAEnvRunner(SingleAgentEnvRunner):
     def _make_curriculum(self, spec: EnvSpec, first_slot: int) -> FixedCurriculum:
         settings, seed = self.settings, self.settings.run.seed
         tasks = settings.task_ids
-        states = {task: training_and_held_out_states(spec, task)[0][: settings.curriculum.starts_per_task] for task in tasks}
+        states = {
+            task: training_and_held_out_states(spec, task)[0][: settings.curriculum.starts_per_task] for task in tasks
+        }
         if settings.curriculum.kind == "fixed":
             return FixedCurriculum(self._slot_tasks, states, first_slot=first_slot, seed=seed)
         playable: dict[int, Sequence[int]] = {}
         for slots in self.env.processes.slots_of_process():
             models = list(dict.fromkeys(self._slot_tasks[slot] for slot in slots))
             playable |= dict.fromkeys(slots, tasks if settings.env.models_per_process >= len(tasks) else models)
-        return AdaptiveCurriculum([playable[slot] for slot in range(len(playable))], states, first_slot=first_slot, seed=seed)
+        return AdaptiveCurriculum(
+            [playable[slot] for slot in range(len(playable))], states, first_slot=first_slot, seed=seed
+        )
 
     def get_spaces(self) -> Any:
         if self.env is None:
@@ -212,14 +166,21 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             super().make_module()
 
     def sample(self, *, num_timesteps: int | None = None, **kwargs: Any) -> list[SingleAgentEpisode]:  # type: ignore[override]
-        """Play an iteration's share and return the episodes themselves; `num_timesteps` divided over the slots where steps are counted."""
+        """Play an iteration's share and return the episodes themselves; `num_timesteps` divided over the slots where
+        steps are counted."""
         rollout = self.settings.rollout
-        per_slot = -(-num_timesteps // self.num_envs) if num_timesteps and not rollout.episodes_per_iteration else rollout.quota
+        per_slot = (
+            -(-num_timesteps // self.num_envs)
+            if num_timesteps and not rollout.episodes_per_iteration
+            else rollout.quota
+        )
         contribution = self.sample_slots(self._iteration + 1, per_slot)
         return [episode for ref in contribution.refs for episode in ray.get(ref)]
 
     def assert_healthy(self) -> None:
-        assert self._failure or (self.env is not None and self.env.processes.pids()), "the runner has no environment processes"
+        assert self._failure or (self.env is not None and self.env.processes.pids()), (
+            "the runner has no environment processes"
+        )
 
     def stop(self) -> None:
         if self._sampler is not None:
@@ -229,8 +190,11 @@ class VLAEnvRunner(SingleAgentEnvRunner):
 
     # The Algorithm's calls
 
-    def attach(self, engines: list[Any], version: int, manifest: WeightManifest | None, reward_worker: Any = None) -> Attached:
-        """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`; and this reward worker."""
+    def attach(
+        self, engines: list[Any], version: int, manifest: WeightManifest | None, reward_worker: Any = None
+    ) -> Attached:
+        """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`; and
+        this reward worker."""
         if self._failure:
             return Attached(os.getpid(), (), (), self._failure)
         self._rewards.attach(reward_worker)
@@ -240,9 +204,9 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             self._sampler.attach(engines)
         else:
             if not isinstance(self._sampler, LocalSampler):
-                from vlarl_rllib.engines.hf_engine import HFEngine
+                from vlarl_rllib.engines.torch_engine import TorchEngine
 
-                self._sampler = LocalSampler(HFEngine(self._engine_spec), self._loop.completions)
+                self._sampler = LocalSampler(TorchEngine(self._engine_spec), self._loop.completions)
             if manifest is not None:
                 self._sampler.load_weights(manifest)
         self._version = version
@@ -250,10 +214,13 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         evaluating = self._evaluation.queue.playing.values() if self._evaluation else ()
         return Attached(os.getpid(), self._slot_tasks, tuple(evaluating))
 
-    def sample_slots(self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float] | None = None) -> Contribution:
+    def sample_slots(
+        self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float] | None = None
+    ) -> Contribution:
         """Play until each slot has contributed `quota` steps, or whole episodes, to `iteration`, or an engine fails.
 
-        Called again with the same `iteration` it goes on where the failure stopped it, and hands all of it over at the end.
+        Called again with the same `iteration` it goes on where the failure stopped it, and hands all of it over at the
+        end.
 
         Args:
             weights: of each (task, start), for an adaptive curriculum.
@@ -275,16 +242,23 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         return contribution
 
     def begin_new_episodes(self) -> None:
-        """End the running episodes where they are, unseen, and count the next `sample_slots` as a new iteration, whatever its number."""
+        """End the running episodes where they are, unseen, and count the next `sample_slots` as a new iteration,
+        whatever its number."""
         self._iteration, self._evaluation = -1, None
         self._loop.abandon()
         for player in self._players.values():
             player.abandon()
 
     def evaluate(
-        self, starts: list[Start], *, change_tasks: bool = False, seconds: float | None = None, record: Collection[Start] = ()
+        self,
+        starts: list[Start],
+        *,
+        change_tasks: bool = False,
+        seconds: float | None = None,
+        record: Collection[Start] = (),
     ) -> EvaluationRound:
-        """Play one greedy episode from each of `starts`, and go on with those of the last call; `begin_new_episodes` ends it.
+        """Play one greedy episode from each of `starts`, and go on with those of the last call; `begin_new_episodes`
+        ends it.
 
         Args:
             starts: as far as this call gets to them, the slots have their tasks, and no engine fails.
@@ -295,13 +269,18 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         if self._evaluation is None:
             self.begin_new_episodes()
             queue = StartQueue(
-                self._slot_tasks, self.env.processes.slots_of_process(), self.settings.env.models_per_process, change_tasks=change_tasks
+                self._slot_tasks,
+                self.env.processes.slots_of_process(),
+                self.settings.env.models_per_process,
+                change_tasks=change_tasks,
             )
             frames_per_second = env_class(self.settings.env.name).metadata["render_fps"]
             self._evaluation = Evaluation(queue, self.num_envs, frames_per_second)
         evaluation, deaths = self._evaluation, self._loop.env_deaths
         evaluation.begin_round(starts, seconds, record)
-        self._loop.run(evaluation.players, self._require_sampler(), self._version, self._groups(1))  # the queue's order is one of all slots
+        self._loop.run(
+            evaluation.players, self._require_sampler(), self._version, self._groups(1)
+        )  # the queue's order is one of all slots
         evaluation.round.env_deaths = self._loop.env_deaths - deaths
         evaluation.round.engine_error = str(self._loop.engine_error) if self._loop.engine_error else None
         return evaluation.round
@@ -324,25 +303,30 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             pids={"runner": os.getpid(), "environments": self.env.processes.pids()},
         )
         for slot, player in self._players.items() if not contribution.missing else ():
-            for chunks in player.take():
-                self._tell_of(chunks, slot)
-                contribution.refs.append(ray.put(chunks))
-                contribution.num_steps.append(sum(map(len, chunks)))
-                contribution.uniform.append(self.settings.rollout.group_size > 1 and is_uniform(chunks))
-                contribution.token_checksum += sum(zlib.crc32(tokens.tobytes()) for chunk in chunks for tokens in chunk.get_actions())
+            for fragments in player.take():
+                self._tell_of(fragments, slot)
+                contribution.refs.append(ray.put(fragments))
+                contribution.num_steps.append(sum(map(len, fragments)))
+                contribution.uniform.append(self.settings.rollout.group_size > 1 and is_uniform(fragments))
+                contribution.token_checksum += sum(
+                    zlib.crc32(tokens.tobytes()) for fragment in fragments for tokens in fragment.get_actions()
+                )
         return contribution
 
-    def _tell_of(self, chunks: list[SingleAgentEpisode], slot: int) -> None:
-        """RLlib's callbacks for what is handed over; of an episode that ends they see the last chunk, and `custom_data` of the whole."""
+    def _tell_of(self, fragments: list[SingleAgentEpisode], slot: int) -> None:
+        """RLlib's callbacks for what is handed over; of an episode that ends they see the last fragment, and
+        `custom_data` of the whole."""
         shared = {"env": self.env, "rl_module": self.module, "env_index": slot, "prev_episode_chunks": []}
-        for chunk in chunks:
-            if chunk.is_done:
-                self._call_back("on_episode_end", episode=chunk, **shared)
-        self._call_back("on_sample_end", samples=chunks)
+        for fragment in fragments:
+            if fragment.is_done:
+                self._call_back("on_episode_end", episode=fragment, **shared)
+        self._call_back("on_sample_end", samples=fragments)
 
     def _call_back(self, name: str, **arguments: Any) -> None:
         functions = getattr(self.config, f"callbacks_{name}")
-        make_callback(name, self._callbacks, functions, kwargs={"env_runner": self, "metrics_logger": self.metrics, **arguments})
+        make_callback(
+            name, self._callbacks, functions, kwargs={"env_runner": self, "metrics_logger": self.metrics, **arguments}
+        )
 
     def _log_rollout(self, contribution: Contribution, seconds: float) -> None:
         """Metrics since the last call; RLlib adds up or averages them over runners."""

@@ -1,7 +1,7 @@
 """Greedy evaluation in a runner: which slot plays which start, and what came of it.
 
-The driver (`coordination.RunnerCalls.evaluate`) says which starts this runner may begin. It counts: a start that is lost here with its
-environment goes back there, and whoever comes first plays it again.
+The driver (`runner_pool.RunnerCalls.evaluate`) says which starts this runner may begin. It counts: a start that is lost
+here with its environment goes back there, and whoever comes first plays it again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlarl_rllib.curriculum import Start
+from vlarl_rllib.envs.registry import training_and_held_out_states
 from vlarl_rllib.envs.vector import SlotEvent
-from vlarl_rllib.registry import EnvSpec, training_and_held_out_states
-from vlarl_rllib.rollout.players import EpisodeResult
 from vlarl_rllib.rollout.video import encode_mp4
 from vlarl_rllib.settings import Settings
-from vlarl_rllib.types import SampleReply, SampleRequest
+from vlarl_rllib.types import EnvSpec, EpisodeResult, SampleReply, SampleRequest, Start
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +39,8 @@ class EvaluationRound:
 class StartQueue:
     """Which start each slot of a runner plays next.
 
-    A slot stays on its task while that has starts: another one costs its process the build of a model (LIBERO: 3-12 s). Then it turns
-    to the task with the most starts for the slots that play it, as far as its process may hold the model.
+    A slot stays on its task while that has starts: another one costs its process the build of a model (LIBERO: 3-12 s).
+    Then it turns to the task with the most starts for the slots that play it, as far as its process may hold the model.
 
     Args:
         slot_tasks: the task that each slot begins with.
@@ -51,7 +49,14 @@ class StartQueue:
         change_tasks: False = a slot only ever plays the task that it began with.
     """
 
-    def __init__(self, slot_tasks: Sequence[int], processes: Sequence[Sequence[int]], models_per_process: int, *, change_tasks: bool) -> None:
+    def __init__(
+        self,
+        slot_tasks: Sequence[int],
+        processes: Sequence[Sequence[int]],
+        models_per_process: int,
+        *,
+        change_tasks: bool,
+    ) -> None:
         self.playing: dict[int, Start] = {}
         """By slot, the start of its running episode."""
         self._task = dict(enumerate(slot_tasks))
@@ -109,7 +114,8 @@ class Evaluation:
         self._deadline = math.inf
 
     def begin_round(self, starts: Sequence[Start], seconds: float | None, record: Collection[Start]) -> None:
-        """Offer `starts` beside those being played. After `seconds` running episodes rest, for the next round; None = play to the end.
+        """Offer `starts` beside those being played. After `seconds` running episodes rest, for the next round; None =
+        play to the end.
 
         Episodes from a start in `record` are filmed.
         """
@@ -159,7 +165,9 @@ class EvaluationPlayer:
             self._frames.append(event.image)
         if event.terminated or event.truncated:
             start = self._evaluation.queue.finish(self._slot)
-            result = EpisodeResult(event.task_id, event.initial_state, self._length, event.success, self._reward, self._film(start))
+            result = EpisodeResult(
+                event.task_id, event.initial_state, self._length, event.success, self._reward, self._film(start)
+            )
             self._evaluation.round.results.append(result)
 
     def dropped(self) -> None:
@@ -167,7 +175,8 @@ class EvaluationPlayer:
             self._evaluation.round.dropped.append(self._evaluation.queue.finish(self._slot))
 
     def _film(self, start: Start) -> bytes | None:
-        """The episode as MP4; None where it was not to be filmed, or cannot be here, which is no reason to lose its result."""
+        """The episode as MP4; None where it was not to be filmed, or cannot be here, which is no reason to lose its
+        result."""
         frames, self._frames = self._frames, None
         if frames is None or start not in self._evaluation.record:
             return None

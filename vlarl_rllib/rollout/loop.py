@@ -1,7 +1,7 @@
 """The event loop of a runner: each slot cycles frame, request, step, and waits at most for the slots of its group.
 
-One thread waits on one set of file descriptors: the environment processes' pipes and a pipe that completed requests are announced
-on. So nothing here can deadlock on a lock, and an exception of a sampler arrives as an event like any other.
+One thread waits on one set of file descriptors: the environment processes' pipes and a pipe that completed requests are
+announced on. So nothing here can deadlock on a lock, and an exception of a sampler arrives as an event like any other.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Completions:
 def make_groups(slots_of_process: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
     """Divide all slots into up to `count` groups of nearly one size, each with slots of as many processes as possible.
 
-    Of two groups one steps its environments while the engine samples for the other (double-buffered sampling, arXiv 2006.11751).
+    Of two groups one steps its environments while the engine samples for the other (double-buffered sampling, arXiv
+    2006.11751).
     """
     columns = itertools.zip_longest(*slots_of_process)
     slots = [slot for column in columns for slot in column if slot is not None]
@@ -126,13 +127,16 @@ class SlotLoop:
             if self._state[slot] is not SlotState.SAMPLING:
                 self._state[slot], self._discard[slot] = SlotState.EMPTY, False
 
-    def run(self, players: Mapping[int, Player], sampler: SamplerClient, version: int, groups: Iterable[Sequence[int]]) -> None:
+    def run(
+        self, players: Mapping[int, Player], sampler: SamplerClient, version: int, groups: Iterable[Sequence[int]]
+    ) -> None:
         """Play until every player rests, or until the engine failed (`engine_error`) and nothing is in flight any more.
 
         Args:
             players: by slot; other slots stay as they are.
             version: policy version that every reply must carry.
-            groups: of slots, which together hold each player's once. A group's requests are sent in one call, when none of its slots is under way.
+            groups: of slots, which together hold each player's once. A group's requests are sent in one call, when none
+                of its slots is under way.
         """
         self.engine_error = None
         self._players, self._sampler, self._version = players, sampler, version
@@ -151,10 +155,17 @@ class SlotLoop:
     # Who is waited for
 
     def _waiting(self, slots: Iterable[int]) -> bool:
-        """Whether any of these slots is under way. A slot that rests at its quota may be left resetting: that overlaps with the update."""
+        """Whether any of these slots is under way.
+
+        A slot that rests at its quota may be left resetting: that overlaps with the update.
+        """
         return any(
             self._state[slot] in (SlotState.SAMPLING, SlotState.STEPPING)
-            or (self._state[slot] is SlotState.RESETTING and self.engine_error is None and self._players[slot].wants_action())
+            or (
+                self._state[slot] is SlotState.RESETTING
+                and self.engine_error is None
+                and self._players[slot].wants_action()
+            )
             for slot in slots
         )
 
@@ -179,7 +190,13 @@ class SlotLoop:
             return
         for group in self._groups:
             if not self._waiting(group):
-                self._submit([slot for slot in group if self._state[slot] is SlotState.READY and self._players[slot].wants_action()])
+                self._submit(
+                    [
+                        slot
+                        for slot in group
+                        if self._state[slot] is SlotState.READY and self._players[slot].wants_action()
+                    ]
+                )
 
     def _submit(self, slots: list[int]) -> None:
         items = []
@@ -207,7 +224,12 @@ class SlotLoop:
             self._fail(slot, outcome)
             return
         if outcome.policy_version != self._version:
-            self._fail(slot, EngineError(f"an engine answered with policy version {outcome.policy_version} where {self._version} is current"))
+            self._fail(
+                slot,
+                EngineError(
+                    f"an engine answered with policy version {outcome.policy_version} where {self._version} is current"
+                ),
+            )
             return
         self._replies[slot] = outcome
         self._state[slot] = SlotState.STEPPING
@@ -247,7 +269,8 @@ class SlotLoop:
             self._players[slot].stepped(self._replies.pop(slot), event)
             if event.terminated or event.truncated:
                 self._state[slot] = SlotState.EMPTY
-                self._begin_idle()  # others too: the end of an episode may be what one that had nothing to do has waited for
+                # others too: the end of an episode may be what one that had nothing to do has waited for
+                self._begin_idle()
 
     def _on_death(self, slot: int) -> None:
         """The process is being restarted; an answer still on its way to this slot finds nobody."""
@@ -264,11 +287,15 @@ class SlotLoop:
         now = time.monotonic()
         for key, (_, since) in list(self._requests.items()):
             if now - since > self._request_timeout:
-                self._on_completion(key, EngineError(f"no action within engines.request_timeout_seconds = {self._request_timeout:g}"))
+                self._on_completion(
+                    key, EngineError(f"no action within engines.request_timeout_seconds = {self._request_timeout:g}")
+                )
         for slot, since in list(self._env_calls.items()):
             if now - since > self._env_timeout:
                 del self._env_calls[slot]
                 logger.warning(
-                    "slot %d: no answer from its environment within env.timeout_seconds = %g; its process is ended", slot, self._env_timeout
+                    "slot %d: no answer from its environment within env.timeout_seconds = %g; its process is ended",
+                    slot,
+                    self._env_timeout,
                 )
                 self._processes.kill(slot)

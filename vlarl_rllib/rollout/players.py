@@ -1,36 +1,30 @@
 """What a slot does with its frames: here, collect training steps; `rollout/evaluation.py` has the greedy episodes.
 
-The event loop (`loop.SlotLoop`) asks a player what comes next and tells it what happened; it knows nothing about episodes itself.
+The event loop (`loop.SlotLoop`) asks a player what comes next and tells it what happened; it knows nothing about
+episodes itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import gymnasium as gym
 import numpy as np
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from vlarl_rllib.curriculum import FixedCurriculum, Start, derive_seed
 from vlarl_rllib.envs.vector import SlotEvent
-from vlarl_rllib.learner.collate import INSTRUCTION_KEY, LOG_PROBS_KEY
 from vlarl_rllib.rewards import RewardEpisode, WeightedRewards
-from vlarl_rllib.types import SampleReply, SampleRequest
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeResult:
-    """A finished episode, for metrics."""
-
-    task_id: int
-    initial_state: int
-    length: int
-    success: bool
-    reward: float
-    video: bytes | None = None
-    """MP4 of the frames that the policy saw, where it was asked for."""
+from vlarl_rllib.rollout.curriculum import FixedCurriculum
+from vlarl_rllib.types import (
+    INSTRUCTION_KEY,
+    LOG_PROBS_KEY,
+    EpisodeResult,
+    SampleReply,
+    SampleRequest,
+    Start,
+    derive_seed,
+)
 
 
 class Player(Protocol):
@@ -62,7 +56,8 @@ class Player(Protocol):
 
 
 class TrainingPlayer:
-    """Contributes a fixed number of steps per iteration, where an episode may go on in the next one, or of whole episodes.
+    """Contributes a fixed number of steps per iteration, where an episode may go on in the next one, or of whole
+    episodes.
 
     Args:
         slot: index within the runner; `global_slot`: within the run.
@@ -97,8 +92,8 @@ class TrainingPlayer:
         self._episodes_begun = self._episodes_ended = 0
         self._group_start: tuple[tuple[int, int], Start] | None = None
         """Group, as (iteration, number), that was last begun, and its start."""
-        self._chunk: SingleAgentEpisode | None = None
-        self._done_chunks: list[SingleAgentEpisode] = []
+        self._fragment: SingleAgentEpisode | None = None
+        self._done_fragments: list[SingleAgentEpisode] = []
         self._instruction = ""
         self._image: np.ndarray | None = None
 
@@ -111,10 +106,13 @@ class TrainingPlayer:
         self._episodes_begun = self._episodes_ended = 0
 
     def next_start(self) -> Start:
-        if self._whole_episodes:  # begun anew after a death; and the one that is reset while the learners update is the next iteration's first
+        # begun anew after a death; and the one that is reset while the learners update is the next iteration's first
+        if self._whole_episodes:
             iteration, index = (self._iteration, self._episodes_ended) if self.missing else (self._iteration + 1, 0)
             group = (iteration, index // self._group_size)
-            if self._group_start is None or self._group_start[0] != group:  # an adaptive curriculum's weights change between its episodes
+            if (
+                self._group_start is None or self._group_start[0] != group
+            ):  # an adaptive curriculum's weights change between its episodes
                 self._group_start = group, self._curriculum.next_start(self._slot, *group)
             return self._group_start[1]
         self._episodes_begun += 1
@@ -122,9 +120,11 @@ class TrainingPlayer:
 
     def started(self, event: SlotEvent) -> None:
         self._instruction, self._image = event.instruction, event.image
-        self._chunk = SingleAgentEpisode(observation_space=self._spaces[0], action_space=self._spaces[1])
-        self._chunk.custom_data.update({INSTRUCTION_KEY: event.instruction, "task_id": event.task_id, "length": 0, "reward": 0.0})
-        self._chunk.add_env_reset(event.image)
+        self._fragment = SingleAgentEpisode(observation_space=self._spaces[0], action_space=self._spaces[1])
+        self._fragment.custom_data.update(
+            {INSTRUCTION_KEY: event.instruction, "task_id": event.task_id, "length": 0, "reward": 0.0}
+        )
+        self._fragment.add_env_reset(event.image)
 
     def wants_action(self) -> bool:
         return self.missing > 0
@@ -135,9 +135,9 @@ class TrainingPlayer:
         return SampleRequest(self._image, self._instruction, seed, self._temperature)
 
     def stepped(self, reply: SampleReply, event: SlotEvent) -> None:
-        chunk = self._chunk
-        assert chunk is not None, "a step without an episode"
-        chunk.add_env_step(
+        fragment = self._fragment
+        assert fragment is not None, "a step without an episode"
+        fragment.add_env_step(
             event.image,
             reply.tokens,
             event.reward,
@@ -145,57 +145,58 @@ class TrainingPlayer:
             truncated=event.truncated,
             extra_model_outputs={LOG_PROBS_KEY: reply.log_probs, "policy_version": reply.policy_version},
         )
-        chunk.custom_data["length"] += 1
-        chunk.custom_data["reward"] += event.reward
+        fragment.custom_data["length"] += 1
+        fragment.custom_data["reward"] += event.reward
         self._image = event.image
         self.num_played += 1
         ended = event.terminated or event.truncated
         self.missing -= ended if self._whole_episodes else 1
         if ended:
             self._episodes_ended += 1
-            length, total = chunk.custom_data["length"], chunk.custom_data["reward"]
-            chunk.custom_data["success"] = event.success
+            length, total = fragment.custom_data["length"], fragment.custom_data["reward"]
+            fragment.custom_data["success"] = event.success
             self.results.append(EpisodeResult(event.task_id, event.initial_state, length, event.success, total))
-            self._done_chunks.append(chunk)
-            self._chunk = None
+            self._done_fragments.append(fragment)
+            self._fragment = None
 
     def dropped(self) -> None:
-        if self._chunk is not None:
-            self.missing += 0 if self._whole_episodes else len(self._chunk)
-            self.num_played -= len(self._chunk)
-            self.dropped_steps += len(self._chunk)
-        self._chunk = None
+        if self._fragment is not None:
+            self.missing += 0 if self._whole_episodes else len(self._fragment)
+            self.num_played -= len(self._fragment)
+            self.dropped_steps += len(self._fragment)
+        self._fragment = None
 
     def take(self) -> list[list[SingleAgentEpisode]]:
-        """The chunks played since the last call, the running episode cut here: one list of all, or one of each group; numpy inside."""
-        chunks, self._done_chunks = self._done_chunks, []
-        if self._chunk is not None and len(self._chunk):
-            chunks.append(self._chunk)
-            self._chunk = self._chunk.cut()
-        rewarded = [self._rewarded(chunk.to_numpy()) for chunk in chunks]
+        """The fragments played since the last call, the running episode cut here: one list of all, or one of each
+        group; numpy inside."""
+        fragments, self._done_fragments = self._done_fragments, []
+        if self._fragment is not None and len(self._fragment):
+            fragments.append(self._fragment)
+            self._fragment = self._fragment.cut()
+        rewarded = [self._rewarded(fragment.to_numpy()) for fragment in fragments]
         size = self._group_size if self._group_size > 1 else max(1, len(rewarded))
         return [rewarded[first : first + size] for first in range(0, len(rewarded), size)]
 
-    def _rewarded(self, chunk: SingleAgentEpisode) -> SingleAgentEpisode:
-        tokens = np.asarray(chunk.get_actions())
+    def _rewarded(self, fragment: SingleAgentEpisode) -> SingleAgentEpisode:
+        tokens = np.asarray(fragment.get_actions())
         seen = RewardEpisode(
-            images=np.asarray(chunk.get_observations()),
+            images=np.asarray(fragment.get_observations()),
             tokens=tokens,
             actions=self._decode(tokens),
-            env_rewards=np.asarray(chunk.get_rewards(), dtype=np.float32),
-            instruction=chunk.custom_data[INSTRUCTION_KEY],
-            terminated=bool(chunk.is_terminated),
+            env_rewards=np.asarray(fragment.get_rewards(), dtype=np.float32),
+            instruction=fragment.custom_data[INSTRUCTION_KEY],
+            terminated=bool(fragment.is_terminated),
         )
-        chunk.set_rewards(new_data=self._rewards(seen))
-        return chunk
+        fragment.set_rewards(new_data=self._rewards(seen))
+        return fragment
 
     def abandon(self) -> None:
         """Forget the running episode and what was not taken, so that the next iteration begins anew."""
-        self._chunk, self._done_chunks, self._group_start = None, [], None
+        self._fragment, self._done_fragments, self._group_start = None, [], None
 
     @property
     def playing(self) -> bool:
-        return self._chunk is not None
+        return self._fragment is not None
 
 
 def success_by_task(results: list[EpisodeResult]) -> Mapping[int, float]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlarl_rllib.lost_output import LOST
-from vlarl_rllib.rollout.players import EpisodeResult
+from vlarl_rllib.process.lost_output import LOST
+from vlarl_rllib.types import EpisodeResult
 
 MIN_SIDE = 224
 """Smaller frames are enlarged by a whole factor, so that what a small policy sees can be seen by a person too."""
@@ -34,7 +34,9 @@ def encode_mp4(frames: Sequence[np.ndarray], frames_per_second: float) -> bytes:
     height, width = (side * factor for side in frames[0].shape[:2])
     with tempfile.TemporaryDirectory(prefix="vlarl-video-") as directory:
         file = Path(directory) / "episode.mp4"
-        writer = imageio_ffmpeg.write_frames(str(file), (width, height), fps=frames_per_second, macro_block_size=2, quality=7)
+        writer = imageio_ffmpeg.write_frames(
+            str(file), (width, height), fps=frames_per_second, macro_block_size=2, quality=7
+        )
         writer.send(None)
         for frame in frames:
             writer.send(np.ascontiguousarray(frame.repeat(factor, axis=0).repeat(factor, axis=1)))
@@ -43,12 +45,16 @@ def encode_mp4(frames: Sequence[np.ndarray], frames_per_second: float) -> bytes:
 
 
 def keep_videos(directory: Path, after: int, results: Sequence[EpisodeResult]) -> None:
-    """Write the films among the episodes of an evaluation behind `after` iterations; a full disk costs them, not the run."""
+    """Write the films among the episodes of an evaluation behind `after` iterations; a full disk costs them, not the
+    run."""
     for result in results:
         if result.video is None:
             continue
         outcome = "success" if result.success else "failure"
-        film = directory / f"iteration_{after:06d}_task_{result.task_id:02d}_start_{result.initial_state:03d}_{outcome}.mp4"
+        film = (
+            directory
+            / f"iteration_{after:06d}_task_{result.task_id:02d}_start_{result.initial_state:03d}_{outcome}.mp4"
+        )
         with LOST.counting(film.name):
             try:
                 directory.mkdir(parents=True, exist_ok=True)

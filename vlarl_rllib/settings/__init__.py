@@ -1,28 +1,26 @@
 """Every setting of a run: typed, documented, validated before anything starts.
 
-`Settings.from_yaml(path, overrides)` is the one way in. A mistake is a `SettingsError` whose text is one line with the key,
-the value, the rule and the remedy. Neither Ray nor torch is imported here, so that a wrong key is answered in well under a second.
+`Settings.from_yaml(path, overrides)` is the one way in. A mistake is a `SettingsError` whose text is one line with the
+key, the value, the rule and the remedy. Neither Ray nor torch is imported here, so that a wrong key is answered in well
+under a second.
 """
 
 from vlarl_rllib.errors import SettingsError
-from vlarl_rllib.plan import LIBERO_TASKS, RuntimeArgs, calculate_runtime_args
+from vlarl_rllib.settings.load import NOT_YET, Settings, known_keys
+from vlarl_rllib.settings.plan import RuntimeArgs, calculate_runtime_args
 from vlarl_rllib.settings.schema import (
-    NOT_YET,
     EnvSettings,
     FSDPSettings,
     LearnerSettings,
     LoraSettings,
     ModelSettings,
     RewardSettings,
-    Settings,
+    Sections,
     SFTSettings,
     WeightSettings,
-    default_statistics,
-    known_keys,
 )
 
 __all__ = [
-    "LIBERO_TASKS",
     "NOT_YET",
     "EnvSettings",
     "FSDPSettings",
@@ -32,10 +30,10 @@ __all__ = [
     "RewardSettings",
     "RuntimeArgs",
     "SFTSettings",
+    "Sections",
     "Settings",
     "SettingsError",
     "WeightSettings",
     "calculate_runtime_args",
-    "default_statistics",
     "known_keys",
 ]

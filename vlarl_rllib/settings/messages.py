@@ -16,7 +16,11 @@ def known_keys(settings: type[BaseModel]) -> dict[str, str]:
 
     def walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
         for name, field in section.model_fields.items():
-            below = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+            below = [
+                kind
+                for kind in (field.annotation, *get_args(field.annotation))
+                if isinstance(kind, type) and issubclass(kind, BaseModel)
+            ]
             if not below or field.default is None:
                 yield prefix + name, field.description or ""
             for kind in below:
@@ -39,13 +43,17 @@ def one_line(error: ValidationError, settings: type[BaseModel]) -> str:
         return message
     rule = message[0].lower() + message[1:]
     description = known_keys(settings).get(key)
-    return f"{key}: {shortened(repr(first['input']))} is not allowed: {rule}" + (f" ({description.rstrip('.')})" if description else "")
+    return f"{key}: {shortened(repr(first['input']))} is not allowed: {rule}" + (
+        f" ({description.rstrip('.')})" if description else ""
+    )
 
 
 def _nearest(key: str, known: dict[str, str]) -> str:
     if key in known:  # written as one word, with a dot in it
         *sections, leaf = key.split(".")
-        return f"nest it: {': {'.join(sections)}: {{{leaf}: ...}}{'}' * (len(sections) - 1)}; keys with dots are for --set"
+        return (
+            f"nest it: {': {'.join(sections)}: {{{leaf}: ...}}{'}' * (len(sections) - 1)}; keys with dots are for --set"
+        )
     sections = sorted({name.split(".")[0] for name in known})
     if "." not in key:
         close = difflib.get_close_matches(key, sections, n=1)

@@ -19,7 +19,7 @@ MAX_DIGITS = 100
 """Of one value that is a number: Python reads longer ones, but in quadratic time, and refuses them at 4,300."""
 MAX_CHARACTERS = 120
 """Of a wrong value, in its message."""
-TEXT_TAG, INT_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
+TEXT_TAG, INT_TAG, FLOAT_TAG = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float"))
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -28,8 +28,12 @@ def read_yaml(path: str | Path) -> Any:
     try:
         if file.is_dir():
             raise SettingsError(f"{path}: is a directory; give the path of a YAML file in it")
+        if file.exists() and not file.is_file():
+            raise SettingsError(f"{path}: is no regular file; give the path of a YAML file")
         if not file.is_file():
-            raise SettingsError(f"{path}: no such file; give the path of a YAML file such as configs/libero_smoke_cpu.yaml")
+            raise SettingsError(
+                f"{path}: no such file; give the path of a YAML file such as configs/libero_smoke_cpu.yaml"
+            )
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except OSError as error:
@@ -39,12 +43,15 @@ def read_yaml(path: str | Path) -> Any:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{path}: not valid YAML (byte {error.start} is no UTF-8 text); give a YAML file saved as UTF-8") from None
+        raise SettingsError(
+            f"{path}: not valid YAML (byte {error.start} is no UTF-8 text); give a YAML file saved as UTF-8"
+        ) from None
     return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What YAML text says. Raises `SettingsError`, which begins with `where` and has the line where there are several."""
+    """What YAML text says. Raises `SettingsError`, which begins with `where` and has the line where there are
+    several."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -68,7 +75,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):  # ten lines of them make a billion values
-            raise _problem(f"*{event.anchor} repeats another value, which is not supported; write it out", event.start_mark)
+            raise _problem(
+                f"*{event.anchor} repeats another value, which is not supported; write it out", event.start_mark
+            )
         if self._depth == MAX_DEPTH:
             raise _problem(f"more than {MAX_DEPTH} lists or sections in each other", event.start_mark)
         self._depth += 1
@@ -95,11 +104,19 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: Node, deep: bool = False) -> Any:
         if isinstance(node, ScalarNode) and node.tag == INT_TAG and len(node.value) > MAX_DIGITS:
             raise _problem(f"a number of {len(node.value)} digits", node.start_mark)
+        if isinstance(node, ScalarNode) and node.tag in (INT_TAG, FLOAT_TAG) and ":" in node.value:
+            raise _problem(f"{node.value} is a number to the base of 60 in YAML; write it out", node.start_mark)
         try:
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # !!int x, !!bool maybe, 2025-13-45
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ):  # !!int x, !!bool maybe, 2025-13-45
             kind = node.tag.rpartition(":")[2]
             raise _problem(f"{_shown(node)} is no {kind}; put text into quotes", node.start_mark) from None
 

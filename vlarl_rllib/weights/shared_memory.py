@@ -35,7 +35,7 @@ DIRECTORY_PREFIX = "vlarl-"
 LOCK_FILE = "owner.lock"
 VERSIONS_AT_ONCE = 2
 """The last version stays readable while the next is written."""
-HASH_CHUNK_BYTES = 2**22
+HASH_BLOCK_BYTES = 2**22
 
 
 class SharedMemoryPublisher:
@@ -137,11 +137,15 @@ class SharedMemoryReader:
         shapes: Shapes = {}
         for index, path in enumerate(self._paths(manifest)):
             if manifest.checksums is not None and _sha256(path) != manifest.checksums[index]:
-                raise ValueError(f"SHA-256 of {path} differs from the manifest's; publish version {manifest.version} again")
+                raise ValueError(
+                    f"SHA-256 of {path} differs from the manifest's; publish version {manifest.version} again"
+                )
             with safe_open(path, framework="pt") as bucket:
                 shapes |= {name: tuple(bucket.get_slice(name).get_shape()) for name in bucket.keys()}  # noqa: SIM118
         if len(shapes) != manifest.num_tensors:
-            raise ValueError(f"{manifest.location} holds {len(shapes)} tensors, its manifest says {manifest.num_tensors}")
+            raise ValueError(
+                f"{manifest.location} holds {len(shapes)} tensors, its manifest says {manifest.num_tensors}"
+            )
         return shapes
 
     def buckets(self, manifest: WeightManifest) -> Iterator[dict[str, torch.Tensor]]:
@@ -185,7 +189,8 @@ def reap_stale(root: str | Path = DEFAULT_ROOT) -> list[Path]:
 def _create_owned(root: Path, name: str) -> tuple[Path, int]:
     """Make a directory `name-<random>` with its lock held; it appears under its name only once it is locked.
 
-    A process id is not enough for a name: one process may hold several publishers, and other containers have the same ids.
+    A process id is not enough for a name: one process may hold several publishers, and other containers have the same
+    ids.
     """
     hidden = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     lock = os.open(hidden / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -219,6 +224,6 @@ def _require_space(root: Path, needed_bytes: int) -> None:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
     return digest.hexdigest()

@@ -28,9 +28,14 @@ def published_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
     """What an engine has to hold, in the same order on every rank.
 
     Yields:
-        (published name, parameter or shard, the adapted module (`models.lora`) whose merged weight takes its place, or None).
+        (published name, parameter or shard, the adapted module (`models.lora`) whose merged weight takes its place, or
+        None).
     """
-    adapted = {f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "published_weight")}
+    adapted = {
+        f"{name}.base_layer.weight": module
+        for name, module in model.named_modules()
+        if hasattr(module, "published_weight")
+    }
     for name, parameter in model.named_parameters():
         if not name.startswith(VALUE_HEAD_PREFIX) and not ADAPTER.search(name):
             yield name.replace(".base_layer.", "."), parameter, adapted.get(name)
@@ -57,8 +62,8 @@ def iterate_weights(model: nn.Module, dtype: torch.dtype, *, to_host: bool = Tru
     copy exist at once, beside what the consumer keeps.
 
     Args:
-        dtype: of the yielded tensors; shards are cast before they are gathered, so bfloat16 halves the traffic. Adapters are
-            merged in float32 before their weight is cast.
+        dtype: of the yielded tensors; shards are cast before they are gathered, so bfloat16 halves the traffic.
+            Adapters are merged in float32 before their weight is cast.
         to_host: False on the ranks that only take part in the gather; they yield no copies, only the gathered tensor.
 
     Yields:
@@ -91,13 +96,19 @@ def check_names_and_shapes(expected: Mapping[str, tuple[int, ...]], got: Mapping
     missing = sorted(expected.keys() - got.keys())
     unexpected = sorted(got.keys() - expected.keys())
     misshaped = [
-        f"{name} {list(got[name])} instead of {list(shape)}" for name, shape in sorted(expected.items()) if name in got and got[name] != shape
+        f"{name} {list(got[name])} instead of {list(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in got and got[name] != shape
     ]
     problems = [
-        f"{kind} {_first_few(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshaped)) if names
+        f"{kind} {_first_few(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshaped))
+        if names
     ]
     if problems:
-        raise ValueError(f"weights do not fit the policy ({len(got)} of {len(expected)} tensors): {'; '.join(problems)}")
+        raise ValueError(
+            f"weights do not fit the policy ({len(got)} of {len(expected)} tensors): {'; '.join(problems)}"
+        )
 
 
 def _first_few(names: list[str]) -> str:

@@ -6,7 +6,7 @@ under `model_type: "openvla"`. It imports torch and transformers.
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from vlarl_rllib.models.action_tokenizer import NUM_ACTION_TOKENS, ActionTokenizer
+from vlarl_rllib.models.openvla.actions import NUM_ACTION_TOKENS, ActionTokenizer
 from vlarl_rllib.models.openvla.configuration import OpenVLAConfig
 from vlarl_rllib.models.openvla.modeling import ActionPrediction, OpenVLAForActionPrediction, OpenVLAOutput
 from vlarl_rllib.models.openvla.processing import (

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from vlarl_rllib.json_files import read_json_object
-from vlarl_rllib.model_files import AGAIN, refuse_foreign_code
 from vlarl_rllib.models.checkpoint_facts import action_statistics
+from vlarl_rllib.models.files import AGAIN, refuse_foreign_code
+from vlarl_rllib.process.json_files import read_json_object
 
 CONFIG_FILE = "config.json"
 DATASET_STATISTICS_FILE = "dataset_statistics.json"
@@ -106,7 +106,9 @@ def find_checkpoint_file(checkpoint: str | Path, name: str, **hub_options: Any) 
         path = Path(checkpoint) / name
         return path if path.is_file() else None
     if checkpoint.count("/") != 1 or checkpoint.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"checkpoint '{checkpoint}' is neither a directory nor a Hugging Face id of the form owner/name")
+        raise FileNotFoundError(
+            f"checkpoint '{checkpoint}' is neither a directory nor a Hugging Face id of the form owner/name"
+        )
     found = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub_options)
     return None if found is None else Path(found)
 
@@ -115,7 +117,9 @@ def require_checkpoint_file(checkpoint: str | Path, name: str, **hub_options: An
     """As `find_checkpoint_file`, but a missing file raises FileNotFoundError."""
     path = find_checkpoint_file(checkpoint, name, **hub_options)
     if path is None:
-        raise FileNotFoundError(f"checkpoint '{checkpoint}' has no {name}; copy it from the checkpoint that this one was trained from")
+        raise FileNotFoundError(
+            f"checkpoint '{checkpoint}' has no {name}; copy it from the checkpoint that this one was trained from"
+        )
     return path
 
 
@@ -169,11 +173,15 @@ class OpenVLAConfig(PretrainedConfig):
     arch_specifier: str = "no-align+fused-gelu-mlp"
     llm_max_length: int = 2048
     output_projector_states: bool = False
-    timm_model_ids: list[str] = field(default_factory=lambda: ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"])
+    timm_model_ids: list[str] = field(
+        default_factory=lambda: ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
+    )
     timm_override_act_layers: list[str | None] = field(default_factory=lambda: [None, None])
 
     def __post_init__(self, **kwargs: Any) -> None:
-        refuse_foreign_code(kwargs | {"text_config": self.text_config}, "the model's config")  # vLLM reads configs by itself
+        refuse_foreign_code(
+            kwargs | {"text_config": self.text_config}, "the model's config"
+        )  # vLLM reads configs by itself
         if self.text_config is None:
             self.text_config = LlamaConfig(vocab_size=32064, pad_token_id=self.pad_token_id)
         elif isinstance(self.text_config, Mapping):
@@ -195,7 +203,9 @@ class OpenVLAConfig(PretrainedConfig):
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if not Path(pretrained_model_name_or_path).is_file():
-            config.norm_stats = merge_dataset_statistics(config.norm_stats, pretrained_model_name_or_path, **hub_options)
+            config.norm_stats = merge_dataset_statistics(
+                config.norm_stats, pretrained_model_name_or_path, **hub_options
+            )
         return loaded
 
     def vision_tower_configs(self) -> dict[str, VisionTowerConfig]:
@@ -211,7 +221,9 @@ class OpenVLAConfig(PretrainedConfig):
             )
         overrides = self.vision_towers or {}
         if unknown := set(overrides) - set(PUBLISHED_TOWERS):
-            raise ValueError(f"vision_towers has unknown towers {sorted(unknown)}; choose from {list(PUBLISHED_TOWERS)}")
+            raise ValueError(
+                f"vision_towers has unknown towers {sorted(unknown)}; choose from {list(PUBLISHED_TOWERS)}"
+            )
         towers = {}
         for (name, published), image_size in zip(PUBLISHED_TOWERS.items(), self.image_sizes, strict=True):
             sizes = {key: value for key, value in overrides.get(name, {}).items() if key not in _TOWER_LABELS}

@@ -12,14 +12,16 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_ro
 
 
 class LastDecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer, which may be asked for a few positions: keys and values of all tokens, everything else of those alone.
+    """Llama's decoder layer, which may be asked for a few positions: keys and values of all tokens, everything else of
+    those alone.
 
-    A policy is read at its action tokens, 8 positions behind hundreds of patches and words. In a model of 2 layers that is a quarter of
-    a training step, in one of 32 layers (by operations) 2 %.
+    A policy is read at its action tokens, 8 positions behind hundreds of patches and words. In a model of 2 layers that
+    is a quarter of a training step, in one of 32 layers (by operations) 2 %.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, read_positions: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """[B, L, D] -> [B, L, D], or [B, A, D] of `read_positions` [B, A]: causal, with pads last, and a cache, if any, still empty."""
+        """[B, L, D] -> [B, L, D], or [B, A, D] of `read_positions` [B, A]: causal, with pads last, and a cache, if any,
+        still empty."""
         if read_positions is None:
             return super().forward(hidden_states, *args, **kwargs)
         residual = gather_positions(hidden_states, read_positions)
@@ -27,7 +29,13 @@ class LastDecoderLayer(LlamaDecoderLayer):
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
     def _attend(
-        self, hidden: Tensor, positions: Tensor, *, position_embeddings: tuple[Tensor, Tensor], past_key_values: Any = None, **_: Any
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any = None,
+        **_: Any,
     ) -> Tensor:
         """Self-attention [B, A, D] of the positions to all tokens [B, L, D] up to each."""
         attention: Any = self.self_attn
@@ -38,7 +46,9 @@ class LastDecoderLayer(LlamaDecoderLayer):
             for states in (query, attention.k_proj(hidden), attention.v_proj(hidden))
         )
         cos, sin = (table.expand(batch, -1, -1) for table in position_embeddings)
-        query, _ = apply_rotary_pos_emb(query, query, gather_positions(cos, positions), gather_positions(sin, positions))
+        query, _ = apply_rotary_pos_emb(
+            query, query, gather_positions(cos, positions), gather_positions(sin, positions)
+        )
         key, _ = apply_rotary_pos_emb(key, key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)

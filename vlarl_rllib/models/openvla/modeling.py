@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from vlarl_rllib.model_files import ADAPTER_CONFIG_FILE, check_weights
-from vlarl_rllib.models.action_tokenizer import NUM_ACTION_TOKENS, ActionTokenizer
 from vlarl_rllib.models.critic import ValueHead
+from vlarl_rllib.models.files import ADAPTER_CONFIG_FILE, check_weights
+from vlarl_rllib.models.openvla.actions import NUM_ACTION_TOKENS, ActionTokenizer
 from vlarl_rllib.models.openvla.configuration import (
     CONFIG_FILE,
     OpenVLAConfig,
@@ -115,12 +115,16 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         require_checkpoint_file(checkpoint, CONFIG_FILE, **hub_options)
         if Path(checkpoint).is_dir():
             check_weights(Path(checkpoint))
-        elif find_checkpoint_file(checkpoint, ADAPTER_CONFIG_FILE, **hub_options) is not None:  # transformers would load it too
+        elif (
+            find_checkpoint_file(checkpoint, ADAPTER_CONFIG_FILE, **hub_options) is not None
+        ):  # transformers would load it too
             raise ValueError(f"checkpoint '{checkpoint}' holds an adapter beside the model; merge it first")
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
         return_info = kwargs.pop("output_loading_info", False)
         with _without_loading_report():
-            loaded: Any = super().from_pretrained(checkpoint, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+            loaded: Any = super().from_pretrained(
+                checkpoint, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         model, info = loaded
         wrong = {kind: _abbreviate(info[kind]) for kind in LOADING_FAULTS if info[kind]}
         if wrong:
@@ -165,12 +169,15 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             pixel_values: [B, 6, S, S] normalised, or raw uint8 [B, 3, S, S].
             action_tokens: [B, A] int64, or None to read only the first token's logits and the value.
             vision_features: [B, P, vision width] output of `vision_backbone`, instead of `pixel_values`.
-            full_vocabulary: logits of all ids instead of the 256 action ids, for supervised learning of the end of sequence.
+            full_vocabulary: logits of all ids instead of the 256 action ids, for supervised learning of the end of
+                sequence.
 
         Returns:
             Logits at the positions that predict the action tokens, and values where there is a value head.
         """
-        hidden, prompt_hidden = self.action_hidden_states(input_ids, attention_mask, pixel_values, action_tokens, vision_features)
+        hidden, prompt_hidden = self.action_hidden_states(
+            input_ids, attention_mask, pixel_values, action_tokens, vision_features
+        )
         values = None if self.value_head is None else self.value_head(prompt_hidden)
         logits = self._logits(hidden, slice(None)) if full_vocabulary else self._action_rows(hidden)
         return OpenVLAOutput(action_logits=logits, values=values)
@@ -206,7 +213,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         embeddings = self._sequence_embeddings(text, pixel_values, vision_features)
         num_states = 1 if action_tokens is None else action_tokens.shape[1]
         positions = self._last_prompt_position(lengths)[:, None] + torch.arange(num_states, device=lengths.device)
-        hidden = self.language_model.model(inputs_embeds=embeddings, use_cache=False, read_positions=positions).last_hidden_state
+        hidden = self.language_model.model(
+            inputs_embeds=embeddings, use_cache=False, read_positions=positions
+        ).last_hidden_state
         return hidden, hidden[:, 0]
 
     @torch.no_grad()
@@ -291,7 +300,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         cache = DynamicCache(config=self.config.text_config)
         decoder = self.language_model.model
-        hidden = decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, read_positions=position[:, None]).last_hidden_state
+        hidden = decoder(
+            inputs_embeds=embeddings, past_key_values=cache, use_cache=True, read_positions=position[:, None]
+        ).last_hidden_state
         tokens, log_probs = [], []
         for step in range(NUM_ACTION_TOKENS):
             index, log_prob = choose_tokens(self._action_rows(hidden[:, 0]), temperatures, greedy, noise[:, step])
@@ -328,7 +339,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def _logits(self, hidden: Tensor, ids: slice) -> Tensor:
         """Logits float32 of these ids alone."""
         head: Any = self.language_model.lm_head
-        rows = head.rows(ids) if hasattr(head, "rows") else head.weight[ids]  # an adapted head merges the rows that are asked for
+        rows = (
+            head.rows(ids) if hasattr(head, "rows") else head.weight[ids]
+        )  # an adapted head merges the rows that are asked for
         return F.linear(hidden, rows).float()
 
 

@@ -17,11 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, LlamaTokenizer, PreTrainedTokenizerFast
 
-from vlarl_rllib.models.openvla.configuration import (
-    find_checkpoint_file,
-    hub_options_of,
-    require_checkpoint_file,
-)
+from vlarl_rllib.models.openvla.configuration import find_checkpoint_file, hub_options_of, require_checkpoint_file
 from vlarl_rllib.models.openvla.vision import PIXEL_MEAN, PIXEL_STD, normalize_pixels
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -50,7 +46,10 @@ def load_tokenizer(checkpoint: str | Path, **hub_options: Any) -> PreTrainedToke
         raise FileNotFoundError(f"checkpoint '{checkpoint}' has neither tokenizer.json nor tokenizer.model")
     missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
     if missing:
-        raise ImportError(f"reading tokenizer.model of '{checkpoint}' needs {' and '.join(missing)}; run: pip install sentencepiece protobuf")
+        raise ImportError(
+            f"reading tokenizer.model of '{checkpoint}' needs {' and '.join(missing)}; run: pip install "
+            "sentencepiece protobuf"
+        )
     return LlamaTokenizer.from_pretrained(checkpoint, **hub_options)
 
 

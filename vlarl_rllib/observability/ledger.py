@@ -1,0 +1,90 @@
+"""What an Algorithm writes down while it works: where the time goes, what went wrong, how episodes end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS
+
+from vlarl_rllib.observability.metrics import (
+    FAULTS,
+    LastRates,
+    fill_in_episode_means,
+    iteration_details,
+    iteration_metrics,
+)
+from vlarl_rllib.process.lost_output import LOST
+from vlarl_rllib.rollout.contribution import REWARD_FAULTS
+from vlarl_rllib.types import EpisodeResult, WeightManifest
+
+
+class Ledger:
+    """Of one trial.
+
+    Args:
+        earlier_faults: of earlier starts of the same run, by kind.
+    """
+
+    def __init__(self, earlier_faults: Mapping[str, int]) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Of the running iteration, by what they went to."""
+        self.faults = Counter[str]()
+        """Of this trial, by kind (`metrics.FAULTS`)."""
+        self.rates = LastRates()
+        self.episodes: Sequence[EpisodeResult] = ()
+        """Those that ended in the running iteration."""
+        self.initial_evaluation: dict[str, Any] | None = None
+        """What was played before the first iteration."""
+        self._earlier_faults = earlier_faults
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """What happens inside goes to this one's seconds."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - began
+
+    def close_iteration(
+        self,
+        results: dict[str, Any],
+        *,
+        iteration: int,
+        wall_seconds: float,
+        evaluation: dict[str, Any] | None,
+        policy_version: int,
+        manifest: WeightManifest | None,
+        restarts: Mapping[str, int],
+    ) -> None:
+        """Put `vlarl` and `vlarl_details` into RLlib's results of an iteration; the next one's seconds begin at 0.
+
+        Args:
+            restarts: of parts that count them themselves, by kind of fault.
+        """
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        seconds["other"] = max(0.0, wall_seconds - sum(s for name, s in seconds.items() if name != "startup"))
+        fill_in_episode_means(results[ENV_RUNNER_RESULTS])
+        initial = self.initial_evaluation if iteration == 1 else None
+        results["vlarl_details"] = iteration_details(self.episodes, initial, evaluation)
+        self.rates.add(results["vlarl_details"])
+        results["vlarl"] = iteration_metrics(
+            results,
+            num_episodes=len(self.episodes),
+            rates=self.rates,
+            iteration=iteration,
+            seconds=seconds,
+            policy_version=policy_version,
+            manifest=manifest,
+            faults=self._total_faults(results[ENV_RUNNER_RESULTS], restarts),
+        )
+
+    def _total_faults(self, runners: Mapping[str, Any], restarts: Mapping[str, int]) -> dict[str, int]:
+        """Since the run began."""
+        self.faults.update({name: int(runners[name]) for name in ("env_deaths", "dropped_steps", *REWARD_FAULTS)})
+        self.faults["lost_output"] = LOST.count
+        return {name: self._earlier_faults.get(name, 0) + self.faults[name] + restarts.get(name, 0) for name in FAULTS}

@@ -1,0 +1,234 @@
+"""Everything that lies beneath the public surface of Ray, RLlib and Tune, in one place: what to look at when Ray
+changes (2.60).
+
+Nothing of RLlib or Tune is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import ray
+from ray.job_config import JobConfig
+
+from vlarl_rllib.process.lost_output import LOST
+
+if TYPE_CHECKING:
+    from ray.rllib.env.env_runner_group import EnvRunnerGroup
+    from ray.tune import Callback
+
+NAMESPACE = b"vlarl_rllib"
+
+# Ray
+
+
+class Notes:
+    """Short texts by name, seen by every process of a Ray: in its GCS, so that neither a disk nor an actor is
+    needed."""
+
+    @staticmethod
+    def put(name: str, text: str) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(name, text, namespace=NAMESPACE)
+
+    @staticmethod
+    def get(name: str) -> str | None:
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        found = _internal_kv_get(name, namespace=NAMESPACE)
+        return None if found is None else found.decode()
+
+    @staticmethod
+    def remove(name: str) -> None:
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(name, namespace=NAMESPACE)
+
+
+def ray_version_at(address: str, timeout_seconds: float) -> str:
+    """The version of the Ray whose GCS answers at `host:port`; raises whatever is the matter."""
+    metadata = ray._raylet.GcsClient(address=address).internal_kv_get(
+        b"CLUSTER_METADATA", b"cluster", timeout=timeout_seconds
+    )
+    return str(json.loads(metadata)["ray_version"])
+
+
+@contextmanager
+def apart_from_our_signals() -> Iterator[None]:
+    """Around `ray.init`, which sets a SIGTERM handler that would end this process with code 15.
+
+    Ray's own processes get a process group of their own: whoever sends a signal to a whole group, as `timeout` and
+    terminals do, means that the command is to end in order, which needs them. They end with this process.
+    """
+    in_a_group_of_its_own = partial(ray._private.services.ConsolePopen, process_group=0)
+    with (
+        patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None),
+        patch.object(ray._private.services, "ConsolePopen", in_a_group_of_its_own),
+    ):
+        yield
+
+
+def job_config(*, imports_from_here: bool) -> JobConfig:
+    """Workers look for modules where this process does: Ray would add the working directory for them, unless told that
+    it is a client's."""
+    return JobConfig(_client_job=not imports_from_here)
+
+
+# Tune
+
+
+def keep_variables_out_of_runtime_environments(prefix: str) -> None:
+    """Tune hands some variables to a trial as its runtime environment, which Ray writes into logs and sends to its
+    dashboard."""
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE = {
+        name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith(prefix)
+    }
+
+
+def trial_directory(trainable: Any) -> Path | None:
+    """Tune's; None outside of Tune, or where its storage is not a local file system."""
+    storage = trainable._storage
+    return (
+        Path(storage.trial_fs_path) if storage is not None and storage.storage_filesystem.type_name == "local" else None
+    )
+
+
+def result_without_checkpoint(trainable: Any) -> Any:
+    """What `Trainable.save` returns to Tune where there is nothing to keep."""
+    from ray.train._internal.session import _TrainingResult
+
+    return _TrainingResult(checkpoint=None, metrics=dict(trainable._last_result or {}))
+
+
+@contextmanager
+def tolerant_tune(on_error: Callable[[Any], None]) -> Iterator[None]:
+    """Around `Tuner.fit`: a snapshot or error file that cannot be written ends nothing, and Tune adds no loggers by
+    itself.
+
+    Args:
+        on_error: is told what a trial fails with, which Tune itself only writes down and reads again.
+    """
+    from ray.tune.execution import tune_controller
+    from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
+    from ray.tune.experiment import Trial
+
+    class Snapshots(_ExperimentCheckpointManager):
+        """Tune's state of the experiment, for `Tuner.restore`, which no command uses; its files come along when it is
+        synced."""
+
+        def sync_up_experiment_state(
+            self, save_fn: Callable[[], None], force: bool = False, wait: bool = False
+        ) -> None:
+            def save() -> None:
+                with LOST.counting("Tune's state of the experiment"):
+                    save_fn()
+
+            with LOST.counting("Tune's state of the experiment"):
+                super().sync_up_experiment_state(save, force=force, wait=wait)
+
+    handle_error = Trial.handle_error
+
+    def handle(trial: Trial, exc: Any = None) -> None:
+        on_error(exc)
+        with LOST.counting("Tune's error.txt"):
+            handle_error(trial, exc)
+
+    with (
+        patch.dict("os.environ", {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}),
+        patch.object(tune_controller, "_ExperimentCheckpointManager", Snapshots),
+        patch.object(Trial, "handle_error", handle),
+    ):
+        yield
+
+
+def wandb_logger(project: str) -> Callback:
+    """Ray's logger for Weights & Biases, which hands the API key to its process as an argument.
+
+    Ray's own way is a runtime environment, which is written into logs for all to read.
+    """
+    import os
+
+    from ray.air.integrations.wandb import WANDB_ENV_VAR, WandbLoggerCallback, _WandbLoggingActor
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class LoggingActor(_WandbLoggingActor):
+        def __init__(self, *args: Any, api_key: str | None, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if api_key:
+                os.environ[WANDB_ENV_VAR] = api_key
+
+    class Logger(WandbLoggerCallback):
+        _logger_actor_cls = LoggingActor
+
+        def _start_logging_actor(self, trial: Any, exclude_results: list[str], **options: Any) -> None:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            actor = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+            self._remote_logger_class = ray.remote(**actor)(self._logger_actor_cls)
+            super()._start_logging_actor(trial, exclude_results, api_key=os.environ.get(WANDB_ENV_VAR), **options)
+
+    return Logger(project=project, log_config=False)
+
+
+# RLlib
+
+
+def keep_quiet_about_the_new_api_stack(algorithm_class: type) -> None:
+    """RLlib explains its new API stack once to users, who did not choose it."""
+    from ray.util.debug import log_once
+
+    log_once(f"{algorithm_class.__name__}_on_new_api_stack")
+
+
+def runner_actors(runners: EnvRunnerGroup) -> dict[int, Any]:
+    """The runners' actors by number."""
+    return dict(runners._worker_manager.actors())
+
+
+def call_dead(runners: EnvRunnerGroup, index: int) -> None:
+    """RLlib is not to call this runner before it has answered a ping."""
+    runners._worker_manager.set_actor_state(index, healthy=False)
+
+
+def make_runner_group(config: Any) -> EnvRunnerGroup:
+    """Runners without an Algorithm, each with its config by value: one in the object store may be gone when Ray starts
+    a runner anew."""
+    from ray.rllib.env.env_runner_group import EnvRunnerGroup
+
+    class ByValue(EnvRunnerGroup):
+        def _make_worker(self, *, config: Any, **kwargs: Any) -> Any:
+            return super()._make_worker(config=self._remote_config, **kwargs)
+
+    return ByValue(config=config, local_env_runner=False)
+
+
+@contextmanager
+def told_why_runners_fail() -> Iterator[None]:
+    """Raise RuntimeError, with the traceback, where a runner's constructor raises while RLlib makes its group.
+
+    RLlib tells it to its log alone, and raises an IndexError over the runner that is missing.
+    """
+    from ray.rllib.env import env_runner_group
+
+    words: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: words.append(record.getMessage())  # type: ignore[method-assign]
+    its_log = logging.getLogger(env_runner_group.__name__)
+    its_log.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        if words:
+            raise RuntimeError(f"a runner cannot start: {words[0]}") from error
+        raise
+    finally:
+        its_log.removeHandler(handler)

