@@ -190,7 +190,8 @@ def write_runs(root: Path, mark: Path) -> None:
     (yaml / "config.yaml").write_text(f"run: !!python/object/apply:builtins.exec [{json.dumps(code(mark, 'YAML'))}]\n")
     (yaml / "metrics.jsonl").write_text("{}\n")
     named = root / "run_with_module" / "checkpoints" / "iteration_000003"
-    named.mkdir(parents=True)
+    (named / "learners").mkdir(parents=True)
+    (named / "learners" / "rank_0").write_text("weights")
     settings = Settings().to_dict()
     settings["env"]["name"] = "trap:Env"
     CheckpointStore.write_facts(named, iteration=3, policy_version=4, settings=settings, models={}, algorithm={})
