@@ -16,9 +16,14 @@ from vlarl_rllib.process.console import pasted
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.settings import Settings, SettingsError
 
-HELP = "PPO fine-tuning of vision-language-action models with RLlib, vLLM and FSDP."
-PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
-app = typer.Typer(cls=Commands, name="vlarl", help=HELP, **PLAIN)  # type: ignore[arg-type]
+app = typer.Typer(
+    cls=Commands,
+    name="vlarl",
+    help="PPO fine-tuning of vision-language-action models with RLlib, vLLM and FSDP.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 def _expanded(text: str) -> Path:
@@ -38,6 +43,11 @@ ConfigPath = Annotated[
         metavar="CONFIG",
     ),
 ]
+NewRunDirectory = Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config."),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one key; may be repeated.")
 ]
@@ -47,13 +57,8 @@ Overrides = Annotated[
 def train(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    run_dir: Annotated[
-        Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config."),
-    ] = False,
+    run_dir: NewRunDirectory = None,
+    resume: Resume = False,
     resume_from: Annotated[
         Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.", **PATH)
     ] = None,
@@ -99,13 +104,8 @@ def train(
 def sft(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    run_dir: Annotated[
-        Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config."),
-    ] = False,
+    run_dir: NewRunDirectory = None,
+    resume: Resume = False,
 ) -> None:
     """Fine-tune a policy on demonstrations (RLDS); leaves a checkpoint that train and eval take."""
     from vlarl_rllib.runs.directory import check_sft_unfinished, how_to_go_on, new_run_directory, open_run_directory

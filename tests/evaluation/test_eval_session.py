@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def send(number: signal.Signals) -> Any:
     return lambda: os.kill(os.getpid(), number)
 
 
+def send_and_play_on(number: signal.Signals, told: threading.Event) -> Any:
+    """The notice is shown by a thread, and a round outlasts it."""
+
+    def act() -> None:
+        send(number)()
+        assert told.wait(10)
+
+    return act
+
+
 def test_a_whole_evaluation_ends_with_0_and_is_not_played_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -72,8 +83,14 @@ def test_a_whole_evaluation_ends_with_0_and_is_not_played_again(
 def test_a_signal_ends_it_after_the_round(
     number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    handler = signal.getsignal(number)
-    assert run(Script(round_1=send(number)), tmp_path, monkeypatch) == code
+    handler, told, notice = signal.getsignal(number), threading.Event(), session._Terminal._notice
+
+    def tell(watch: session._Terminal, name: str) -> None:
+        notice(watch, name)
+        told.set()
+
+    monkeypatch.setattr(session._Terminal, "_notice", tell)
+    assert run(Script(round_1=send_and_play_on(number, told)), tmp_path, monkeypatch) == code
     text = capsys.readouterr().out
     assert (
         f"{number.name}: ending within" in text

@@ -2,128 +2,28 @@
 
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import psutil
 import pytest
 import ray
 import torch
-import torch.distributed.checkpoint as dcp
-from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-from torch.distributed.tensor import DTensor
+from learner_helpers import (
+    STEPS,
+    contributions,
+    largest_difference,
+    update,
+    weights,
+    whole,
+)
 
-from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
-from vlarl_rllib.learner.collate import collate
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.learner.rank_group import LearnerError, LearnerGroupError
-from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
-from vlarl_rllib.settings import Settings
-from vlarl_rllib.types import INSTRUCTION_KEY, LOG_PROBS_KEY
-from vlarl_rllib.weights.shared_memory import SharedMemoryReader
-
-IMAGE_SIZE = 28
-SPACES = (gym.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
-STEPS = (8, 11, 2, 9)
-"""Of each slot's contribution below."""
-
-
-def fragment(rng: np.random.Generator, length: int, terminated: bool, instruction: str) -> SingleAgentEpisode:
-    episode = SingleAgentEpisode()
-    episode.custom_data[INSTRUCTION_KEY] = instruction
-    episode.add_env_reset(rng.integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
-    for t in range(length):
-        episode.add_env_step(
-            rng.integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8),
-            rng.integers(256, 512, 7),
-            float(rng.normal()),
-            terminated=terminated and t == length - 1,
-            extra_model_outputs={LOG_PROBS_KEY: np.full(7, -5.5, np.float32)},
-        )
-    return episode.to_numpy()
-
-
-def contributions() -> list[list[SingleAgentEpisode]]:
-    """Four slots with uneven numbers of fragments, steps and prompt tokens."""
-    rng = np.random.default_rng(0)
-    return [
-        [fragment(rng, 5, True, "push the bowl"), fragment(rng, 3, False, "push the bowl")],
-        [fragment(rng, 11, False, "pick up the black bowl and place it on the plate")],
-        [fragment(rng, 2, True, "open the drawer")],
-        [fragment(rng, 9, False, "open the drawer")],
-    ]
-
-
-def build(
-    num_learners: int, model: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, **training: Any
-) -> VLALearnerGroup:
-    dtype = (model or {}).get("dtype", "float32")
-    units = (
-        {} if num_learners == 1 else {"min_unit_parameters": 1}
-    )  # one learner: one FSDP unit, as a model this small has it; others: as large ones
-    settings = Settings.from_dict(
-        {
-            "model": model or {},
-            "engines": {"dtype": dtype},
-            "rollout": rollout or {},
-            "learners": {"num": num_learners, "micro_batch_size": 4, "timeout_seconds": 120, "fsdp": units},
-            "training": {
-                "minibatch_size": 10,
-                "num_epochs": 2,
-                "lr": 2e-5,
-                "value_lr": 1e-3,
-                "old_log_probs": "recompute",
-            }
-            | training,
-            "run": {"seed": 3},
-        }
-    )
-    config = VLAPPOConfig.from_settings(settings)
-    config.validate()
-    return config.build_learner_group(spaces={"__env__": SPACES, "__env_single__": SPACES, "default_policy": SPACES})
-
-
-@pytest.fixture
-def make_group(ray_session: None) -> Iterator[Callable[..., VLALearnerGroup]]:
-    groups: list[VLALearnerGroup] = []
-
-    def make(num_learners: int, model: dict[str, Any] | None = None, **sections: Any) -> VLALearnerGroup:
-        groups.append(build(num_learners, model, **sections))
-        return groups[-1]
-
-    yield make
-    for group in groups:
-        group.shutdown()
-
-
-def update(group: VLALearnerGroup, iteration: int = 0) -> dict[str, float]:
-    episodes = contributions()
-    refs = [ray.put(fragments) for fragments in episodes] if group.is_remote else episodes
-    assert group.receive(refs, STEPS) == []
-    results = group.update(iteration=iteration)
-    return {name: float(stats.peek()) for name, stats in results[0]["default_policy"].items()}
-
-
-def weights(group: VLALearnerGroup, version: int) -> dict[str, torch.Tensor]:
-    manifest = group.publish_weights(version)
-    return {
-        name: tensor.clone() for bucket in SharedMemoryReader().buckets(manifest) for name, tensor in bucket.items()
-    }
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of a parameter, gathered where it is sharded."""
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
 def read_until_lost(ref: Any) -> None:
@@ -165,127 +65,6 @@ def test_0_1_and_2_learners_make_the_same_update_and_load_each_others_checkpoint
     two.call("load_sharded", str(tmp_path))
     update(two, 1)
     assert largest_difference(local_second, weights(two, 3)) <= 2e-5
-
-
-LORA = {"lora": {"rank": 4}}
-
-
-def parameters(group: VLALearnerGroup) -> dict[str, torch.Tensor]:
-    """All of a local learner's, whole."""
-    named = group._learner.sharded.trained_modules().named_parameters()
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in named}
-
-
-def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def test_adapters_alone_are_trained_sent_merged_and_saved(
-    make_group: Callable[..., VLALearnerGroup], tmp_path: Path
-) -> None:
-    local = make_group(0, LORA, lr=1e-3)
-    before, sent_before = parameters(local), weights(local, 1)
-    update(local)
-    after, sent = parameters(local), weights(local, 2)
-    moved = changed(before, after)
-    assert moved == {name for name, p in local._learner.sharded.trained_modules().named_parameters() if p.requires_grad}
-    assert all(".lora_A." in name or ".lora_B." in name or "value_head" in name for name in moved) and len(moved) > 50
-    for name in changed(sent_before, sent):
-        module = "policy." + name.removesuffix(".weight")
-        lora_a, lora_b = (after[f"{module}.lora_{part}.default.weight"].flatten(1) for part in "AB")
-        merged = after[f"{module}.base_layer.weight"] + (4 / 4 * lora_b @ lora_a).view(
-            sent[name].shape
-        )  # alpha = rank = 4
-        torch.testing.assert_close(sent[name], merged, atol=1e-6, rtol=0)
-    assert len(changed(sent_before, sent)) == sum(".lora_B." in name for name in moved)
-
-    local.call("save_sharded", str(tmp_path))
-    stored = dcp.FileSystemReader(tmp_path / "shards").read_metadata().state_dict_metadata
-    assert {name.removeprefix("model.") for name in stored if name.startswith("model.")} == moved, (
-        "the frozen base is model.path's"
-    )
-    two = make_group(2, LORA, lr=1e-3)
-    update(two)
-    assert largest_difference(sent, weights(two, 2)) <= 1e-4  # Adam on gradients near zero, at a large learning rate
-    two.call("load_sharded", str(tmp_path))
-    assert largest_difference(sent, weights(two, 3)) == 0.0
-
-
-def test_a_frozen_bfloat16_base_under_float32_adapters(make_group: Callable[..., VLALearnerGroup]) -> None:
-    group = make_group(0, LORA | {"dtype": "bfloat16"}, lr=1e-3)
-    before, sent_before = parameters(group), weights(group, 1)
-    dtypes = {name: p.dtype for name, p in group._learner.sharded.trained_modules().named_parameters()}
-    assert {dtypes[name] for name in before if ".lora_" in name or "value_head" in name} == {torch.float32}
-    assert dtypes["policy.language_model.model.layers.0.self_attn.q_proj.base_layer.weight"] == torch.bfloat16
-    update(group)
-    assert not [
-        name for name in changed(before, parameters(group)) if ".lora_" not in name and "value_head" not in name
-    ]
-    sent = weights(group, 2)
-    assert {tensor.dtype for tensor in sent.values()} == {torch.bfloat16} and changed(sent_before, sent)
-
-
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_quantised_base_in_bfloat16(make_group: Callable[..., VLALearnerGroup], bits: str, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="k-bit weights need bitsandbytes")
-    group, other = (make_group(0, LORA | {"quantization": bits, "dtype": "bfloat16"}, lr=1e-3) for _ in range(2))
-    before = weights(group, 1)
-    assert update(group)["skipped_updates"] == 0
-    assert changed(before, weights(group, 2))
-    assert changed(parameters(group), parameters(other))
-    group.call("save_sharded", str(tmp_path))
-    other.call("load_sharded", str(tmp_path))
-    assert not changed(parameters(group), parameters(other))
-
-
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_quantised_base_sends_what_it_computes_with(make_group: Callable[..., VLALearnerGroup], bits: str) -> None:
-    pytest.importorskip("bitsandbytes", reason="k-bit weights need bitsandbytes")
-    group = make_group(0, LORA | {"quantization": bits}, lr=1e-3)
-    reference = OpenVLAForActionPrediction.from_pretrained(group.ranks.settings.model.path, dtype=torch.float32)
-    sent, exact = weights(group, 1), {name: tensor.clone() for name, tensor in reference.state_dict().items()}
-    quantised = changed(exact, sent)
-    assert len(quantised) == 2 * 7 and all(".layers." in name for name in quantised)  # the decoder's linear layers
-    for name in quantised:
-        error = (sent[name] - exact[name]).norm() / exact[name].norm()
-        assert error < {"8bit": 0.01, "4bit": 0.12}[bits], name
-    policy = group._learner.sharded.policy
-    reference.load_state_dict(sent)
-    inputs = collate(contributions(), group._learner._processor.prompt_ids).model_inputs(
-        np.arange(6), torch.device("cpu")
-    )
-    with torch.no_grad():
-        torch.testing.assert_close(policy(**inputs).action_logits, reference(**inputs).action_logits, atol=1e-5, rtol=0)
-    before = parameters(group)
-    update(group)
-    assert all(".lora_" in name or "value_head" in name for name in changed(before, parameters(group)))
-    assert changed(sent, weights(group, 2)) > quantised
-
-
-def test_a_separate_critic_learns_apart_from_the_policy(
-    make_group: Callable[..., VLALearnerGroup], tmp_path: Path
-) -> None:
-    group = make_group(0, {"critic": "separate"}, critic_warmup_iterations=1)
-    before, sent = parameters(group), weights(group, 1)
-    assert not [name for name in sent if "value_head" in name]
-    metrics = update(group, iteration=0)
-    moved = changed(before, parameters(group))
-    assert (
-        moved
-        and all(name.startswith("critic.") for name in moved)
-        and "critic.language_model.model.layers.0.mlp.up_proj.weight" in moved
-    )
-    update(group, iteration=1)
-    assert largest_difference(sent, weights(group, 2)) > 0.0
-    group.call("save_sharded", str(tmp_path))
-    saved = parameters(group)
-
-    two = make_group(2, {"critic": "separate"}, critic_warmup_iterations=1)
-    other = update(two, iteration=0)
-    assert other["value_loss"] == pytest.approx(metrics["value_loss"], abs=1e-4)
-    update(group, iteration=2)
-    group.call("load_sharded", str(tmp_path))
-    assert not changed(saved, parameters(group))
 
 
 def test_critic_warm_up_leaves_the_policy_alone(make_group: Callable[..., VLALearnerGroup]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from queue import Queue
 
 import psutil
 import pytest
@@ -33,12 +34,12 @@ with END.listening():
 def test_the_first_signal_is_remembered_whatever_is_being_done(
     number: signal.Signals, counts_as: signal.Signals, code: int
 ) -> None:
-    handler, told = signal.getsignal(number), []
+    handler, told = signal.getsignal(number), Queue[str]()
     with END.listening():
-        with END.polled(told.append):
+        with END.polled(told.put):
             signal.raise_signal(number)
-            time.sleep(0.3)  # a thread tells it
-        assert (END.signal, END.code, told) == (counts_as, code, [number.name])
+            assert told.get(timeout=10) == number.name  # a thread tells it
+        assert (END.signal, END.code) == (counts_as, code) and told.empty()
         with pytest.raises(KeyboardInterrupt):
             END.check()
     with END.listening():
@@ -49,14 +50,14 @@ def test_the_first_signal_is_remembered_whatever_is_being_done(
     with END.listening():
         with pytest.raises(KeyboardInterrupt):
             start_something(number, told)
-        assert told[-1] == "goes on"
+        assert told.get_nowait() == "goes on"
     assert signal.getsignal(number) is handler
 
 
-def start_something(number: signal.Signals, told: list[str]) -> None:
+def start_something(number: signal.Signals, told: Queue[str]) -> None:
     with END.deferred():
         signal.raise_signal(number)
-        told.append("goes on")
+        told.put("goes on")
 
 
 def test_handlers_of_what_was_started_meanwhile_are_replaced() -> None:

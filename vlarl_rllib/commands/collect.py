@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from vlarl_rllib.data.collect import CollectRequest, collect
 from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.data.tfds_process import VERSION
 from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.process.console import make_console
+from vlarl_rllib.process.console import make_console, make_progress
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import EnvSpec
@@ -37,15 +35,8 @@ def run_collect(settings: Settings, out: Path) -> int:
     )
     console = make_console()
     END.limit_seconds = settings.run.stop_seconds
-    columns = (
-        TextColumn("episodes"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeRemainingColumn(),
-    )
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        with make_progress(console, "episodes") as progress:
             bar = progress.add_task("", total=settings.collect.episodes, shown="")
 
             def show(kept: int, played: int) -> None:

@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from vlarl_rllib.data.rlds import RLDSDataset, find_dataset, fingerprint
-from vlarl_rllib.process.console import make_console, pasted
+from vlarl_rllib.process.console import make_console, make_progress, pasted
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.runs.preflight import check_tensorflow_datasets
 from vlarl_rllib.settings import SettingsError
@@ -111,14 +110,7 @@ def _fit(frames: DemonstrationFrames, options: FitOptions, data: str, out: Path,
     from vlarl_rllib.rewards.fitting import fit_classifier
 
     began = time.perf_counter()
-    columns = (
-        TextColumn("steps"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with make_progress(console, "steps") as progress:
         bar = progress.add_task("", total=options.steps, shown="")
         classifier, quality = fit_classifier(
             frames, options, lambda step, loss: progress.update(bar, completed=step, shown=f"loss {loss:.3f}")

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vlarl_rllib.config import resolved
 from vlarl_rllib.data.rlds import fingerprint, read_statistics
@@ -32,7 +31,7 @@ from vlarl_rllib.envs.registry import ENVIRONMENTS, eval_options
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.learner.rank_group import LearnerError, RankGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means
-from vlarl_rllib.process.console import make_console, pasted
+from vlarl_rllib.process.console import make_console, make_progress, pasted
 from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, keep_trying
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
@@ -166,16 +165,7 @@ class FineTuning:
         sft, every = self._settings.sft, self._settings.sft.checkpoint_every or self._settings.sft.steps
         row: dict[str, Any] = log.rows[-1] if log.rows and log.rows[-1]["step"] == first else {"step": first}
         saved = first
-        columns = (
-            TextColumn("steps"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(
-            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
-        ) as progress:
+        with make_progress(self._console, "steps") as progress:
             bar = progress.add_task("", total=sft.steps, completed=first, shown="")
             while (done := row["step"]) < sft.steps and END.signal is None:
                 row = self._make_steps(done, min(sft.report_every, saved + every - done, sft.steps - done))

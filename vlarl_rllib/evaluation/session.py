@@ -11,12 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
 from vlarl_rllib.evaluation.output import EvaluationDirectory, open_evaluation
 from vlarl_rllib.evaluation.report import INCOMPLETE, EvaluationResult, summarize, to_table, write_reports
-from vlarl_rllib.process.console import make_console, pasted
+from vlarl_rllib.process.console import make_console, make_progress, pasted
 from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, keep_trying
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.settings import SettingsError
@@ -195,21 +193,8 @@ class _Terminal(Watch):
         self._known = len(directory.episodes)
         self._steps, self._began, self._said = 0, 0.0, 0.0
         self._faults: Counter[str] = Counter()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rates]}"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(
-            *columns,
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-            speed_estimate_period=SPEED_WINDOW_SECONDS,
-        )
-        self._bar = self._progress.add_task("starting", total=total, completed=self._known, rates="")
+        self._progress = make_progress(console, "{task.description}", speed_estimate_period=SPEED_WINDOW_SECONDS)
+        self._bar = self._progress.add_task("starting", total=total, completed=self._known, shown="")
         self._polled = ExitStack()
 
     def __enter__(self) -> Self:
@@ -226,7 +211,7 @@ class _Terminal(Watch):
     def ready(self) -> None:
         self._polled.enter_context(END.polled(self._notice))  # until here, a signal raises KeyboardInterrupt
         self._began = self._said = time.monotonic()
-        self._progress.reset(self._bar, completed=self._known, description="episodes", rates="")
+        self._progress.reset(self._bar, completed=self._known, description="episodes", shown="")
 
     def keep_going(self, played: EvaluationRound) -> bool:
         self._steps += played.num_steps
@@ -238,7 +223,7 @@ class _Terminal(Watch):
             else ""
         )
         rates = f"{rate}{self._steps / (time.monotonic() - self._began):.1f} steps/s"
-        self._progress.update(self._bar, completed=len(episodes), rates=rates)
+        self._progress.update(self._bar, completed=len(episodes), shown=rates)
         if not self._console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:
             self._said = time.monotonic()
             self._console.print(f"{len(episodes)}/{self.total} episodes  {rates}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -25,3 +26,22 @@ def make_console(*, stderr: bool = False) -> Console:
 def pasted(path: Path) -> str:
     """A path, from here, as a shell takes it: for commands that a person copies."""
     return shlex.quote(os.path.relpath(path))
+
+
+def make_progress(console: Console, label: str, **options: Any) -> Progress:
+    """A bar, gone at its end and not there at all where nobody watches: `label`, bar, count, words, time left.
+
+    Args:
+        label: a format of Rich's, such as "steps" or "{task.description}".
+        options: Rich's. The words are a task's field `shown`.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal, **options)
