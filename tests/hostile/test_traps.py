@@ -138,12 +138,12 @@ from vlarl_rllib.engines.vllm.engine import engine_env_vars
 spec = EngineSpec(sys.argv[1], "float32", gpus=0, max_batch=2, enforce_eager=True, mix_calls=False, seed=0)
 os.environ.update(engine_env_vars(spec))
 from vlarl_rllib.engines.vllm import plugin as vllm_plugin
-from vlarl_rllib.engines.vllm.compat import build_llm
+from vlarl_rllib.engines.vllm.compat import build_engine
 from vlarl_rllib.models.openvla import OpenVLAConfig
 vllm_plugin.register(in_process=True)
 try:
     config = OpenVLAConfig.from_pretrained(spec.model_path)
-    build_llm(spec, config, vllm_plugin.ARCHITECTURE, vllm_plugin.TRANSFER_BACKEND)
+    build_engine(spec, config, vllm_plugin.ARCHITECTURE, vllm_plugin.TRANSFER_BACKEND)
     outcome = "read"
 except Exception as error:
     outcome = str(error)

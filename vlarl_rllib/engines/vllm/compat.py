@@ -9,17 +9,14 @@ request (its GPU sampler, and 0.32 everywhere, do not). Use 0.32 on CPUs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import vllm
-import vllm.model_executor.models.openvla as in_tree
-from torch import nn
-from vllm import LLM
+from vllm import EngineArgs, LLMEngine
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -64,21 +61,6 @@ def device_name() -> str:
     return current_platform.device_type
 
 
-@contextmanager
-def vision_backbone_from(build: Callable[[], nn.Module]) -> Iterator[None]:
-    """Let vLLM's OpenVLA class build another vision backbone; of the module it needs `embed_dim` alone.
-
-    The class looks the backbone up as a global of its own module, in 0.26 and 0.32 alike, and its own backbone
-    refuses any but the published sizes and needs timm.
-    """
-    original = in_tree.PrismaticVisionBackbone
-    in_tree.PrismaticVisionBackbone = lambda **_: build()  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        in_tree.PrismaticVisionBackbone = original  # type: ignore[misc]
-
-
 @dataclass
 class _NoInfo(WeightTransferInitInfo):
     """Nothing to agree on before the first update."""
@@ -120,15 +102,14 @@ class LayerwiseTransferEngine(WeightTransferEngine[_NoInfo, UpdateInfo]):
         raise NotImplementedError
 
 
-def apply_weights(llm: LLM, update_info: dict[str, Any]) -> None:
+def apply_weights(engine: LLMEngine, update_info: dict[str, Any]) -> None:
     """Replace the model's weights. Nothing may be in flight, and after an exception nothing may be generated."""
-    llm.start_weight_update()
-    llm.update_weights({"update_info": update_info})
-    # 0.32 takes a version here and 0.26 takes none; the engine keeps its own.
-    llm.finish_weight_update()
+    engine.collective_rpc("start_weight_update")
+    engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
+    engine.collective_rpc("finish_weight_update")
     # Image features and prompt prefixes of the old weights; vLLM resets neither after a transfer.
-    llm.llm_engine.reset_encoder_cache()
-    llm.llm_engine.reset_prefix_cache()
+    engine.reset_encoder_cache()
+    engine.reset_prefix_cache()
 
 
 def engine_input(prompt_ids: list[int], image: np.ndarray, image_ids: list[int], identifier: str) -> MultiModalInput:
@@ -152,7 +133,7 @@ def engine_input(prompt_ids: list[int], image: np.ndarray, image_ids: list[int],
     )
 
 
-def build_llm(spec: EngineSpec, config: OpenVLAConfig, architecture: str, transfer_backend: str) -> LLM:
+def build_engine(spec: EngineSpec, config: OpenVLAConfig, architecture: str, transfer_backend: str) -> LLMEngine:
     """Start vLLM inside this process, with the checkpoint's weights.
 
     Raises:
@@ -166,10 +147,11 @@ def build_llm(spec: EngineSpec, config: OpenVLAConfig, architecture: str, transf
         )
     text: Any = config.text_config
     length = min(config.num_patches + MAX_PROMPT_TOKENS + NUM_ACTION_TOKENS, text.max_position_embeddings)
-    llm = LLM(
+    arguments = EngineArgs(
         model=spec.model_path,
         hf_overrides={"architectures": [architecture]},
         load_format="safetensors",  # "auto" would fall back to pickles
+        skip_tokenizer_init=True,  # prompts are ids
         dtype=spec.dtype,  # type: ignore[arg-type]
         seed=spec.seed,
         enforce_eager=on_cpu or spec.enforce_eager,
@@ -184,10 +166,12 @@ def build_llm(spec: EngineSpec, config: OpenVLAConfig, architecture: str, transf
         distributed_executor_backend="uni",
         weight_transfer_config={"backend": transfer_backend},
         skip_mm_profiling=on_cpu,
+        disable_log_stats=True,
         **_cache_memory(spec, text, length),
     )
-    llm.init_weight_transfer_engine({"init_info": {}})
-    return llm
+    engine = LLMEngine.from_engine_args(arguments)
+    engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+    return engine
 
 
 def _cache_memory(spec: EngineSpec, text: Any, length: int) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""OpenVLA as vLLM runs it: vLLM's own class with our vision towers, raw frames and the action head, and its weight
-updates.
+"""OpenVLA as vLLM runs it: our vision backbone and projector, vLLM's Llama, raw frames and the action head, and its
+weight updates.
 
 N = sequences of a step, S = image side in pixels, P = image patches, D = hidden size.
 """
@@ -7,75 +7,103 @@ N = sequences of a step, S = image side in pixels, P = image patches, D = hidden
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import vllm.model_executor.models.openvla as in_tree
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.model_executor.models.utils import AutoWeightsLoader
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.transformers_utils.processors.openvla import OpenVLAImageProcessor
+from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
-from vlarl_rllib.engines.vllm.compat import LayerwiseTransferEngine, UpdateInfo, vision_backbone_from
+from vlarl_rllib.engines.vllm.compat import LayerwiseTransferEngine, UpdateInfo, engine_input
 from vlarl_rllib.models.openvla import OpenVLAConfig, PrismaticVisionBackbone
+from vlarl_rllib.models.openvla.modeling import PrismaticProjector
 from vlarl_rllib.types import WeightManifest
 from vlarl_rllib.weights import make_reader
 
 
-class RawImageProcessor(OpenVLAImageProcessor):
-    """Hands frames on as they are; the model normalises them on its own device.
-
-    A frame crosses to the model as [3, S, S] uint8: an eighth of the bytes and 1 % of the time of normalising here.
-    Only what vLLM itself asks for while it starts passes here; of a request, `vllm_compat.engine_input` makes the same.
-    It stays a subclass because vLLM 0.26 inspects the class of a processor's parts.
-    """
-
-    def __call__(self, images: Any = None, **_: object) -> dict[str, object]:
-        if images is None or len(images) == 0:
-            return {}
-        frames = np.stack([np.asarray(image) for image in images])
-        return {"pixel_values": torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()}
-
-
-class RawProcessingInfo(in_tree.OpenVLAProcessingInfo):
-    """What vLLM asks about inputs, answered by our configuration: any image and patch size."""
+class FrameInfo(BaseProcessingInfo):
+    """What vLLM asks about a prompt's image while it starts: there is one, and it becomes P embeddings."""
 
     def __init__(self, ctx: Any) -> None:
-        self._own = OpenVLAConfig.from_pretrained(ctx.model_config.model)
         super().__init__(ctx)
-        self.hf_processor.image_processor = RawImageProcessor(image_size=self._own.image_size)
+        self.config = OpenVLAConfig.from_pretrained(ctx.model_config.model)
 
-    def get_hf_config(self) -> Any:
-        config = super().get_hf_config()
-        # vLLM's default, 32000, lies outside a small vocabulary, and the id does reach the embedding.
-        config.image_token_index = self._own.image_token_index
-        return config
-
-    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        return self._own.num_patches
+    def get_supported_mm_limits(self) -> dict[str, int | None]:
+        return {"image": 1}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Any) -> dict[str, int]:
-        return {"image": self._own.num_patches}
+        return {"image": self.config.num_patches}
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    in_tree.OpenVLAMultiModalProcessor,
-    info=RawProcessingInfo,
-    dummy_inputs=in_tree.OpenVLADummyInputsBuilder,
-)
-class VlarlOpenVLA(in_tree.OpenVLAForActionPrediction):
+class NoDummyData(BaseDummyInputsBuilder[FrameInfo]):
+    """Nothing, since `DummyFrame` needs nothing to make a frame from."""
+
+    def get_dummy_text(self, mm_counts: Any) -> str:
+        return ""
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Any, mm_options: Any) -> dict[str, Any]:
+        return {}
+
+
+class DummyFrame(BaseMultiModalProcessor[FrameInfo]):
+    """A black frame, for vLLM's measurement of memory. Requests do not pass here: `compat.engine_input` makes theirs."""
+
+    requires_tokenizer = False
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        if inputs.mm_data_items:
+            self._refuse()
+        config = self.info.config
+        frame = np.zeros((config.image_size, config.image_size, 3), dtype=np.uint8)
+        return engine_input([0], frame, [config.image_token_index] * config.num_patches, "dummy")
+
+    def _get_mm_fields_config(self, *_: Any) -> NoReturn:
+        self._refuse()
+
+    def _get_prompt_updates(self, *_: Any) -> NoReturn:
+        self._refuse()
+
+    @staticmethod
+    def _refuse() -> NoReturn:
+        raise NotImplementedError("this model takes no images through vLLM's renderer; use VLLMEngine.sample")
+
+
+@MULTIMODAL_REGISTRY.register_processor(DummyFrame, info=FrameInfo, dummy_inputs=NoDummyData)
+class VlarlOpenVLA(nn.Module, SupportsMultiModal):
     """OpenVLA that samples action tokens and nothing else; parameter names are the published ones."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        own = OpenVLAConfig.from_pretrained(vllm_config.model_config.model)
-        vllm_config.model_config.hf_config.image_token_index = own.image_token_index
-        with vision_backbone_from(lambda: PrismaticVisionBackbone(own)):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._action_ids = own.action_token_ids
-        self._vocab_size = own.text_config.vocab_size
+        super().__init__()
+        config = OpenVLAConfig.from_pretrained(vllm_config.model_config.model)
+        self.vision_backbone = PrismaticVisionBackbone(config)
+        self.projector = _projector(self.vision_backbone.embed_dim, config.text_config.hidden_size)
+        self.language_model = init_vllm_registered_model(
+            vllm_config=vllm_config,
+            hf_config=vllm_config.model_config.hf_config.text_config,
+            prefix=maybe_prefix(prefix, "language_model"),
+        )
+        self._action_ids = config.action_token_ids
+        self._vocab_size = config.text_config.vocab_size
+
+    def get_language_model(self) -> nn.Module:
+        return self.language_model
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
+        """Hidden states [tokens, D] of all sequences of a step, one behind the other."""
+        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def embed_multimodal(self, **kwargs: Any) -> Tensor | list[Tensor]:
         """Patch embeddings [images, P, D] of `pixel_values` [images, 3, S, S] uint8."""
@@ -98,6 +126,15 @@ class VlarlOpenVLA(in_tree.OpenVLAForActionPrediction):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Take tensors under their published names; vLLM fuses q, k, v and gate, up itself."""
         return AutoWeightsLoader(self).load_weights(weights)
+
+
+def _projector(vision_dim: int, text_dim: int) -> PrismaticProjector:
+    """The learner's projector with vLLM's linear layers, which on CPUs multiply by weights packed beforehand."""
+    with torch.device("meta"):
+        projector = PrismaticProjector(vision_dim, text_dim)
+    for name, linear in projector.named_children():
+        setattr(projector, name, ReplicatedLinear(linear.in_features, linear.out_features, return_bias=False))
+    return projector
 
 
 class ManifestTransferEngine(LayerwiseTransferEngine):

@@ -26,7 +26,7 @@ class VLLMStepper:
         register(in_process=True)
         assert config.image_token_index is not None, "every checkpoint's configuration has one"
         self._processor, self._image_ids = processor, [config.image_token_index] * config.num_patches
-        self._llm = vllm_compat.build_llm(spec, config, ARCHITECTURE, TRANSFER_BACKEND)
+        self._engine = vllm_compat.build_engine(spec, config, ARCHITECTURE, TRANSFER_BACKEND)
         self.device = vllm_compat.device_name()
         self.library = vllm_compat.library_version()
 
@@ -46,12 +46,12 @@ class VLLMStepper:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._llm.llm_engine.add_request(request_id, prompt, params)
+        self._engine.add_request(request_id, prompt, params)
 
     def step(self) -> list[Sampled]:
         """One forward pass for everything in flight; returns what it finished."""
         finished = []
-        for output in self._llm.llm_engine.step():
+        for output in self._engine.step():
             if not output.finished:
                 continue
             completion: Any = output.outputs[0]  # type: ignore[index]
@@ -64,4 +64,4 @@ class VLLMStepper:
 
     def load(self, manifest: WeightManifest) -> None:
         """Replace the weights by a verified version; nothing may be in flight."""
-        vllm_compat.apply_weights(self._llm, {"manifest": asdict(manifest)})
+        vllm_compat.apply_weights(self._engine, {"manifest": asdict(manifest)})
