@@ -213,3 +213,30 @@ def test_importing_the_engine_loads_neither_torch_nor_vllm():
     code = "import sys, vlarl_rllib.engines.vllm.engine, vlarl_rllib.engines.client; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"torch", "vllm", "transformers"} & set(modules)
+
+
+def test_vllm_measures_memory_with_a_frame_of_the_policys_size(spec):
+    """In a process of its own: vLLM for CPUs replaces parts of torch."""
+    code = f"""if True:
+        from types import SimpleNamespace
+        from vllm import EngineArgs
+        from vllm.multimodal import MULTIMODAL_REGISTRY
+        from vlarl_rllib.engines.vllm.plugin import ARCHITECTURE, register
+
+        register(in_process=True)
+        arguments = EngineArgs(model={spec.model_path!r}, hf_overrides={{"architectures": [ARCHITECTURE]}})
+        processor = MULTIMODAL_REGISTRY.create_processor(arguments.create_engine_config().model_config)
+        made = processor.apply(SimpleNamespace(mm_data_items={{}}), None)
+        (frame,), (place,) = made["mm_kwargs"]["image"], made["mm_placeholders"]["image"]
+        pixels = frame.get_data()["pixel_values"]
+        print()
+        print(*pixels.shape, pixels.dtype, place.length, *processor.info.get_mm_max_tokens_per_item(0, {{}}).values())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | engine_env_vars(spec),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1] == "3 28 28 torch.uint8 4 4"

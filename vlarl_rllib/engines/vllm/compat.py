@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.inputs.engine import MultiModalInput, mm_input
+from vllm.inputs import MultiModalInput, mm_input
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
@@ -151,7 +151,6 @@ def build_engine(spec: EngineSpec, config: OpenVLAConfig, architecture: str, tra
         model=spec.model_path,
         hf_overrides={"architectures": [architecture]},
         load_format="safetensors",  # "auto" would fall back to pickles
-        skip_tokenizer_init=True,  # prompts are ids
         dtype=spec.dtype,  # type: ignore[arg-type]
         seed=spec.seed,
         enforce_eager=on_cpu or spec.enforce_eager,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.inputs import MultiModalInput
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.interfaces import SupportsMultiModal
 from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
@@ -42,7 +43,7 @@ class FrameInfo(BaseProcessingInfo):
 
 
 class NoDummyData(BaseDummyInputsBuilder[FrameInfo]):
-    """Nothing, since `DummyFrame` needs nothing to make a frame from."""
+    """Nothing: `DummyFrame` makes its input from the configuration."""
 
     def get_dummy_text(self, mm_counts: Any) -> str:
         return ""
@@ -52,26 +53,23 @@ class NoDummyData(BaseDummyInputsBuilder[FrameInfo]):
 
 
 class DummyFrame(BaseMultiModalProcessor[FrameInfo]):
-    """A black frame, for vLLM's measurement of memory. Requests do not pass here: `compat.engine_input` makes theirs."""
+    """A black frame, which some of vLLM's runners measure memory with.
 
-    requires_tokenizer = False
+    Requests do not pass here: `compat.engine_input` makes theirs.
+    """
 
-    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        if inputs.mm_data_items:
-            self._refuse()
+    def apply(self, inputs: Any, timing_ctx: Any) -> MultiModalInput:
+        assert not inputs.mm_data_items, "this model takes no image through vLLM's renderer"
         config = self.info.config
         frame = np.zeros((config.image_size, config.image_size, 3), dtype=np.uint8)
         return engine_input([0], frame, [config.image_token_index] * config.num_patches, "dummy")
 
+    # vLLM's own `apply` needs these two, and only that.
     def _get_mm_fields_config(self, *_: Any) -> NoReturn:
-        self._refuse()
+        raise NotImplementedError
 
     def _get_prompt_updates(self, *_: Any) -> NoReturn:
-        self._refuse()
-
-    @staticmethod
-    def _refuse() -> NoReturn:
-        raise NotImplementedError("this model takes no images through vLLM's renderer; use VLLMEngine.sample")
+        raise NotImplementedError
 
 
 @MULTIMODAL_REGISTRY.register_processor(DummyFrame, info=FrameInfo, dummy_inputs=NoDummyData)
