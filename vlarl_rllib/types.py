@@ -6,7 +6,7 @@ Letters: A = action tokens of one action (7), S = side of the policy's square in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,15 +109,19 @@ class SampleReply:
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """A full set of policy weights that can be read now; it stays readable until the next version is committed."""
+    """A full set of policy weights that can be read now; it stays readable until the next version is committed.
+
+    It travels through Ray and is never copied deeply: what a transport puts into it may be `ObjectRef`s.
+    """
 
     version: int
     """Push counter: never repeats, never decreases within a run."""
     transport: str
-    location: str
+    """Known name or `module:Class` of the transport that reads it."""
+    location: Any
     """Where the transport finds the buckets (for `shared_memory`: a directory)."""
-    buckets: tuple[str, ...]
-    """Names of the buckets in the order they are to be loaded."""
+    buckets: tuple[Any, ...]
+    """The buckets in the order they are to be loaded (for `shared_memory`: file names)."""
     num_tensors: int
     num_bytes: int
     checksums: tuple[str, ...] | None = None

@@ -24,12 +24,13 @@ from vlarl_rllib.engines.protocol import EngineError, EngineSpec, EngineStatus
 from vlarl_rllib.engines.vllm.engine import VLLMEngine, engine_env_vars
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.types import INITIAL_VERSION, WeightManifest
+from vlarl_rllib.weights.protocol import VersionGoneError
 
 logger = logging.getLogger(__name__)
 
 WAIT_NOTICE_SECONDS = 30.0
 """After this long a wait for engines says what it waits for."""
-REJECTIONS = (ValueError, FileNotFoundError)
+REJECTIONS = (ValueError, VersionGoneError)
 """What `load_weights` raises where the manifest is at fault and the engine is well."""
 
 
@@ -109,7 +110,7 @@ class EnginePool:
         """Give every engine this version; one that fails or is late is replaced. Returns how many were.
 
         Raises:
-            ValueError, FileNotFoundError: the manifest is not what the engines need; they keep what they have.
+            ValueError, VersionGoneError: the manifest is not what the engines need; they keep what they have.
             RuntimeError: an engine failed too often.
         """
         return self._replace(self._load(self._members, manifest), manifest)

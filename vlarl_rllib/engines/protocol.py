@@ -79,8 +79,9 @@ class Engine(Protocol):
     def load_weights(self, manifest: WeightManifest) -> int:
         """Replace all weights after finishing what is in flight; returns the version now in use.
 
-        Raises `ValueError` where names or shapes are not exactly the model's own and `FileNotFoundError` where the
-        version is gone; the engine then goes on with the weights it has.
+        Raises `ValueError` where names or shapes are not exactly the model's own and `VersionGoneError` where the
+        version is gone; the engine then goes on with the weights it has. Raises `EngineError` where the version goes
+        while it is being loaded.
         """
         ...
 

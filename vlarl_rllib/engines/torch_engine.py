@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 import transformers
 
-from vlarl_rllib.engines.protocol import EngineSpec, EngineStatus, check_requests, checked_reply
+from vlarl_rllib.engines.protocol import EngineError, EngineSpec, EngineStatus, check_requests, checked_reply
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from vlarl_rllib.types import INITIAL_VERSION, SampleReply, SampleRequest, WeightManifest
 from vlarl_rllib.weights import make_reader
+from vlarl_rllib.weights.protocol import VersionGoneError
 from vlarl_rllib.weights.source import check_names_and_shapes, expected_tensors
 
 
@@ -59,9 +60,12 @@ class TorchEngine:
         reader = make_reader(manifest.transport)
         check_names_and_shapes(expected_tensors(self._model), reader.verify(manifest))
         parameters = dict(self._model.named_parameters())
-        for bucket in reader.buckets(manifest):
-            for name, tensor in bucket.items():
-                parameters[name].copy_(tensor)
+        try:
+            for bucket in reader.buckets(manifest):
+                for name, tensor in bucket.items():
+                    parameters[name].copy_(tensor)
+        except VersionGoneError as error:
+            raise EngineError(f"the engine may hold weights of two versions: {error}") from error
         self.policy_version = manifest.version
         return self.policy_version
 

@@ -11,12 +11,11 @@ states and horizons. An installed package adds environments and experts through 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from vlarl_rllib.process.plugins import added_classes, load_class
 from vlarl_rllib.types import EnvSpec
 
 if TYPE_CHECKING:
@@ -110,32 +109,19 @@ def expert_class(name: str) -> Any:
 
 def environments() -> dict[str, str]:
     """`module:Class` by short name: what installed packages add, and the package's own, which win."""
-    return _added("vlarl_rllib.environments") | {name: facts.reference for name, facts in ENVIRONMENTS.items()}
+    return added_classes("vlarl_rllib.environments") | {name: facts.reference for name, facts in ENVIRONMENTS.items()}
 
 
 def experts() -> dict[str, str]:
     """`module:Class` by the name of the environment; as `environments`."""
-    return _added("vlarl_rllib.experts") | EXPERTS
-
-
-@cache
-def _added(group: str) -> dict[str, str]:
-    from importlib.metadata import entry_points
-
-    return {entry.name: entry.value for entry in entry_points(group=group)}
+    return added_classes("vlarl_rllib.experts") | EXPERTS
 
 
 def _load(what: str, name: str, reference: str) -> Any:
-    module_name, _, class_name = reference.partition(":")
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # somebody else's module may raise anything
-        raise ValueError(
-            f"{what} is {name!r}, but {module_name} cannot be imported ({type(error).__name__}: {error})"
-        ) from error
-    if not hasattr(module, class_name):
-        raise ValueError(f"{what} is {name!r}, but {module_name} has no class {class_name}")
-    return getattr(module, class_name)
+        return load_class(reference)
+    except ValueError as error:
+        raise ValueError(f"{what} is {name!r}, but {error}") from error
 
 
 def task_instructions(suite: str, *, name: str = DEFAULT_ENVIRONMENT) -> list[str]:

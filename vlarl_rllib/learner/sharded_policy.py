@@ -22,7 +22,7 @@ from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import WeightManifest
-from vlarl_rllib.weights import make_publisher
+from vlarl_rllib.weights import find_transport
 from vlarl_rllib.weights.source import iterate_weights
 
 logger = logging.getLogger(__name__)
@@ -209,22 +209,25 @@ class ShardedPolicy:
 
     # Weights and checkpoints
 
-    def gather(self) -> Any:
-        """(published name, whole tensor) of the policy, in the engines' type, on the CPU of rank 0.
+    def gather(self, *, to_host: bool = True, unchanging: bool = True) -> Any:
+        """(published name, whole tensor) of the policy, in the engines' type; on rank 0 as the arguments say (see
+        `iterate_weights`), on the others uncopied.
 
         Collective: run it to its end.
         """
-        return iterate_weights(self.policy, getattr(torch, self._settings.engines.dtype), to_host=self._rank == 0)
+        dtype, keeps = getattr(torch, self._settings.engines.dtype), self._rank == 0
+        return iterate_weights(self.policy, dtype, to_host=keeps and to_host, unchanging=keeps and unchanging)
 
     def publish(self, version: int) -> WeightManifest | None:
-        """Write the policy where engines read it; rank 0 returns the manifest. Collective."""
-        tensors = self.gather()
+        """Make the policy readable to engines; rank 0 returns the manifest. Collective."""
+        transport = find_transport(self._settings.weights.transport)
+        tensors = self.gather(to_host=transport.on_host, unchanging=transport.lends_tensors)
         if self._rank != 0:
             for _ in tensors:
                 pass
             return None
         if self._publisher is None:
-            self._publisher = make_publisher(self._settings.weights)
+            self._publisher = transport.make_publisher(self._settings.weights)
         return self._publisher.publish(version, tensors)
 
     def retire(self, before: int) -> None:

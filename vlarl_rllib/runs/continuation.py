@@ -16,7 +16,7 @@ from vlarl_rllib.settings import Settings, SettingsError
 
 LIMITS = (
     "run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.max_restarts",
-    "run.stop_seconds", "run.wandb", "run.dashboard",
+    "run.stop_seconds", "run.wandb", "run.dashboard", "weights.transport",
 )  # fmt: skip
 """What may be edited in a run's config.yaml before `--resume`: none of it changes what is learned."""
 MODELS = ("model.path", "model.critic_path")

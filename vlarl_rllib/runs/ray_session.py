@@ -34,7 +34,7 @@ from vlarl_rllib.rllib_compat import (
 )
 from vlarl_rllib.runs.ray_watch import ray_watched
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
-from vlarl_rllib.weights.shared_memory import reap_stale
+from vlarl_rllib.weights import sweeper
 
 PING_SECONDS = 3.0
 """Something that takes connections and has not answered as Ray does by then is no Ray."""
@@ -55,7 +55,7 @@ def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    END.sweep = reap_stale
+    END.sweep = sweep = sweeper(settings.weights.transport)
     try:
         with END.deferred():
             start_ray(plan, settings)
@@ -64,7 +64,7 @@ def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
     finally:
         with END.polled():
             ray.shutdown()
-            reap_stale()
+            sweep()
 
 
 def start_ray(plan: RuntimeArgs, settings: Settings) -> None:

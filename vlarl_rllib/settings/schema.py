@@ -24,6 +24,7 @@ from vlarl_rllib.settings.fields import (
 )
 from vlarl_rllib.settings.learning import CurriculumSettings, RewardSettings, SFTSettings, TrainingSettings
 from vlarl_rllib.settings.published import published_model
+from vlarl_rllib.settings.transports import AUTO, DEFAULT_TRANSPORT, check_transport
 
 
 class LoraSettings(Section):
@@ -233,11 +234,18 @@ class LearnerSettings(Section):
 
 
 class WeightSettings(Section):
-    transport: Literal["auto", "shared_memory"] = Field(
-        "auto", description="How weights reach the engines; auto = shared_memory."
+    transport: str = Field(
+        AUTO,
+        description=f"How weights reach the engines: {DEFAULT_TRANSPORT} (auto) or what an installed package adds.",
     )
     bucket_mb: PositiveInt = Field(256, description="Size of a bucket of tensors: the extra memory of a sync.")
     checksum: bool = Field(False, description="Verify a SHA-256 of every bucket on arrival.")
+
+    @field_validator("transport")
+    @classmethod
+    def _is_transport(cls, name: str) -> str:
+        check_transport(name)
+        return name
 
 
 class EvaluationSettings(Section):

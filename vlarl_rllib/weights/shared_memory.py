@@ -17,19 +17,24 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from vlarl_rllib.settings.transports import DEFAULT_TRANSPORT
 from vlarl_rllib.types import WeightManifest
 from vlarl_rllib.weights.buckets import pack_buckets
-from vlarl_rllib.weights.protocol import NamedTensors, Shapes
+from vlarl_rllib.weights.protocol import NamedTensors, Shapes, WeightTransport
+
+if TYPE_CHECKING:
+    from vlarl_rllib.settings import WeightSettings
 
 logger = logging.getLogger(__name__)
 
-TRANSPORT = "shared_memory"
 DEFAULT_ROOT = "/dev/shm"
 DIRECTORY_PREFIX = "vlarl-"
 LOCK_FILE = "owner.lock"
@@ -50,6 +55,7 @@ class SharedMemoryPublisher:
         root: a file system in memory that the engines see under the same path.
         checksum: put a SHA-256 of each bucket in the manifest.
         version_bytes: size of one version, if known, to learn now rather than later that there is no room.
+        transport: what manifests say, for readers to find `SharedMemoryTransport`.
 
     Raises:
         ValueError: a `run_id` that is no file name.
@@ -64,6 +70,7 @@ class SharedMemoryPublisher:
         root: str | Path = DEFAULT_ROOT,
         checksum: bool = False,
         version_bytes: int = 0,
+        transport: str = DEFAULT_TRANSPORT,
     ) -> None:
         if not re.fullmatch(r"[\w.-]+", run_id):
             raise ValueError(f"run_id={run_id!r} must consist of letters, digits, '.', '_' and '-'")
@@ -72,6 +79,7 @@ class SharedMemoryPublisher:
         _require_space(self._root, VERSIONS_AT_ONCE * version_bytes)
         self._bucket_bytes = bucket_bytes
         self._checksum = checksum
+        self._transport = transport
         self._last_version: int | None = None
         self.directory, lock = _create_owned(self._root, f"{DIRECTORY_PREFIX}{run_id}-{os.getpid()}")
         self._finalizer = weakref.finalize(self, _remove_owned, self.directory, lock, os.getpid())
@@ -120,7 +128,7 @@ class SharedMemoryPublisher:
             raise ValueError(f"version {version} has no tensors; publish all of the policy's weights")
         return WeightManifest(
             version=version,
-            transport=TRANSPORT,
+            transport=self._transport,
             location=str(target),
             buckets=tuple(names),
             num_tensors=num_tensors,
@@ -135,13 +143,14 @@ class SharedMemoryReader:
     def verify(self, manifest: WeightManifest) -> Shapes:
         """See `WeightReader.verify`."""
         shapes: Shapes = {}
-        for index, path in enumerate(self._paths(manifest)):
-            if manifest.checksums is not None and _sha256(path) != manifest.checksums[index]:
-                raise ValueError(
-                    f"SHA-256 of {path} differs from the manifest's; publish version {manifest.version} again"
-                )
-            with safe_open(path, framework="pt") as bucket:
-                shapes |= {name: tuple(bucket.get_slice(name).get_shape()) for name in bucket.keys()}  # noqa: SIM118
+        for index, path in enumerate(_paths(manifest)):
+            with _still_there(manifest):
+                if manifest.checksums is not None and _sha256(path) != manifest.checksums[index]:
+                    raise ValueError(
+                        f"SHA-256 of {path} differs from the manifest's; publish version {manifest.version} again"
+                    )
+                with safe_open(path, framework="pt") as bucket:
+                    shapes |= {name: tuple(bucket.get_slice(name).get_shape()) for name in bucket.keys()}  # noqa: SIM118
         if len(shapes) != manifest.num_tensors:
             raise ValueError(
                 f"{manifest.location} holds {len(shapes)} tensors, its manifest says {manifest.num_tensors}"
@@ -150,15 +159,50 @@ class SharedMemoryReader:
 
     def buckets(self, manifest: WeightManifest) -> Iterator[dict[str, torch.Tensor]]:
         """See `WeightReader.buckets`."""
-        for path in self._paths(manifest):
-            yield load_file(path)
+        for path in _paths(manifest):
+            with _still_there(manifest):
+                bucket = load_file(path)
+            yield bucket
 
-    def _paths(self, manifest: WeightManifest) -> list[Path]:
-        paths = [Path(manifest.location) / name for name in manifest.buckets]
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"weights version {manifest.version} is gone: {path} does not exist")
-        return paths
+
+def _paths(manifest: WeightManifest) -> list[Path]:
+    return [Path(manifest.location) / name for name in manifest.buckets]
+
+
+@contextmanager
+def _still_there(manifest: WeightManifest) -> Iterator[None]:
+    """Around reading a file of the version: where there is none, the version is gone."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise SharedMemoryTransport.version_gone(
+            manifest.version, f"this machine has no {manifest.location}"
+        ) from error
+
+
+class SharedMemoryTransport(WeightTransport):
+    """Files in /dev/shm. Engines are on the learner's own machine."""
+
+    outlives_publisher = True
+    lends_tensors = False
+    on_host = True
+
+    def make_publisher(self, settings: WeightSettings) -> SharedMemoryPublisher:
+        """See `WeightTransport.make_publisher`."""
+        return SharedMemoryPublisher(
+            run_id="run",
+            bucket_bytes=settings.bucket_mb * 2**20,
+            checksum=settings.checksum,
+            transport=self.name,
+        )
+
+    def make_reader(self) -> SharedMemoryReader:
+        """See `WeightTransport.make_reader`."""
+        return SharedMemoryReader()
+
+    def sweep(self) -> None:
+        """See `WeightTransport.sweep`."""
+        reap_stale()
 
 
 def reap_stale(root: str | Path = DEFAULT_ROOT) -> list[Path]:

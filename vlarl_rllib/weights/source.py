@@ -55,7 +55,9 @@ def _without_memory(config: OpenVLAConfig) -> nn.Module:
 
 
 @torch.no_grad()
-def iterate_weights(model: nn.Module, dtype: torch.dtype, *, to_host: bool = True) -> NamedTensors:
+def iterate_weights(
+    model: nn.Module, dtype: torch.dtype, *, to_host: bool = True, unchanging: bool = False
+) -> NamedTensors:
     """Gather the policy's weights one tensor at a time.
 
     Gathering an FSDP2 parameter is collective: every rank must run this to its end. At most one full tensor and its
@@ -64,7 +66,10 @@ def iterate_weights(model: nn.Module, dtype: torch.dtype, *, to_host: bool = Tru
     Args:
         dtype: of the yielded tensors; shards are cast before they are gathered, so bfloat16 halves the traffic.
             Adapters are merged in float32 before their weight is cast.
-        to_host: False on the ranks that only take part in the gather; they yield no copies, only the gathered tensor.
+        to_host: copy to the CPU. False on ranks that only take part in the gather, and where the tensors travel from
+            the device.
+        unchanging: where they stay on the device, copy what is trained; else what is yielded may be the parameter's
+            own memory, which the next optimiser step changes.
 
     Yields:
         (published name, full tensor); with `to_host` on the CPU and sharing no memory with the model.
@@ -77,7 +82,10 @@ def iterate_weights(model: nn.Module, dtype: torch.dtype, *, to_host: bool = Tru
         tensor = _gather(parameter, dtype) if adapted is None else adapted.published_weight(_gather).to(dtype)
         num_tensors += 1
         # On one rank `full_tensor` is the parameter's own memory, hence always a copy.
-        yield name, tensor.to(device="cpu", dtype=dtype, copy=True) if to_host else tensor
+        if to_host:
+            yield name, tensor.to(device="cpu", dtype=dtype, copy=True)
+        else:
+            yield name, tensor.to(dtype, copy=unchanging and parameter.requires_grad)
     if num_tensors == 0:
         raise ValueError("the model has no parameters to send; pass the policy itself, not a wrapper without modules")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from vlarl_rllib.types import INITIAL_VERSION, WeightManifest
+from vlarl_rllib.weights.protocol import VersionGoneError
 
 
 class Publishers(Protocol):
@@ -79,21 +80,32 @@ class WeightSync:
 
     def push(self, *, above: int = 0) -> WeightManifest:
         """Publish the current weights as the next version, which is also greater than `above`, and load them
-        everywhere."""
-        self.version = max(self.version, above) + 1
-        manifest = self._learners.publish_weights(self.version)
-        if self._pool is not None:
-            self._pool.load_weights(manifest)
+        everywhere.
+
+        A version that goes before all engines have it is published once more; where its learner has died, that call
+        raises what a lost learner raises.
+        """
+        try:
+            manifest = self._publish_and_load(above)
+        except VersionGoneError:
+            manifest = self._publish_and_load()
         self.manifest = manifest
         self._learners.call("retire_weights", self.version)
         return manifest
 
+    def _publish_and_load(self, above: int = 0) -> WeightManifest:
+        self.version = max(self.version, above) + 1
+        manifest = self._learners.publish_weights(self.version)
+        if self._pool is not None:
+            self._pool.load_weights(manifest)
+        return manifest
+
     def make_engines_current(self) -> None:
-        """Replace dead engines and load the newest version into them."""
+        """Replace dead engines and load the newest version into them; where that is gone, publish the weights anew."""
         assert self.manifest is not None, "push() comes first"
         if self._pool is None:
             return
         try:
             self._pool.ensure_current(self.manifest)
-        except FileNotFoundError:  # the learner that had written it is dead, and another run has swept up after it
+        except VersionGoneError:
             self.push()

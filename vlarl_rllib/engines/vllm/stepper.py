@@ -5,7 +5,7 @@ Importing this imports vLLM.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from vllm import SamplingParams
@@ -64,4 +64,6 @@ class VLLMStepper:
 
     def load(self, manifest: WeightManifest) -> None:
         """Replace the weights by a verified version; nothing may be in flight."""
-        vllm_compat.apply_weights(self._engine, {"manifest": asdict(manifest)})
+        # `asdict` would copy what lies in the fields, and a copied `ObjectRef` keeps nothing alive.
+        plain = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+        vllm_compat.apply_weights(self._engine, {"manifest": plain})

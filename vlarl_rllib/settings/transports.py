@@ -1,0 +1,50 @@
+"""Weight transports by name. The contract of their classes is `vlarl_rllib/weights/protocol.py`.
+
+An installed package adds one through an entry point:
+
+    [project.entry-points."vlarl_rllib.transports"]
+    fast_network = "my_cluster.weights:FastNetwork"
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlarl_rllib.process.plugins import added_classes, load_class
+
+AUTO = "auto"
+DEFAULT_TRANSPORT = "shared_memory"
+"""What `auto` means."""
+TRANSPORTS = {DEFAULT_TRANSPORT: "vlarl_rllib.weights.shared_memory:SharedMemoryTransport"}
+"""`module:Class` of the transports that come with the package, by name."""
+PARTS = ("outlives_publisher", "lends_tensors", "on_host", "make_publisher", "make_reader", "sweep")
+"""What `WeightTransport` asks of a class, so that another one is refused before any actor starts."""
+
+
+def transports() -> dict[str, str]:
+    """`module:Class` by name: what installed packages add, and the package's own, which win."""
+    return added_classes("vlarl_rllib.transports") | TRANSPORTS
+
+
+def transport_class(name: str) -> Any:
+    """The class that `weights.transport` means; importing it may import torch or Ray.
+
+    Raises:
+        ValueError: there is none, or it is no transport. The text says what to do, and not of which key.
+    """
+    reference = transports().get(DEFAULT_TRANSPORT if name == AUTO else name, name)
+    if not all(reference.partition(":")):
+        raise ValueError(f"choose one of {', '.join((AUTO, *transports()))}, or name a class as module:Class")
+    try:
+        found = load_class(reference)
+    except ValueError as error:
+        raise ValueError(f"no such class, since {error}") from error
+    if missing := [part for part in PARTS if not hasattr(found, part)]:
+        raise ValueError(f"the class has no {missing[0]}, so it is no vlarl_rllib.weights.protocol.WeightTransport")
+    return found
+
+
+def check_transport(name: str) -> None:
+    """Raise ValueError, as `transport_class`, for what is no transport. Ours are not imported."""
+    if name != AUTO and name not in TRANSPORTS:
+        transport_class(name)
