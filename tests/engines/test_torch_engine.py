@@ -5,8 +5,11 @@ import pytest
 import torch
 from engine_helpers import make_requests
 
+from vlarl_rllib.engines import torch_engine
+from vlarl_rllib.engines.protocol import EngineError
 from vlarl_rllib.engines.torch_engine import TorchEngine
 from vlarl_rllib.types import INITIAL_VERSION
+from vlarl_rllib.weights.protocol import VersionGoneError
 from vlarl_rllib.weights.source import iterate_weights
 
 
@@ -45,3 +48,14 @@ def test_weights_of_the_wrong_names_or_shapes_change_nothing(spec, make_oracle):
     manifest = oracle.push(seed=1)
     assert engine.load_weights(manifest) == manifest.version
     assert oracle.log_prob_error(requests, engine.sample(requests)) <= 1e-4
+
+
+def test_a_version_that_goes_while_it_is_loaded_ends_the_engine(spec, make_oracle, monkeypatch):
+    engine, oracle = TorchEngine(spec), make_oracle()
+    manifest = oracle.push(seed=1)
+    retired = manifest.version + 1
+    monkeypatch.setattr(torch_engine, "check_names_and_shapes", lambda *_: oracle.publisher.retire(before=retired))
+    with pytest.raises(EngineError, match=f"weights of two versions: weights version {manifest.version} is gone"):
+        engine.load_weights(manifest)
+    with pytest.raises(VersionGoneError):  # at once, and the engine is well
+        engine.load_weights(manifest)

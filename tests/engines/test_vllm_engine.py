@@ -16,11 +16,15 @@ import torch
 from engine_helpers import make_requests
 from ray.exceptions import RayTaskError
 
+from tests.weights.probe_transport import OBJECT_STORE
 from vlarl_rllib.engines.client import RemoteSampler
 from vlarl_rllib.engines.protocol import EngineError
 from vlarl_rllib.engines.torch_engine import TorchEngine
 from vlarl_rllib.engines.vllm.engine import engine_env_vars
+from vlarl_rllib.settings import WeightSettings
 from vlarl_rllib.types import SampleReply
+from vlarl_rllib.weights import find_transport
+from vlarl_rllib.weights.protocol import VersionGoneError
 from vlarl_rllib.weights.source import iterate_weights
 
 SECONDS = 60
@@ -116,12 +120,22 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_serve(vllm_engine,
     with pytest.raises(ValueError, match="has no tensors"):
         oracle.publish([])
     gone = replace(oracle.push(seed=0), location="/dev/shm/vlarl-gone/v000001")
-    with pytest.raises(FileNotFoundError, match="is gone"):
+    with pytest.raises(VersionGoneError, match="is gone"):
         vllm_engine.load_weights(gone)
     after = sample(vllm_engine, requests)
     assert {reply.policy_version for reply in after} == {version}
     assert all(np.array_equal(a.log_probs, b.log_probs) for a, b in zip(before, after, strict=True))
     assert vllm_engine.num_restarts == 0
+
+
+def test_references_to_weights_reach_the_engine_as_references(vllm_engine, oracle):
+    oracle.publisher = find_transport(OBJECT_STORE).make_publisher(WeightSettings(bucket_mb=1))
+    manifest = oracle.push(seed=5)
+    vllm_engine.load_weights(manifest)
+    requests = make_requests(4)
+    replies = sample(vllm_engine, requests)
+    assert {reply.policy_version for reply in replies} == {manifest.version}
+    assert oracle.log_prob_error(requests, replies) <= TOLERANCE
 
 
 def test_a_malformed_request_is_its_callers_problem_only(vllm_engine, oracle):

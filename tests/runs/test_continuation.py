@@ -55,6 +55,10 @@ def test_limits_of_a_run_may_be_edited(checkpoint: Path, limits: dict[str, Any])
     check_resume(checkpoint, settings_with(run=limits))
 
 
+def test_weights_may_travel_another_way(checkpoint: Path) -> None:
+    check_resume(checkpoint, settings_with(weights={"transport": "shared_memory"}))
+
+
 @pytest.mark.parametrize(
     ("section", "keys", "said"),
     [

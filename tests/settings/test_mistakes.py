@@ -91,6 +91,22 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"learners": {"fsdp": {"mesh": [-1, -1]}}},
         ("learners.fsdp.mesh: [-1, -1]", "use [1, -1]"),
     ),
+    "an unknown transport": (
+        {"weights": {"transport": "pigeon"}},
+        ("weights.transport: 'pigeon'", "choose one of auto, shared_memory, or name a class as module:Class"),
+    ),
+    "a transport of no module": (
+        {"weights": {"transport": "pigeons:Loft"}},
+        ("weights.transport: 'pigeons:Loft'", "pigeons cannot be imported (ModuleNotFoundError"),
+    ),
+    "a transport of no class": (
+        {"weights": {"transport": "vlarl_rllib.types:Loft"}},
+        ("weights.transport: 'vlarl_rllib.types:Loft'", "vlarl_rllib.types has no class Loft"),
+    ),
+    "a class that transports nothing": (
+        {"weights": {"transport": "vlarl_rllib.types:EnvSpec"}},
+        ("weights.transport: 'vlarl_rllib.types:EnvSpec'", "the class has no outlives_publisher"),
+    ),
     "two dtypes": (
         {"engines": {"dtype": "bfloat16"}},
         ("engines.dtype: bfloat16", "model.dtype float32", "training.old_log_probs to recompute"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from vlarl_rllib.settings import WeightSettings
-from vlarl_rllib.weights import make_publisher, make_reader
+from vlarl_rllib.weights import find_transport, make_reader
+from vlarl_rllib.weights.protocol import VersionGoneError
 from vlarl_rllib.weights.shared_memory import SharedMemoryPublisher, SharedMemoryReader, reap_stale
 
 
@@ -49,7 +50,7 @@ def test_the_last_version_stays_until_it_is_retired(publisher):
     publisher.retire(before=2)
     assert read(second)["layers.0.proj.weight"][0, 0] == 2.0
     for attempt in (SharedMemoryReader().verify, lambda manifest: list(SharedMemoryReader().buckets(manifest))):
-        with pytest.raises(FileNotFoundError, match="version 1 is gone"):
+        with pytest.raises(VersionGoneError, match="version 1 is gone: it was retired"):
             attempt(first)
 
 
@@ -151,12 +152,13 @@ def test_one_process_may_hold_several_of_one_run(tmp_path: Path):
 
 
 def test_settings_choose_the_transport():
-    publisher = make_publisher(WeightSettings(transport="auto", bucket_mb=1, checksum=True))
+    settings = WeightSettings(transport="auto", bucket_mb=1, checksum=True)
+    publisher = find_transport(settings.transport).make_publisher(settings)
     try:
         manifest = publisher.publish(1, some_tensors())
         assert manifest.checksums is not None
         assert len(make_reader(manifest.transport).verify(manifest)) == 5
     finally:
         publisher.close()
-    with pytest.raises(ValueError, match="'carrier_pigeon' is unknown; choose from: shared_memory"):
+    with pytest.raises(ValueError, match="'carrier_pigeon': choose one of auto, shared_memory, or name a class"):
         make_reader("carrier_pigeon")

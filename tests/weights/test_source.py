@@ -73,6 +73,21 @@ def test_buckets_keep_a_module_together():
         list(pack_buckets(iter([*tensors, ("norm.weight", torch.zeros(4))]), 10**6))
 
 
+def test_what_stays_on_the_device_is_copied_where_it_will_change():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].requires_grad_(False)
+
+    def shared(dtype: torch.dtype, **options) -> list[bool]:
+        """Whether each tensor is its parameter's own memory."""
+        tensors = [tensor for _, tensor in iterate_weights(model, dtype, to_host=False, **options)]
+        assert {tensor.dtype for tensor in tensors} == {dtype}
+        return [t.data_ptr() == p.data_ptr() for t, p in zip(tensors, model.parameters(), strict=True)]
+
+    assert shared(torch.float32) == [True, True]
+    assert shared(torch.float32, unchanging=True) == [False, True]
+    assert shared(torch.bfloat16) == [False, False]
+
+
 class _Policy(nn.Module):
     """Parameters of a root unit, of an inner unit, and of a value head; 3 rows do not divide by 2 ranks."""
 

@@ -23,14 +23,20 @@ GATE = "gate of the transport tests"
 
 
 class Learners:
-    """A group of one rank, as `WeightSync` sees it."""
+    """A group of one rank, as `WeightSync` sees it, and another rank that is ready to take its place."""
 
     def __init__(self) -> None:
-        self.start()
+        self.ranks = [ray.remote(FakeLearner).options(num_cpus=0).remote(OBJECT_STORE) for _ in range(2)]
 
-    def start(self) -> None:
-        self.rank: Any = ray.remote(FakeLearner).options(num_cpus=0).remote(OBJECT_STORE)
-        self.pid = ray.get(self.rank.pid.remote(), timeout=SECONDS)
+    @property
+    def rank(self) -> Any:
+        return self.ranks[0]
+
+    def lose(self) -> None:
+        os.kill(self.call("pid")[0], signal.SIGKILL)
+
+    def replace(self) -> None:
+        del self.ranks[0]
 
     def publish_weights(self, version: int) -> Any:
         return ray.get(self.rank.publish_weights.remote(version), timeout=SECONDS)
@@ -60,7 +66,8 @@ def learners(pool: EnginePool) -> Iterator[Learners]:
     learners = Learners()
     pool.wait_until_ready()
     yield learners
-    ray.kill(learners.rank)
+    for rank in learners.ranks:
+        ray.kill(rank)
 
 
 def weights_of(pool: EnginePool) -> tuple[int, list[float]]:
@@ -70,14 +77,13 @@ def weights_of(pool: EnginePool) -> tuple[int, list[float]]:
     return status.policy_version, ray.get(handle.values.remote(), timeout=SECONDS)
 
 
-def kill_engine(pool: EnginePool) -> int:
+def kill_engine(pool: EnginePool) -> None:
     (pid,) = pool.pids
     os.kill(pid, signal.SIGKILL)
-    return pid
 
 
 def test_versions_arrive_and_outlive_the_engines_that_read_them(pool, learners, gate):
-    sync = WeightSync(learners, pool, version=0)
+    sync, pid = WeightSync(learners, pool, version=0), learners.call("pid")
     learners.call("learn", 10.0)
     manifest = sync.push()
     assert manifest.transport == OBJECT_STORE and len(manifest.buckets) == 3
@@ -88,9 +94,9 @@ def test_versions_arrive_and_outlive_the_engines_that_read_them(pool, learners, 
     assert weights_of(pool) == (2, [20.0, 21.0, 22.0])
 
     # It dies between two pushes: the one in its place reads the same version, without the learner.
-    before = kill_engine(pool)
+    kill_engine(pool)
     sync.make_engines_current()
-    assert pool.pids != [before] and weights_of(pool) == (2, [20.0, 21.0, 22.0])
+    assert pool.num_restarts == 1 and weights_of(pool) == (2, [20.0, 21.0, 22.0])
 
     # It dies with one bucket of three loaded: the learner lives, and the next engine reads the version from the start.
     learners.call("learn", 30.0)
@@ -100,8 +106,8 @@ def test_versions_arrive_and_outlive_the_engines_that_read_them(pool, learners, 
         ray.get(gate.caught.remote(), timeout=SECONDS)
         kill_engine(pool)
         assert pushed.result(SECONDS).version == 3
-    assert weights_of(pool) == (3, [30.0, 31.0, 32.0])
-    assert learners.call("pid") == [learners.pid]
+    assert pool.num_restarts == 2 and weights_of(pool) == (3, [30.0, 31.0, 32.0])
+    assert learners.call("pid") == pid
 
 
 def test_a_version_that_died_with_its_learner_says_so_and_is_published_anew(pool, learners):
@@ -109,7 +115,7 @@ def test_a_version_that_died_with_its_learner_says_so_and_is_published_anew(pool
     learners.call("learn", 40.0)
     manifest = sync.push()
     assert pool.ensure_current(manifest) == 0
-    os.kill(learners.pid, signal.SIGKILL)
+    learners.lose()
     kill_engine(pool)
     with pytest.raises(VersionGoneError) as gone:
         pool.ensure_current(manifest)
@@ -121,7 +127,7 @@ def test_a_version_that_died_with_its_learner_says_so_and_is_published_anew(pool
 
     with pytest.raises(RayActorError):  # nobody can publish
         sync.make_engines_current()
-    learners.start()
+    learners.replace()
     learners.call("learn", 50.0)
     sync.make_engines_current()
     assert weights_of(pool) == (sync.version, [50.0, 51.0, 52.0]) and sync.version > manifest.version

@@ -64,6 +64,6 @@ class VLLMStepper:
 
     def load(self, manifest: WeightManifest) -> None:
         """Replace the weights by a verified version; nothing may be in flight."""
-        # `asdict` would copy what lies in the fields, and a copied `ObjectRef` keeps nothing alive.
+        # `asdict` would copy what lies in the fields, and of a copied `ObjectRef` only the id is left.
         plain = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
         vllm_compat.apply_weights(self._engine, {"manifest": plain})
