@@ -3,10 +3,11 @@ a learner and an engine to carry weights between; every process imports them as 
 
 from __future__ import annotations
 
-import asyncio
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 import torch
@@ -163,31 +164,15 @@ class FakeLearner:
         self._publisher.retire(before)
 
 
-class Gate:
-    """Actor: engines pass it in the middle of loading; once `shut`, it keeps the next one for good."""
-
-    def __init__(self) -> None:
-        self._shut, self._caught = False, asyncio.Event()
-
-    async def shut(self) -> None:
-        self._shut = True
-
-    async def caught(self) -> None:
-        """Returns once an engine is kept."""
-        await self._caught.wait()
-
-    async def let_pass(self) -> None:
-        if self._shut:
-            self._shut = False
-            self._caught.set()
-            await asyncio.Event().wait()
-
-
 class FakeEngine:
-    """Actor: what `EnginePool` asks of an engine; `EngineSpec.model_path` is the name of its `Gate`."""
+    """Actor: what `EnginePool` asks of an engine.
+
+    It looks for `EngineSpec.model_path`, a named pipe, in the middle of loading: whoever finds it takes it away, writes
+    to it and stays there.
+    """
 
     def __init__(self, spec: EngineSpec, name: str) -> None:
-        self._gate = ray.get_actor(spec.model_path)
+        self._trap = Path(spec.model_path)
         self._model, self._version = TinyModel(-1.0), INITIAL_VERSION
 
     def ping(self) -> EngineStatus:
@@ -206,6 +191,14 @@ class FakeEngine:
         for bucket in reader.buckets(manifest):
             for name, tensor in bucket.items():
                 parameters[name].copy_(tensor)
-            ray.get(self._gate.let_pass.remote())
+            self._pass_the_trap()
         self._version = manifest.version
         return self._version
+
+    def _pass_the_trap(self) -> None:
+        try:
+            taken = self._trap.rename(self._trap.with_name("taken"))
+        except FileNotFoundError:
+            return
+        taken.write_text("caught")
+        signal.pause()
