@@ -14,7 +14,7 @@ from tests.weights.probe_transport import OBJECT_STORE
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.sharded_policy import ShardedPolicy
 from vlarl_rllib.models.presets import PRESETS, build_model
-from vlarl_rllib.process.plugins import added_classes
+from vlarl_rllib.process.plugins import added_by_packages
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.settings.transports import PARTS
 from vlarl_rllib.weights import find_transport
@@ -62,7 +62,7 @@ def test_an_installed_package_adds_a_transport(tmp_path: Path, monkeypatch: pyte
         f"[vlarl_rllib.transports]\nfast = {OBJECT_STORE}\nshared_memory = their_cluster:Own\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    added_classes.cache_clear()
+    added_by_packages.cache_clear()
     try:
         assert Settings.from_dict({"weights": {"transport": "fast"}}).weights.transport == "fast"
         transport = find_transport("fast")
@@ -72,7 +72,7 @@ def test_an_installed_package_adds_a_transport(tmp_path: Path, monkeypatch: pyte
             find_transport("slow")
     finally:
         monkeypatch.undo()
-        added_classes.cache_clear()
+        added_by_packages.cache_clear()
 
 
 def test_settings_ask_for_what_the_contract_asks_for():

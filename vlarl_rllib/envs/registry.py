@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlarl_rllib.process.plugins import added_classes, load_class
+from vlarl_rllib.process.plugins import added_by_packages, load_class
 from vlarl_rllib.types import EnvSpec
 
 if TYPE_CHECKING:
@@ -109,12 +109,14 @@ def expert_class(name: str) -> Any:
 
 def environments() -> dict[str, str]:
     """`module:Class` by short name: what installed packages add, and the package's own, which win."""
-    return added_classes("vlarl_rllib.environments") | {name: facts.reference for name, facts in ENVIRONMENTS.items()}
+    return added_by_packages("vlarl_rllib.environments") | {
+        name: facts.reference for name, facts in ENVIRONMENTS.items()
+    }
 
 
 def experts() -> dict[str, str]:
     """`module:Class` by the name of the environment; as `environments`."""
-    return added_classes("vlarl_rllib.experts") | EXPERTS
+    return added_by_packages("vlarl_rllib.experts") | EXPERTS
 
 
 def _load(what: str, name: str, reference: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @cache
-def added_classes(group: str) -> dict[str, str]:
+def added_by_packages(group: str) -> dict[str, str]:
     """`module:Class` by name, of all installed packages that have entry points of this group."""
     from importlib.metadata import entry_points
 

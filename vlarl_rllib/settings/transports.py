@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlarl_rllib.process.plugins import added_classes, load_class
+from vlarl_rllib.process.plugins import added_by_packages, load_class
 
 AUTO = "auto"
 DEFAULT_TRANSPORT = "shared_memory"
@@ -23,7 +23,7 @@ PARTS = ("outlives_publisher", "lends_tensors", "on_host", "make_publisher", "ma
 
 def transports() -> dict[str, str]:
     """`module:Class` by name: what installed packages add, and the package's own, which win."""
-    return added_classes("vlarl_rllib.transports") | TRANSPORTS
+    return added_by_packages("vlarl_rllib.transports") | TRANSPORTS
 
 
 def transport_class(name: str) -> Any:
