@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token file in the home directory
+# Many tests import RLlib before this package; TensorFlow, which it would import, is no company for one that renders.
+TORCH_ALONE = {"RLLIB_TEST_NO_TF_IMPORT": "1", "RLLIB_TEST_NO_JAX_IMPORT": "1"}
+os.environ.update(TORCH_ALONE)
 # A shell starts what it puts into the background with Ctrl-C ignored, and the programs that tests interrupt would
 # inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,7 +27,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def ray_session() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=2**28, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in TORCH_ALONE:  # a user's Ray has not heard of them
+            patch.delenv(name)
+        ray.init(num_cpus=8, include_dashboard=False, object_store_memory=2**28, log_to_driver=False)
     yield
     ray.shutdown()
 

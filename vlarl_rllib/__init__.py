@@ -8,15 +8,7 @@ from vlarl_rllib.process.import_path import is_our_command, leave_working_direct
 if is_our_command():  # before anything is imported that the working directory might hold
     leave_working_directory()
 
-import logging
-import os
 from typing import TYPE_CHECKING, Any
-
-# RLlib imports an installed TensorFlow and JAX into every actor (8 s and 0.4 GB each), unless told not to before it is
-# imported; then it announces each import that it leaves out.
-os.environ.setdefault("RLLIB_TEST_NO_TF_IMPORT", "1")
-os.environ.setdefault("RLLIB_TEST_NO_JAX_IMPORT", "1")
-logging.getLogger("ray.rllib.utils.framework").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["VLAPPO", "VLAPPOConfig", "__version__"]

@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.rllib.algorithms.ppo import PPO
+
+from vlarl_rllib.rllib_compat import without_tensorflow
+
+with without_tensorflow():
+    from ray.rllib.algorithms.ppo import PPO
+
 from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -29,12 +34,7 @@ from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner.rank_group import LearnerGroupError
 from vlarl_rllib.models.fingerprint import model_fingerprints
 from vlarl_rllib.observability.ledger import Ledger
-from vlarl_rllib.observability.metrics import (
-    LastRates,
-    evaluation_metrics,
-    plain_state,
-    rllib_evaluation,
-)
+from vlarl_rllib.observability.metrics import LastRates, evaluation_metrics, plain_state, rllib_evaluation
 from vlarl_rllib.observability.processes import write_processes
 from vlarl_rllib.process.calls import EndRequested
 from vlarl_rllib.process.lost_output import LOST

@@ -12,27 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.rllib.algorithms.ppo import PPOConfig
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-from ray.rllib.utils import force_list
-from ray.tune.registry import register_env
+from vlarl_rllib.rllib_compat import quiet_about_the_new_api_stack, without_tensorflow
+
+with without_tensorflow():
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+    from ray.rllib.utils import force_list
 
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.rllib_compat import keep_quiet_about_the_new_api_stack
 from vlarl_rllib.settings import Settings, calculate_runtime_args, rllib_fields
 
 ENVIRONMENT_NAME = "vlarl_rllib"
-"""Name under which RLlib knows the environment; the runners build the real one from the settings."""
+"""What Tune calls the environment in a trial's name. RLlib makes none: `VLAEnvRunner` does, from the settings."""
 NO_EVALUATION = 2**31 - 1
 """RLlib refuses a duration of 0 episodes. This is none that anybody asks for, so that 1 is one that somebody did."""
-
-
-def _no_environment(context: Any) -> None:
-    raise RuntimeError("the environments of vlarl_rllib live in VLAEnvRunner; RLlib does not create one")
-
-
-register_env(ENVIRONMENT_NAME, _no_environment)
 
 
 def resolved(settings: Settings) -> Settings:
@@ -143,8 +137,8 @@ class VLAPPOConfig(PPOConfig):
             rllib_fields.refuse(self._written_fields(), self.derived_fields)
             rllib_fields.refuse_callbacks(force_list(self.callbacks_class))
             self._derive(settings)
-        keep_quiet_about_the_new_api_stack(self.algo_class)
-        super().validate()
+        with quiet_about_the_new_api_stack():
+            super().validate()
         if written_by_user:
             self.derived_fields = rllib_fields.fields_of(self)  # RLlib fills in some of its own
 

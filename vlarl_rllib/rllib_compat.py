@@ -18,6 +18,7 @@ from unittest.mock import patch
 import ray
 from ray.job_config import JobConfig
 
+from vlarl_rllib.process.environment import environment_defaults
 from vlarl_rllib.process.lost_output import LOST
 
 if TYPE_CHECKING:
@@ -82,17 +83,19 @@ def job_config(*, imports_from_here: bool) -> JobConfig:
     return JobConfig(_client_job=not imports_from_here)
 
 
+@contextmanager
+def _log_level(name: str, level: int) -> Iterator[None]:
+    """A logger of Ray's says less."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 # Tune
-
-
-def keep_variables_out_of_runtime_environments(prefix: str) -> None:
-    """Tune hands some variables to a trial as its runtime environment, which Ray writes into logs and sends to its
-    dashboard."""
-    from ray.tune.execution import class_cache
-
-    class_cache.ENV_VARS_TO_PROPAGATE = {
-        name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith(prefix)
-    }
 
 
 def trial_directory(trainable: Any) -> Path | None:
@@ -112,13 +115,17 @@ def result_without_checkpoint(trainable: Any) -> Any:
 
 @contextmanager
 def tolerant_tune(on_error: Callable[[Any], None]) -> Iterator[None]:
-    """Around `Tuner.fit`: a snapshot or error file that cannot be written ends nothing, and Tune adds no loggers by
-    itself.
+    """Around `Tuner.fit` of a command: a snapshot or error file that cannot be written ends nothing, Tune adds no
+    loggers, tables and signal handlers (ours ends with a checkpoint), and leaves it to the command to say what failed.
+
+    Relative paths in a config mean what they meant at the command line. A trial reads and writes directories only, and
+    on this machine it has the driver's environment variables anyway: so the keys to AWS are not among those that Tune
+    hands to it as its runtime environment, which Ray writes into logs and sends to its dashboard.
 
     Args:
         on_error: is told what a trial fails with, which Tune itself only writes down and reads again.
     """
-    from ray.tune.execution import tune_controller
+    from ray.tune.execution import class_cache, tune_controller
     from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
     from ray.tune.experiment import Trial
 
@@ -143,8 +150,12 @@ def tolerant_tune(on_error: Callable[[Any], None]) -> Iterator[None]:
         with LOST.counting("Tune's error.txt"):
             handle_error(trial, exc)
 
+    handed_on = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
     with (
         patch.dict("os.environ", {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}),
+        environment_defaults(TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0", RAY_CHDIR_TO_TRIAL_DIR="0"),
+        _log_level("ray.tune", logging.CRITICAL),
+        patch.object(class_cache, "ENV_VARS_TO_PROPAGATE", handed_on),
         patch.object(tune_controller, "_ExperimentCheckpointManager", Snapshots),
         patch.object(Trial, "handle_error", handle),
     ):
@@ -182,11 +193,34 @@ def wandb_logger(project: str) -> Callback:
 # RLlib
 
 
-def keep_quiet_about_the_new_api_stack(algorithm_class: type) -> None:
-    """RLlib explains its new API stack once to users, who did not choose it."""
-    from ray.util.debug import log_once
+@contextmanager
+def without_tensorflow() -> Iterator[None]:
+    """Around the first import of RLlib in a process: it would import an installed TensorFlow and JAX (8 s and 0.4 GB in
+    every actor), and end TensorFlow's eager mode for whoever else uses it in this process.
 
-    log_once(f"{algorithm_class.__name__}_on_new_api_stack")
+    RLlib is told so by environment variables, and announces each import that it leaves out; both are as before
+    afterwards.
+    """
+    with (
+        environment_defaults(RLLIB_TEST_NO_TF_IMPORT="1", RLLIB_TEST_NO_JAX_IMPORT="1"),
+        _log_level("ray.rllib.utils.framework", logging.ERROR),
+    ):
+        yield
+
+
+@contextmanager
+def quiet_about_the_new_api_stack() -> Iterator[None]:
+    """Around RLlib's `validate`, which explains its new API stack to users, who did not choose it."""
+
+    def is_something_else(record: logging.LogRecord) -> bool:
+        return "on the new API stack!" not in record.getMessage()
+
+    its_log = logging.getLogger("ray.rllib.algorithms.algorithm_config")
+    its_log.addFilter(is_something_else)
+    try:
+        yield
+    finally:
+        its_log.removeFilter(is_something_else)
 
 
 def runner_actors(runners: EnvRunnerGroup) -> dict[int, Any]:

@@ -130,6 +130,20 @@ def test_sampled_log_probs_are_the_learners_and_versions_rise(algorithm: VLAPPO)
         assert row["episodes"] > 0 and row["sync_bytes"] > 1e6
 
 
+def test_rllib_has_imported_no_tensorflow_for_anybody(algorithm: VLAPPO) -> None:
+    newest(algorithm)
+
+    def loaded(*actor: Any) -> set[str]:
+        import sys
+
+        return {"ray.rllib", "tensorflow", "jax"} & sys.modules.keys()
+
+    runners = algorithm.env_runner_group.foreach_env_runner(loaded, local_env_runner=False)
+    others = [*algorithm.learner_group.ranks.workers, *algorithm.engine_pool.handles, algorithm.reward_service.handle]
+    learner, engine, reward_worker = ray.get([actor.__ray_call__.remote(loaded) for actor in others])
+    assert [*runners, learner, engine, reward_worker] == [{"ray.rllib"}, {"ray.rllib"}, set(), set()]
+
+
 def test_a_killed_environment_process_costs_its_running_episodes_only(algorithm: VLAPPO) -> None:
     before = newest(algorithm)
     pids = environment_pids(algorithm)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import ray
 from ray.exceptions import AuthenticationError
-from ray.tune.execution import class_cache
 
 from vlarl_rllib.runs import ray_session
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
@@ -31,8 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
     found: list[dict[str, Any]] = []
     monkeypatch.setattr(ray_session, "check_ray", lambda: None)
     monkeypatch.setattr(ray_session, "user_directory", lambda: tmp_path)
-    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", class_cache.ENV_VARS_TO_PROPAGATE)
-    monkeypatch.setattr(ray, "init", lambda **options: found.append(options))
+    monkeypatch.setattr(ray, "init", lambda **options: found.append(options | {"environment": dict(os.environ)}))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0})
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -73,8 +71,7 @@ def test_a_ray_of_our_own_is_private_and_imports_nothing_from_here(
     (options,) = calls
     assert (options["address"], options["_temp_dir"]) == ("local", str(tmp_path / "ray"))
     assert options["job_config"]._client_job  # for which Ray adds no working directory
-    assert not any(name.startswith("AWS_") for name in class_cache.ENV_VARS_TO_PROPAGATE)
-    assert "RAY_CHDIR_TO_TRIAL_DIR" in class_cache.ENV_VARS_TO_PROPAGATE
+    assert options["environment"].items() - os.environ.items() == {("RAY_task_events_max_num_task_in_gcs", "10000")}
 
 
 def test_a_program_that_imports_from_its_directory_goes_on_to(

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours ends with a checkpoint, Tune's without one
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables, even with verbose=0
-os.environ.setdefault(
-    "RAY_CHDIR_TO_TRIAL_DIR", "0"
-)  # relative paths in a config mean what they meant at the command line
 
 from ray import tune
 from ray.exceptions import RayActorError
@@ -38,10 +31,6 @@ from vlarl_rllib.runs.pulse import FROZEN_SECONDS, TrialWatch
 from vlarl_rllib.runs.ray_session import ray_session
 from vlarl_rllib.runs.tune_output import loggers
 from vlarl_rllib.settings import Settings, calculate_runtime_args
-
-logger = logging.getLogger(__name__)
-logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failure is reported once, by `_finish`
-
 
 HURRY_SECONDS = 5.0
 """Of trying to write the summary where a signal has asked for the end."""

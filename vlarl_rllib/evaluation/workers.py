@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import ray
-from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.engines.pool import EnginePool
@@ -15,6 +15,9 @@ from vlarl_rllib.rllib_compat import make_runner_group, runner_actors
 from vlarl_rllib.rollout.runner_pool import RunnerCalls
 from vlarl_rllib.settings import RuntimeArgs, Settings, calculate_runtime_args
 from vlarl_rllib.weights.sync import LoadedWeights
+
+if TYPE_CHECKING:
+    from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.rllib.callbacks.utils import make_callback
-from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.env.env_context import EnvContext
-from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
-from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from vlarl_rllib.rllib_compat import without_tensorflow
+
+with without_tensorflow():
+    from ray.rllib.callbacks.utils import make_callback
+    from ray.rllib.core import DEFAULT_MODULE_ID
+    from ray.rllib.env.env_context import EnvContext
+    from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+    from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec

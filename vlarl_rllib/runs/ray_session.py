@@ -14,24 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Ray remembers 100,000 calls for its dashboard, at 3 KB each
-os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # runners reserve no GPU but render on one
-
 import ray
 from ray.exceptions import RayError
 
 from vlarl_rllib.process.console import make_console
+from vlarl_rllib.process.environment import environment_defaults
 from vlarl_rllib.process.import_path import is_import_path
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END, children_outlive_the_terminal
 from vlarl_rllib.process.surroundings import check_ray, cluster_address, has_ray_token, home_is_writable, user_directory
-from vlarl_rllib.rllib_compat import (
-    apart_from_our_signals,
-    job_config,
-    keep_variables_out_of_runtime_environments,
-    ray_version_at,
-)
+from vlarl_rllib.rllib_compat import apart_from_our_signals, job_config, ray_version_at
 from vlarl_rllib.runs.ray_watch import ray_watched
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
 from vlarl_rllib.weights import sweeper
@@ -74,9 +66,6 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
         SettingsError: it cannot be joined or started, or the plan can never be placed.
     """
     check_ray()
-    # A trial of ours reads and writes directories only, and on this machine it has the driver's environment variables
-    # anyway.
-    keep_variables_out_of_runtime_environments("AWS_")
     options: dict[str, Any] = {
         "logging_level": logging.ERROR,
         "log_to_driver": False,
@@ -99,7 +88,13 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
         what = "the Ray cluster of this machine" if address == "auto" else f"the Ray cluster at {address}"
         if address != "auto":
             _ping(address)
-    with _saying_so(f"waiting for {what}"), children_outlive_the_terminal(), apart_from_our_signals():
+    with (
+        _saying_so(f"waiting for {what}"),
+        children_outlive_the_terminal(),
+        apart_from_our_signals(),
+        # Ray remembers 100,000 calls for its dashboard, at 3 KB each.
+        environment_defaults(RAY_task_events_max_num_task_in_gcs="10000"),
+    ):
         try:
             ray.init(**options)
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:

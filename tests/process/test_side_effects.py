@@ -1,0 +1,76 @@
+"""A script or notebook that imports this package keeps its environment variables and log levels, and what others see of
+Ray and Tune."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.tune.execution import class_cache
+
+from vlarl_rllib.process.environment import environment_defaults
+from vlarl_rllib.rllib_compat import tolerant_tune
+
+ROOT = Path(__file__).parents[2]
+REPORT = """
+import json, logging, os, sys
+known = {name: logger for name, logger in logging.Logger.manager.loggerDict.items() if hasattr(logger, "filters")}
+levels = {name: [logger.level, len(logger.filters)] for name, logger in known.items() if logger.level or logger.filters}
+loaded = [name for name in ("tensorflow", "jax", "ray.rllib") if name in sys.modules]
+print(json.dumps({"environment": dict(os.environ), "levels": levels, "root": logging.root.level, "loaded": loaded}))
+"""
+DEPENDENCIES = "import torch._inductor.codecache, transformers, ray.tune, ray.rllib.algorithms.ppo"
+OURS = """
+from vlarl_rllib import VLAPPO, VLAPPOConfig
+VLAPPOConfig.from_yaml("configs/quickstart.yaml").validate()
+"""
+TORCH_ALONE = {"RLLIB_TEST_NO_TF_IMPORT", "RLLIB_TEST_NO_JAX_IMPORT"}
+
+
+def state_after(program: str, **environment: str) -> dict[str, Any]:
+    given = {name: value for name, value in os.environ.items() if name not in TORCH_ALONE}
+    done = subprocess.run(
+        [sys.executable, "-c", program + REPORT],
+        cwd=ROOT,
+        env=given | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    state = json.loads(done.stdout.splitlines()[-1])
+    for name in TORCH_ALONE & environment.keys():
+        del state["environment"][name]
+    return state
+
+
+def test_a_script_that_builds_a_config_keeps_its_environment_and_log_levels() -> None:
+    """What torch, transformers and RLlib do to them by themselves is theirs; TensorFlow is not for RLlib to import and
+    to set up."""
+    without_us = state_after(DEPENDENCIES, **dict.fromkeys(TORCH_ALONE, "1"))
+    assert state_after(OURS) == without_us and without_us["loaded"] == ["ray.rllib"]
+
+
+def test_a_default_is_for_a_time_and_the_users_value_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLARL_TEST_GIVEN", "user's")
+    with pytest.raises(ValueError, match="boom"), environment_defaults(VLARL_TEST_GIVEN="ours", VLARL_TEST_NEW="ours"):
+        assert (os.environ["VLARL_TEST_GIVEN"], os.environ["VLARL_TEST_NEW"]) == ("user's", "ours")
+        raise ValueError("boom")
+    assert os.environ["VLARL_TEST_GIVEN"] == "user's" and "VLARL_TEST_NEW" not in os.environ
+
+
+def test_a_commands_tune_is_quiet_and_hands_no_secrets_on_and_the_next_one_is_as_before() -> None:
+    def state() -> tuple[dict[str, str], int, set[str]]:
+        return dict(os.environ), logging.getLogger("ray.tune").level, set(class_cache.ENV_VARS_TO_PROPAGATE)
+
+    before = state()
+    assert "AWS_SECRET_ACCESS_KEY" in before[2]
+    with tolerant_tune(print):
+        environment, level, handed_on = state()
+    assert environment["TUNE_DISABLE_SIGINT_HANDLER"] == "1" and environment["RAY_AIR_NEW_OUTPUT"] == "0"
+    assert environment["RAY_CHDIR_TO_TRIAL_DIR"] == "0" and "RAY_CHDIR_TO_TRIAL_DIR" in handed_on
+    assert level == logging.CRITICAL and not any(name.startswith("AWS_") for name in handed_on)
+    assert state() == before

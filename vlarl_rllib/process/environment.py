@@ -1,0 +1,19 @@
+"""Environment variables of this process for as long as something needs them: it may be a user's script or notebook."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def environment_defaults(**values: str) -> Iterator[None]:
+    """Set those variables that are not set; afterwards they are not there again."""
+    missing = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
