@@ -67,13 +67,13 @@ class VLAPPO(PPO):
 
     @classmethod
     def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
-        """A bundle for each actor, in the plan's order; engines are last and find theirs by counting from the end."""
+        """The plan's bundles."""
         merged = cls.get_default_config().update_from_dict(config)
         try:
-            bundles = calculate_runtime_args(merged.settings()).bundles
+            bundles = [bundle.resources for bundle in calculate_runtime_args(merged.settings()).bundles]
         except SettingsError:  # of one sample: its trial ends with that line, the others run
-            bundles = ({"CPU": 1.0},)
-        return PlacementGroupFactory(list(bundles), strategy=merged.placement_strategy)
+            bundles = [{"CPU": 1.0}]
+        return PlacementGroupFactory(bundles, strategy=merged.placement_strategy)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **kwargs: Any) -> VLAPPO:

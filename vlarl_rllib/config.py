@@ -21,7 +21,7 @@ with without_tensorflow():
 
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.settings import Settings, calculate_runtime_args, rllib_fields
+from vlarl_rllib.settings import Role, Settings, calculate_runtime_args, rllib_fields
 
 ENVIRONMENT_NAME = "vlarl_rllib"
 """What Tune calls the environment in a trial's name. RLlib makes none: `VLAEnvRunner` does, from the settings."""
@@ -158,11 +158,11 @@ class VLAPPOConfig(PPOConfig):
         from vlarl_rllib.learner.learner_group import VLALearnerGroup
 
         settings = self.settings()
-        first = 1 + settings.rollout.num_runners
+        plan = calculate_runtime_args(settings)
         return VLALearnerGroup(
             config=self.copy(),
             module_spec=rl_module_spec or self.get_multi_rl_module_spec(env=env, spaces=spaces),
-            bundles=range(first, first + settings.learners.num),
+            bundles=[plan.bundle_of(Role.LEARNER, rank) for rank in range(settings.learners.num)],
         )
 
     def _derive(self, settings: Settings) -> None:

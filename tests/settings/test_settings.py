@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vlarl_rllib.envs.registry import suites
-from vlarl_rllib.settings import NOT_YET, RuntimeArgs, Settings, calculate_runtime_args, known_keys
+from vlarl_rllib.settings import NOT_YET, Role, RuntimeArgs, Settings, calculate_runtime_args, known_keys
 from vlarl_rllib.settings.published import PUBLISHED_MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -130,28 +130,44 @@ def test_processes_are_cores_at_most_slots(num_envs: int, num_processes: int | N
     assert calculate_runtime_args(settings(env=env), cores=cores).num_processes == expected
 
 
-def test_bundles_are_driver_runners_learners_engines() -> None:
+def test_every_actor_has_a_bundle_and_runners_are_where_rllib_looks_for_them() -> None:
     result = plan(
         rollout={"num_runners": 2, "cpus_per_runner": 3},
         learners={"num": 2, "cpus": 2, "gpus": 0.5},
-        engines={"num": 1, "cpus": 4, "gpus": 1},
+        rewards={"process": 0.5, "judge": "judge", "judge_cpus": 2, "judge_gpus": 0.25},
+        engines={"num": 2, "cpus": 4, "gpus": 1},
     )
-    driver, runner, learner, engine = {"CPU": 1.0}, {"CPU": 3.0}, {"CPU": 2.0, "GPU": 0.5}, {"CPU": 4.0, "GPU": 1.0}
-    assert result.bundles == (driver, runner, runner, learner, learner, engine)
-    assert (result.total_cpus, result.total_gpus) == (1 + 3 + 3 + 2 + 2 + 4, 0.5 + 0.5 + 1)  # 15 CPUs, 2 GPUs
+    assert [(bundle.role.value, bundle.resources) for bundle in result.bundles] == [
+        ("algorithm", {"CPU": 1.0}),
+        ("runner", {"CPU": 3.0}),
+        ("runner", {"CPU": 3.0}),
+        ("learner", {"CPU": 2.0, "GPU": 0.5}),
+        ("learner", {"CPU": 2.0, "GPU": 0.5}),
+        ("reward worker", {"CPU": 2.0, "GPU": 0.25}),
+        ("engine", {"CPU": 4.0, "GPU": 1.0}),
+        ("engine", {"CPU": 4.0, "GPU": 1.0}),
+    ]
+    assert (result.total_cpus, result.total_gpus) == (1 + 6 + 4 + 2 + 8, 1 + 0.25 + 2)  # 21 CPUs, 3.25 GPUs
+    assert result.bundle_of(Role.ALGORITHM) == 0
+    assert [result.bundle_of(Role.RUNNER, number - 1) for number in (1, 2)] == [1, 2]  # RLlib: by the runner's number
+    assert [result.bundle_of(Role.LEARNER, rank) for rank in (0, 1)] == [3, 4]
+    assert result.bundle_of(Role.REWARD_WORKER) == 5
+    assert [result.bundle_of(Role.ENGINE, index) for index in (0, 1)] == [6, 7]
+    with pytest.raises(IndexError):
+        result.bundle_of(Role.ENGINE, 2)
 
 
-def test_a_judge_has_a_bundle_between_learners_and_engines() -> None:
-    result = plan(
-        rewards={"process": 0.5, "judge": "judge", "judge_cpus": 2, "judge_gpus": 0.25}, engines={"num": 1, "cpus": 4}
-    )
-    assert result.bundles == ({"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0, "GPU": 0.25}, {"CPU": 4.0})
-    assert (result.total_cpus, result.total_gpus) == (1 + 1 + 1 + 2 + 4, 0.25)
+def test_what_is_not_there_has_no_bundle() -> None:
+    result = plan(learners={"num": 1}, engines={"num": 1})
+    assert [bundle.role for bundle in result.bundles] == [Role.ALGORITHM, Role.RUNNER, Role.LEARNER, Role.ENGINE]
+    assert (result.bundle_of(Role.LEARNER), result.bundle_of(Role.ENGINE)) == (2, 3)
+    without = result.only(Role.RUNNER, Role.ENGINE)
+    assert [bundle.role for bundle in without.bundles] == [Role.RUNNER, Role.ENGINE] and without.total_cpus == 2.0
 
 
 def test_without_learner_actors_the_driver_takes_their_resources() -> None:
     result = plan(learners={"num": 0, "cpus": 2, "gpus": 1}, engines={"num": 0})
-    assert result.bundles == ({"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.0})
+    assert result.bundles == ((Role.ALGORITHM, {"CPU": 2.0, "GPU": 1.0}), (Role.RUNNER, {"CPU": 1.0}))
 
 
 @pytest.mark.parametrize(

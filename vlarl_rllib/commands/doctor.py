@@ -75,7 +75,9 @@ def _plan(settings: Settings) -> Table:
         "forward passes per minibatch and learner": str(plan.micro_batches),
         "learner mesh, replicas x shards": " x ".join(map(str, plan.mesh)),
         "evaluation": f"{plan.evaluation_episodes} episodes" if plan.evaluation_episodes else "none",
-        "Ray bundles": ", ".join(str({k: round(v, 3) for k, v in bundle.items()}) for bundle in plan.bundles),
+        "Ray bundles": ", ".join(
+            str({kind: round(amount, 3) for kind, amount in bundle.resources.items()}) for bundle in plan.bundles
+        ),
         "CPUs, GPUs reserved": f"{plan.total_cpus:g}, {plan.total_gpus:g}",
     }
     for name, value in rows.items():

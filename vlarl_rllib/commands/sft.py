@@ -18,7 +18,6 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from vlarl_rllib.runs.checkpoints import number_of
 from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on, installed_versions
 from vlarl_rllib.runs.export import write_model
 from vlarl_rllib.runs.ray_session import ray_session
-from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
+from vlarl_rllib.settings import Role, Settings, SettingsError, calculate_runtime_args
 
 MODEL_DIRECTORY = "model"
 DATA_FILE = "data.json"
@@ -222,15 +221,7 @@ def _shown(row: dict[str, Any]) -> str:
 def _learners(settings: Settings) -> Iterator[RankGroup]:
     """The learners alone, in a Ray of their own or the cluster's; or in this process for `learners.num: 0`."""
     settings = resolved(settings)
-    learners = settings.learners
-    bundle = {"CPU": learners.cpus, "GPU": learners.gpus}
-    plan = replace(
-        calculate_runtime_args(settings),
-        bundles=(bundle,) * learners.num,
-        total_cpus=learners.num * learners.cpus,
-        total_gpus=learners.num * learners.gpus,
-    )
-    with ray_session(plan, settings):
+    with ray_session(calculate_runtime_args(settings).only(Role.LEARNER), settings):
         group = RankGroup(SupervisedLearner, {"settings": settings.to_dict()}, settings)
         try:
             yield group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
@@ -13,7 +13,7 @@ from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.rllib_compat import make_runner_group, runner_actors
 from vlarl_rllib.rollout.runner_pool import RunnerCalls
-from vlarl_rllib.settings import RuntimeArgs, Settings, calculate_runtime_args
+from vlarl_rllib.settings import Role, RuntimeArgs, Settings, calculate_runtime_args
 from vlarl_rllib.weights.sync import LoadedWeights
 
 if TYPE_CHECKING:
@@ -36,10 +36,8 @@ class Workers:
 
 
 def evaluation_plan(settings: Settings) -> RuntimeArgs:
-    """The plan of a run without its Algorithm's bundle: there is none here."""
-    plan = calculate_runtime_args(settings)
-    algorithm, *bundles = plan.bundles
-    return replace(plan, bundles=tuple(bundles), total_cpus=plan.total_cpus - algorithm["CPU"])
+    """Of runners and engines alone."""
+    return calculate_runtime_args(settings).only(Role.RUNNER, Role.ENGINE)
 
 
 @contextmanager

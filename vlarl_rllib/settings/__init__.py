@@ -7,7 +7,7 @@ under a second.
 
 from vlarl_rllib.errors import SettingsError
 from vlarl_rllib.settings.load import NOT_YET, Settings, known_keys
-from vlarl_rllib.settings.plan import RuntimeArgs, calculate_runtime_args
+from vlarl_rllib.settings.plan import Role, RuntimeArgs, calculate_runtime_args
 from vlarl_rllib.settings.schema import (
     EnvSettings,
     FSDPSettings,
@@ -28,6 +28,7 @@ __all__ = [
     "LoraSettings",
     "ModelSettings",
     "RewardSettings",
+    "Role",
     "RuntimeArgs",
     "SFTSettings",
     "Sections",

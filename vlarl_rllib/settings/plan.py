@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple
 
 from vlarl_rllib.envs import registry
 from vlarl_rllib.settings.schema import EnvSettings, Sections, chosen_tasks
 from vlarl_rllib.types import EnvSpec
+
+
+class Role(Enum):
+    """Whose a bundle is."""
+
+    ALGORITHM = "algorithm"
+    RUNNER = "runner"
+    LEARNER = "learner"
+    REWARD_WORKER = "reward worker"
+    ENGINE = "engine"
+
+
+class Bundle(NamedTuple):
+    """Resources that Ray reserves for one actor."""
+
+    role: Role
+    resources: dict[str, float]
+    """CPU and GPU, without zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,34 +51,36 @@ class RuntimeArgs:
     """[replicas, shards] with -1 resolved."""
     slot_tasks: tuple[tuple[int, ...], ...]
     """For each runner, the task of each of its slots."""
-    bundles: tuple[dict[str, float], ...]
-    """Resources of: the Algorithm, each runner, each learner, the reward worker where there is one, each engine; the
-    order of the placement group."""
-    total_cpus: float
-    total_gpus: float
+    bundles: tuple[Bundle, ...]
+    """One for each actor, in the order of the placement group: RLlib looks for its runners behind the Algorithm."""
     evaluation_episodes: int
     """Episodes of one evaluation: at most one for each held-out (task, start)."""
     demonstrated_tasks: tuple[int, ...]
     """The tasks that `vlarl collect` shows, in turn."""
 
+    @property
+    def total_cpus(self) -> float:
+        return sum(bundle.resources.get("CPU", 0.0) for bundle in self.bundles)
+
+    @property
+    def total_gpus(self) -> float:
+        return sum(bundle.resources.get("GPU", 0.0) for bundle in self.bundles)
+
+    def bundle_of(self, role: Role, index: int = 0) -> int:
+        """Place in the placement group of this role's bundle `index`, from 0. Raises IndexError where it has fewer."""
+        return [place for place, bundle in enumerate(self.bundles) if bundle.role is role][index]
+
+    def only(self, *roles: Role) -> RuntimeArgs:
+        """The plan without the bundles of all others, for what runs without an Algorithm."""
+        return replace(self, bundles=tuple(bundle for bundle in self.bundles if bundle.role in roles))
+
 
 def calculate_runtime_args(settings: Sections, *, cores: int | None = None) -> RuntimeArgs:
     """Derive sizes and resources. Pure but for the default of `cores`, this machine's."""
-    env, rollout, learners, engines, rewards = (
-        settings.env,
-        settings.rollout,
-        settings.learners,
-        settings.engines,
-        settings.rewards,
-    )
+    env, rollout, learners = settings.env, settings.rollout, settings.learners
     steps = None if rollout.episodes_per_iteration else rollout.num_runners * env.num_envs * rollout.steps_per_iteration
     minibatches = math.ceil(steps / settings.training.minibatch_size) if steps else None
     ranks = max(1, learners.num)
-    bundles = [{"CPU": 1.0 if learners.num else max(1.0, learners.cpus), "GPU": 0.0 if learners.num else learners.gpus}]
-    bundles += [{"CPU": rollout.cpus_per_runner}] * rollout.num_runners
-    bundles += [{"CPU": learners.cpus, "GPU": learners.gpus}] * learners.num
-    bundles += [{"CPU": rewards.judge_cpus, "GPU": rewards.judge_gpus}] * bool(rewards.process)
-    bundles += [{"CPU": engines.cpus, "GPU": engines.gpus}] * engines.num
     return RuntimeArgs(
         num_slots=rollout.num_runners * env.num_envs,
         steps_per_iteration=steps,
@@ -68,11 +90,26 @@ def calculate_runtime_args(settings: Sections, *, cores: int | None = None) -> R
         num_processes=num_environment_processes(env, cores),
         mesh=resolve_mesh(learners.fsdp.mesh, ranks),
         slot_tasks=_slot_tasks(settings, cores),
-        bundles=tuple({kind: amount for kind, amount in bundle.items() if amount} for bundle in bundles),
-        total_cpus=sum(bundle.get("CPU", 0.0) for bundle in bundles),
-        total_gpus=sum(bundle.get("GPU", 0.0) for bundle in bundles),
+        bundles=_bundles(settings),
         evaluation_episodes=min(settings.evaluation.episodes, _num_held_out_starts(env, settings.task_ids)),
         demonstrated_tasks=tuple(demonstrated_tasks(settings)),
+    )
+
+
+def _bundles(settings: Sections) -> tuple[Bundle, ...]:
+    rollout, learners, rewards, engines = settings.rollout, settings.learners, settings.rewards, settings.engines
+    learns_itself = not learners.num
+    crews = (
+        (Role.ALGORITHM, 1, max(1.0, learners.cpus) if learns_itself else 1.0, learners.gpus if learns_itself else 0.0),
+        (Role.RUNNER, rollout.num_runners, rollout.cpus_per_runner, 0.0),
+        (Role.LEARNER, learners.num, learners.cpus, learners.gpus),
+        (Role.REWARD_WORKER, int(bool(rewards.process)), rewards.judge_cpus, rewards.judge_gpus),
+        (Role.ENGINE, engines.num, engines.cpus, engines.gpus),
+    )
+    return tuple(
+        Bundle(role, {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount})
+        for role, num, cpus, gpus in crews
+        for _ in range(num)
     )
 
 
