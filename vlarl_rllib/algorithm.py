@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from vlarl_rllib.rllib_compat import without_tensorflow
 
 with without_tensorflow():
@@ -38,7 +36,7 @@ from vlarl_rllib.observability.metrics import LastRates, evaluation_metrics, pla
 from vlarl_rllib.observability.processes import write_processes
 from vlarl_rllib.process.calls import EndRequested
 from vlarl_rllib.process.lost_output import LOST
-from vlarl_rllib.rllib_compat import result_without_checkpoint, runner_actors, told_why_runners_fail, trial_directory
+from vlarl_rllib.rllib_compat import kill_runners, result_without_checkpoint, told_why_runners_fail, trial_directory
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
 from vlarl_rllib.rollout.evaluation import held_out_starts
@@ -136,9 +134,8 @@ class VLAPPO(PPO):
 
     def cleanup(self) -> None:
         self._pulse.stop()
-        if self._pulse.ended.is_set():  # RLlib's `stop` would wait for what they sample
-            for runner in runner_actors(self.env_runner_group).values():
-                ray.kill(runner, no_restart=True)
+        if self._pulse.ended.is_set():
+            kill_runners(self.env_runner_group)
         super().cleanup()
         for name in ("engine_pool", "reward_service"):
             if group := getattr(self, name, None):

@@ -228,6 +228,12 @@ def runner_actors(runners: EnvRunnerGroup) -> dict[int, Any]:
     return dict(runners._worker_manager.actors())
 
 
+def kill_runners(runners: EnvRunnerGroup) -> None:
+    """For good: RLlib's `stop` would wait for the calls under way."""
+    for actor in runner_actors(runners).values():
+        ray.kill(actor, no_restart=True)
+
+
 def call_dead(runners: EnvRunnerGroup, index: int) -> None:
     """RLlib is not to call this runner before it has answered a ping."""
     runners._worker_manager.set_actor_state(index, healthy=False)

@@ -28,6 +28,29 @@ OURS = """
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 VLAPPOConfig.from_yaml("configs/quickstart.yaml").validate()
 """
+ENTRIES = (
+    "vlarl_rllib.config", "vlarl_rllib.algorithm", "vlarl_rllib.rollout.env_runner", "vlarl_rllib.learner.learner",
+    "vlarl_rllib.evaluation.workers", "vlarl_rllib.commands.train", "vlarl_rllib.commands.sft",
+    "vlarl_rllib.commands.quickstart",
+)  # fmt: skip
+"""What a script, a command or an actor imports first."""
+FIRST_IMPORT_OF_RLLIB = """
+import importlib, os, sys
+import ray, torch
+
+class Finder:
+    def find_spec(self, name, *where):
+        if name == "ray.rllib":
+            os._exit(0 if {"RLLIB_TEST_NO_TF_IMPORT", "RLLIB_TEST_NO_JAX_IMPORT"} <= os.environ.keys() else 1)
+
+for entry in ENTRIES:
+    if not (pid := os.fork()):
+        sys.meta_path.insert(0, Finder())
+        importlib.import_module(entry)
+        os._exit(2)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == 0, (entry, {1: "imports RLlib with TensorFlow", 2: "imports no RLlib"}.get(code, code))
+"""
 TORCH_ALONE = {"RLLIB_TEST_NO_TF_IMPORT", "RLLIB_TEST_NO_JAX_IMPORT"}
 
 
@@ -39,8 +62,8 @@ def state_after(program: str, **environment: str) -> dict[str, Any]:
         env=given | environment,
         capture_output=True,
         text=True,
-        check=True,
     )
+    assert done.returncode == 0, done.stderr
     state = json.loads(done.stdout.splitlines()[-1])
     for name in TORCH_ALONE & environment.keys():
         del state["environment"][name]
@@ -52,6 +75,10 @@ def test_a_script_that_builds_a_config_keeps_its_environment_and_log_levels() ->
     to set up."""
     without_us = state_after(DEPENDENCIES, **dict.fromkeys(TORCH_ALONE, "1"))
     assert state_after(OURS) == without_us and without_us["loaded"] == ["ray.rllib"]
+
+
+def test_rllib_is_imported_without_tensorflow_whatever_comes_first() -> None:
+    state_after(f"ENTRIES = {ENTRIES!r}\n{FIRST_IMPORT_OF_RLLIB}")
 
 
 def test_a_default_is_for_a_time_and_the_users_value_stays(monkeypatch: pytest.MonkeyPatch) -> None:

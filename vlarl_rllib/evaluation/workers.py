@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import ray
-
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.engines.pool import EnginePool
-from vlarl_rllib.rllib_compat import make_runner_group, runner_actors
+from vlarl_rllib.rllib_compat import kill_runners, make_runner_group
 from vlarl_rllib.rollout.runner_pool import RunnerCalls
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, calculate_runtime_args
 from vlarl_rllib.weights.sync import LoadedWeights
@@ -75,7 +73,6 @@ def start_workers(settings: Settings) -> Iterator[Workers]:
         yield Workers(calls, pool)
     finally:
         if runners is not None:
-            for actor in runner_actors(runners).values():  # `stop` would wait for calls under way
-                ray.kill(actor, no_restart=True)
+            kill_runners(runners)
         if pool is not None:
             pool.shutdown()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
 
 from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
@@ -202,8 +203,8 @@ class ShardedPolicy:
             for optimizer in self.optimizers.values()
             for parameter in _parameters(optimizer)
         ]
-        norms = torch._foreach_norm([shard for shard in shards if shard.numel()], float("inf"))
-        finite = all(bool(norm.isfinite()) for norm in norms)
+        largest = get_total_norm([shard for shard in shards if shard.numel()], float("inf"))
+        finite = bool(largest.isfinite())
         if fsdp.all_reduce_max(float(not finite)):
             raise DivergedError(f"the update left weights that are not finite; {self._if_diverged}")
 
