@@ -45,7 +45,12 @@ def write_random_7b(directory: Path, device: str) -> None:
     from huggingface_hub import save_torch_state_dict
 
     from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor
-    from vlarl_rllib.models.presets import PRESETS, action_statistics, initialize_for_exploration, write_tokenizer
+    from vlarl_rllib.models.openvla.presets import (
+        PRESETS,
+        action_statistics,
+        initialize_for_exploration,
+        write_tokenizer,
+    )
 
     text = {"pad_token_id": 32000, "vocab_size": 32064, "torch_dtype": "bfloat16"}
     config = OpenVLAConfig(
@@ -104,7 +109,7 @@ def train(arguments: argparse.Namespace, model: str, run: Path) -> dict[str, Any
     import ray
 
     from vlarl_rllib.config import VLAPPOConfig
-    from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+    from vlarl_rllib.models.family import read_facts
     from vlarl_rllib.types import SampleRequest
 
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
@@ -128,7 +133,7 @@ def train(arguments: argparse.Namespace, model: str, run: Path) -> dict[str, Any
         "learner_peak_gb": algorithm.learner_group.call("apply", peak_memory_gb)[0],
         "device_used_gb": device_used_gb(),
     }
-    image_size = read_checkpoint_facts(algorithm.config.settings().model.path).image_size
+    image_size = read_facts(algorithm.config.settings().model.path).image_size
     requests = [SampleRequest(frame, INSTRUCTIONS[i % 2], 0, 0.0) for i, frame in enumerate(frames(image_size))]
     replies = ray.get(algorithm.engine_pool.handles[0].sample.remote(requests))
     algorithm.stop()

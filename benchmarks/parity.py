@@ -34,8 +34,8 @@ from rich.table import Table
 from torch import Tensor
 
 from vlarl_rllib.engines.protocol import EngineSpec
-from vlarl_rllib.envs.base import VLAEnv
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor, build_prompt
+from vlarl_rllib.models.openvla.actions import to_environment
 from vlarl_rllib.types import SampleRequest
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ def engine_spec(checkpoint: Path) -> EngineSpec:
     """A float32 engine on the CPU."""
     return EngineSpec(
         mix_calls=True,
+        family="openvla",
         model_path=str(checkpoint),
         dtype="float32",
         gpus=0,
@@ -297,7 +298,7 @@ def _actions(golden: Golden) -> Iterator[tuple[str, Any]]:
     actions = tokenizer.unnormalize(normalized, config.action_statistics("libero_spatial"))
     yield "actions_normalized", normalized
     yield "actions_all_suites", np.stack([tokenizer.unnormalize(normalized, stats) for stats in suites], axis=1)
-    yield "env_actions", [VLAEnv.policy_to_env_action(action) for action in actions]
+    yield "env_actions", [to_environment(action) for action in actions]
 
     ids = np.array(golden.model.action_token_ids)
     still = np.full((len(ids), 6), tokenizer.encode(0.0))
@@ -305,7 +306,7 @@ def _actions(golden: Golden) -> Iterator[tuple[str, Any]]:
     yield "gripper_tokens", ids
     yield "gripper_unnormalized", closing[:, 6]
     yield "gripper_scaled", 2.0 * closing[:, 6] - 1.0
-    yield "gripper_env", [VLAEnv.policy_to_env_action(action)[6] for action in closing]
+    yield "gripper_env", [to_environment(action)[6] for action in closing]
 
 
 def adapter_differences(golden: Golden) -> dict[str, Difference]:

@@ -226,3 +226,63 @@ def test_test_files_have_names_of_their_own() -> None:
     """pytest imports them by name, without their folder."""
     names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+TENANTS = {
+    "a kind of policy": (
+        re.compile(r"open_?vla|prismatic|action_?tokenizer|gripper|dino|siglip", re.IGNORECASE),
+        ("models/openvla/", "engines/vllm/openvla.py", "settings/published.py", "envs/", "data/experts.py"),
+    ),
+    "an environment": (
+        re.compile(r"^libero$|libero_?(env|tasks|simulation)", re.IGNORECASE),
+        ("envs/", "evaluation/"),
+    ),
+}
+"""Names in code that only their own rooms may know: of OpenVLA's classes, tokens and gripper (which the environments
+have too), and of LIBERO."""
+NEUTRAL = ("engines/", "rollout/", "learner/", "policy/", "rewards/", "weights/")
+"""Folders that ask a policy's family for its numbers."""
+NUMBERS_OF_OPENVLA = {7, 256}
+"""Tokens of an action, and their bins."""
+
+
+def names_in_code(file: Path) -> Iterator[tuple[str, int]]:
+    """Identifiers, imported modules, and texts that are one word, with their lines; not what comments and docstrings
+    say."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Name):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.Attribute):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            yield node.name, node.lineno
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                yield node.module or "", node.lineno
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value.split()) == 1:
+            yield node.value, node.lineno
+
+
+@pytest.mark.parametrize("tenant", TENANTS)
+def test_a_tenant_is_named_in_its_own_rooms_alone(tenant: str) -> None:
+    pattern, rooms = TENANTS[tenant]
+    named = [
+        f"{file.relative_to(ROOT)}:{line} {name}"
+        for file in SOURCES
+        if not str(file.relative_to(PACKAGE)).startswith(rooms)
+        for name, line in names_in_code(file)
+        if pattern.search(name)
+    ]
+    assert named == []
+
+
+def test_nothing_counts_on_openvlas_numbers() -> None:
+    counted = [
+        f"{file.relative_to(ROOT)}:{node.lineno} {node.value}"
+        for file in SOURCES
+        if str(file.relative_to(PACKAGE)).startswith(NEUTRAL) and file.name != "video.py"  # where 7 is a quality
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and type(node.value) is int and node.value in NUMBERS_OF_OPENVLA
+    ]
+    assert counted == []

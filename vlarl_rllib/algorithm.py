@@ -15,15 +15,8 @@ with without_tensorflow():
     from ray.rllib.algorithms.ppo import PPO
 
 from ray.rllib.callbacks.utils import make_callback
-from ray.rllib.utils.metrics import (
-    ENV_RUNNER_RESULTS,
-    ENV_RUNNER_SAMPLING_TIMER,
-    LEARNER_RESULTS,
-    LEARNER_UPDATE_TIMER,
-    NUM_ENV_STEPS_SAMPLED_LIFETIME,
-    SYNCH_WORKER_WEIGHTS_TIMER,
-    TIMERS,
-)
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.utils import metrics as names
 from ray.tune import PlacementGroupFactory
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
@@ -178,21 +171,21 @@ class VLAPPO(PPO):
 
     def training_step(self) -> None:
         """Collect, deliver and update, sync."""
-        with self.ledger.timed("sample"), self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+        with self.ledger.timed("sample"), self.metrics.log_time((names.TIMERS, names.ENV_RUNNER_SAMPLING_TIMER)):
             wanted = self.iteration, self._vla.rollout.quota, self._successes.weights()
             rollout = self.collector.collect(*wanted)
-            while lost := self.learner_group.receive(rollout.refs, rollout.num_steps):  # with their runner
+            while lost := self.learner_group.receive(rollout.refs, rollout.num_decisions):  # with their runner
                 rollout.drop(lost)
                 self.collector.collect(*wanted, rollout)
             self._take_note(rollout)
 
-        with self.ledger.timed("update"), self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
-            steps = self.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME))
-            timesteps = {NUM_ENV_STEPS_SAMPLED_LIFETIME: steps}
+        with self.ledger.timed("update"), self.metrics.log_time((names.TIMERS, names.LEARNER_UPDATE_TIMER)):
+            steps = self.metrics.peek((names.ENV_RUNNER_RESULTS, names.NUM_ENV_STEPS_SAMPLED_LIFETIME))
+            timesteps = {names.NUM_ENV_STEPS_SAMPLED_LIFETIME: steps}
             learner_results = self.learner_group.update(iteration=self.iteration, timesteps=timesteps)
-            self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
+            self.metrics.aggregate(learner_results, key=names.LEARNER_RESULTS)
 
-        with self.ledger.timed("sync"), self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
+        with self.ledger.timed("sync"), self.metrics.log_time((names.TIMERS, names.SYNCH_WORKER_WEIGHTS_TIMER)):
             self.weight_sync.push()
 
     def _take_note(self, rollout: Rollout) -> None:
@@ -200,7 +193,7 @@ class VLAPPO(PPO):
         self.ledger.episodes = rollout.results
         for result in rollout.results:
             self._successes.add(result.task_id, result.initial_state, result.success)
-        self.metrics.aggregate(rollout.metrics, key=ENV_RUNNER_RESULTS)
+        self.metrics.aggregate(rollout.metrics, key=names.ENV_RUNNER_RESULTS)
         self.ledger.faults["dropped_steps"] += rollout.lost_steps
         if (store := self.checkpoints.store) is not None:
             write_processes(
@@ -248,6 +241,10 @@ class VLAPPO(PPO):
         self._iteration = 0
         self.collector.begin_new_episodes()
         self.weight_sync.push()
+
+    def get_module(self, module_id: str = DEFAULT_MODULE_ID) -> Any:
+        """The policy's RLModule: with its weights where `learners.num` is 0, else one that says where they are."""
+        return self.learner_group.local_module or super().get_module(module_id)
 
     # Evaluation
 

@@ -148,11 +148,11 @@ def make_checkpoint(
     directory: Annotated[Path, typer.Argument(help="Where to write it.", parser=_expanded, metavar="DIRECTORY")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
-    """Write a small random OpenVLA checkpoint with its own tokenizer, for trying things out."""
-    from vlarl_rllib.models.presets import PRESETS, write_checkpoint
+    """Write a small random checkpoint with its own tokenizer, for trying things out."""
+    from vlarl_rllib.models.presets import presets, write_checkpoint
 
-    if preset not in PRESETS:
-        raise SettingsError(f"PRESET: {preset!r} does not exist; choose from {', '.join(PRESETS)}")
+    if preset not in presets():
+        raise SettingsError(f"PRESET: {preset!r} does not exist; choose from {', '.join(presets())}")
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise SettingsError(f"DIRECTORY: {directory} exists and is not empty; give a new directory")
     write_checkpoint(preset, directory, seed=seed)

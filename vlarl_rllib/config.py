@@ -20,6 +20,7 @@ with without_tensorflow():
     from ray.rllib.utils import force_list
 
 from vlarl_rllib.engines.protocol import EngineSpec
+from vlarl_rllib.models.family import family_name
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.settings import Role, Settings, calculate_runtime_args, rllib_fields
 
@@ -120,6 +121,7 @@ class VLAPPOConfig(PPOConfig):
         engines = settings.engines
         return EngineSpec(
             model_path=settings.model.path,
+            family=family_name(settings.model.path, settings.model.family),
             dtype=engines.dtype,
             gpus=engines.gpus,
             max_batch=engines.max_batch,
@@ -143,9 +145,9 @@ class VLAPPOConfig(PPOConfig):
             self.derived_fields = rllib_fields.fields_of(self)  # RLlib fills in some of its own
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
-        from vlarl_rllib.policy.rl_module import OpenVLARLModule
+        from vlarl_rllib.policy.rl_module import VLARLModule
 
-        return RLModuleSpec(module_class=OpenVLARLModule)
+        return RLModuleSpec(module_class=VLARLModule)
 
     def get_default_learner_class(self) -> type:
         from vlarl_rllib.learner.learner import VLALearner

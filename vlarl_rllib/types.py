@@ -1,6 +1,6 @@
 """What travels between the parts, with shapes. Nothing here imports torch, Ray or vLLM.
 
-Letters: A = action tokens of one action (7), S = side of the policy's square input image in pixels.
+Letters: K = actions of a decision, A = its tokens, S = side of the policy's square input image in pixels.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-NUM_ACTION_TOKENS = 7
-"""Tokens of one action: x, y, z, roll, pitch, yaw, gripper (OpenVLA, arXiv 2406.09246, section 3)."""
-NUM_ACTION_BINS = 256
-"""Values an action token can take (OpenVLA, section 3.2)."""
-
+ACTION_SIZE = 7
+"""Numbers of an environment's action: position and rotation deltas of the arm, and its gripper."""
 
 INSTRUCTION_KEY = "instruction"
 """Where a rollout keeps the task's instruction in `episode.custom_data`."""
 LOG_PROBS_KEY = "token_log_probs"
 """Extra model output [A]: the sampler's log-probabilities of the action tokens."""
+STEP_REWARDS_KEY = "step_rewards"
+"""Extra model output [K] float32: the environment's reward of each action; 0 for those that were not played."""
+DURATION_KEY = "duration"
+"""Extra model output: actions of the decision that were played, in environment steps."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class EpisodeResult:
     task_id: int
     initial_state: int
     length: int
+    """In environment steps."""
     success: bool
     reward: float
     video: bytes | None = None
@@ -84,7 +86,7 @@ INITIAL_VERSION = -1
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One frame that waits for an action."""
+    """One frame that waits for a decision."""
 
     image: np.ndarray
     """[S, S, 3] uint8, already through the observation path; S is exactly the policy's image size."""
@@ -92,17 +94,18 @@ class SampleRequest:
     seed: int
     """Seeds this request's own generator, so that its tokens do not depend on what else is in the batch."""
     temperature: float
-    """Softmax temperature over the 256 action ids; 0 = greedy, whose log-probs are those at temperature 1."""
+    """Softmax temperature over the action ids; 0 = greedy, whose log-probs are those at temperature 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleReply:
-    """The action that an engine sampled for one request."""
+    """The decision that an engine sampled for one request."""
 
     tokens: np.ndarray
-    """[A] int64 token ids, each one of the 256 action ids."""
+    """[A] int64 token ids, each one of the action ids."""
     log_probs: np.ndarray
-    """[A] float32 natural log-probabilities of `tokens` in the tempered 256-way distribution they were drawn from."""
+    """[A] float32 natural log-probabilities of `tokens` in the tempered distribution over the action ids that they were
+    drawn from."""
     policy_version: int
     """Push counter of the weights that produced the tokens."""
 

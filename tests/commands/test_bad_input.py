@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from vlarl_rllib import cli
-from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+from vlarl_rllib.models.family import read_facts
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.process.surroundings import (
     check_ray,
@@ -216,7 +216,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "another kind of model": (of_key("model.path", "model"), "must be 'openvla'; other policies are not supported"),
     "a directory named as a preset": (
         of_key("model.path", "./tiny"),
-        "/tiny has no 'image_sizes'; give an OpenVLA checkpoint",
+        "/tiny has no 'image_sizes'; give a whole checkpoint",
     ),
     "no judge": (["train", "good.yaml", "--set", "rewards={process: 1, judge: absent}"], "/absent has no config.json"),
     "an empty path": (of_key("model.path", "''"), "at least 1 character"),
@@ -383,18 +383,18 @@ def test_a_full_disk_for_ray(place: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_what_the_hub_refuses(problem: str, phrase: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import errors
 
-    def refuse(checkpoint: str) -> None:
+    def refuse(checkpoint: str, family: str | None) -> None:
         error = getattr(errors, problem)
         raise error.__new__(error)
 
-    monkeypatch.setattr("vlarl_rllib.runs.preflight.read_checkpoint_facts", refuse)
+    monkeypatch.setattr("vlarl_rllib.runs.preflight.read_facts", refuse)
     monkeypatch.setattr("vlarl_rllib.process.surroundings.unreachable", lambda host, port: None)
     with pytest.raises(SettingsError, match=f"^{phrase}"):
         check_model("nobody/else", "libero_spatial")
 
 
 def test_a_hub_that_is_not_reached_is_not_asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(checkpoint: str) -> None:
+    def read(checkpoint: str, family: str | None) -> None:
         assert os.environ["HF_HUB_OFFLINE"] == "1"
         raise FileNotFoundError(f"{checkpoint}: is not in the local cache")
 
@@ -402,7 +402,7 @@ def test_a_hub_that_is_not_reached_is_not_asked(place: Path, monkeypatch: pytest
     monkeypatch.setenv("HF_ENDPOINT", f"http://{CLOSED}")
     monkeypatch.delenv("HTTP_PROXY", raising=False)
     monkeypatch.delenv("http_proxy", raising=False)
-    monkeypatch.setattr("vlarl_rllib.runs.preflight.read_checkpoint_facts", read)
+    monkeypatch.setattr("vlarl_rllib.runs.preflight.read_facts", read)
     with pytest.raises(SettingsError, match=r"^model.path: nobody/else: is not in the local cache"):
         check_model("nobody/else", "libero_spatial")
 
@@ -439,7 +439,7 @@ def test_ray_gets_a_short_private_directory(place: Path, short: Path, monkeypatc
 def test_a_home_that_takes_no_files_is_done_without(place: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/proc/absent")
     path = resolve_model("tiny")
-    assert path.startswith(f"{short}/vlarl-") and read_checkpoint_facts(path).image_size == 28
+    assert path.startswith(f"{short}/vlarl-") and read_facts(path).image_size == 28
     for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

@@ -21,6 +21,7 @@ from vlarl_rllib.data.collect import CollectRequest, collect, play, starts
 from vlarl_rllib.data.experts import make_expert
 from vlarl_rllib.envs.registry import training_and_held_out_states
 from vlarl_rllib.envs.tabletop import POSITION_STEP
+from vlarl_rllib.models.openvla.family import FAMILY as OPENVLA
 from vlarl_rllib.types import EnvSpec, Start
 
 SPEC = EnvSpec(name="synthetic", image_size=28, max_steps=6)
@@ -28,7 +29,9 @@ SPEC = EnvSpec(name="synthetic", image_size=28, max_steps=6)
 
 def test_successes_are_kept_in_an_order_that_does_not_depend_on_the_processes(tmp_path: Path) -> None:
     told = []
-    request = CollectRequest(SPEC, tasks=(0, 2), episodes=6, out=tmp_path / "two", noise=0.25, seed=3, num_processes=2)
+    request = CollectRequest(
+        SPEC, family=OPENVLA, tasks=(0, 2), episodes=6, out=tmp_path / "two", noise=0.25, seed=3, num_processes=2
+    )
     path = collect(request, lambda kept, played: told.append((kept, played)))
     assert told[-1][0] == 6 and [played for _, played in told] == list(range(1, len(told) + 1))
     data = RLDSDataset(path)
@@ -41,7 +44,7 @@ def test_successes_are_kept_in_an_order_that_does_not_depend_on_the_processes(tm
 
 
 def test_held_out_starts_are_never_played_and_tasks_take_turns() -> None:
-    request = CollectRequest(SPEC, tasks=(1, 3), episodes=100, out=Path("unused"))
+    request = CollectRequest(SPEC, family=OPENVLA, tasks=(1, 3), episodes=100, out=Path("unused"))
     chosen = list(starts(request))
     assert [start.task_id for start in chosen[:4]] == [1, 3, 1, 3]
     held_out = set(training_and_held_out_states(SPEC, 1)[1])
@@ -50,10 +53,10 @@ def test_held_out_starts_are_never_played_and_tasks_take_turns() -> None:
 
 
 def test_an_expert_that_fails_is_told(tmp_path: Path) -> None:
-    hopeless = CollectRequest(SPEC, tasks=(0,), episodes=2, out=tmp_path, noise=50.0)
+    hopeless = CollectRequest(SPEC, family=OPENVLA, tasks=(0,), episodes=2, out=tmp_path, noise=50.0)
     with pytest.raises(RuntimeError, match=r"the expert succeeded in \d of 10 episodes of synthetic; lower the noise"):
         collect(hopeless)
-    many = CollectRequest(SPEC, tasks=(0,), episodes=100, out=tmp_path / "many", noise=50.0)
+    many = CollectRequest(SPEC, family=OPENVLA, tasks=(0,), episodes=100, out=tmp_path / "many", noise=50.0)
     with pytest.raises(RuntimeError, match=r"in \d of 40 episodes"):  # not 500
         collect(many)
     with pytest.raises(ValueError, match="libero has no scripted expert; synthetic, tabletop have"):
@@ -62,7 +65,12 @@ def test_an_expert_that_fails_is_told(tmp_path: Path) -> None:
 
 def test_the_tabletops_expert_is_noisy_and_nearly_always_kept() -> None:
     request = CollectRequest(
-        EnvSpec(name="tabletop", image_size=28), tasks=tuple(range(18)), episodes=24, out=Path("unused"), noise=0.2
+        EnvSpec(name="tabletop", image_size=28),
+        family=OPENVLA,
+        tasks=tuple(range(18)),
+        episodes=24,
+        out=Path("unused"),
+        noise=0.2,
     )
     played = [
         play(request.spec, start, request.noise, request.paces) for start in islice(starts(request), request.episodes)
@@ -74,7 +82,7 @@ def test_the_tabletops_expert_is_noisy_and_nearly_always_kept() -> None:
 
 def test_with_noise_the_experts_own_action_is_recorded_and_a_slow_pace_takes_more_steps() -> None:
     spec = EnvSpec(name="tabletop", image_size=28, max_steps=80)
-    start = next(starts(CollectRequest(spec, tasks=(3,), episodes=1, out=Path("unused"), seed=1)))
+    start = next(starts(CollectRequest(spec, family=OPENVLA, tasks=(3,), episodes=1, out=Path("unused"), seed=1)))
     noisy, fast = play(spec, start, 0.2, (1.0,)), play(spec, start, 0.0, (1.0,))
     assert noisy is not None and fast is not None
     assert set(np.unique(noisy.actions[:, :3] * 4 % 1)) == {0.0}  # quarters: the expert's, without the noise

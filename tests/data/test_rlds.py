@@ -17,8 +17,8 @@ if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
 
 from vlarl_rllib.data import Demonstration, RLDSDataset, RLDSWriter, read_statistics, rlds, rlds_writer
-from vlarl_rllib.data.rlds import action_statistics, standardized
-from vlarl_rllib.models.openvla.actions import ActionTokenizer
+from vlarl_rllib.models.openvla.actions import ActionTokenizer, dataset_statistics, to_policy
+from vlarl_rllib.models.openvla.family import FAMILY as OPENVLA
 
 SIDE = 32
 LENGTHS = (3, 5, 4, 6)
@@ -45,7 +45,7 @@ DEMONSTRATIONS = [demonstration(length, seed) for seed, length in enumerate(LENG
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rlds")
-    with pytest.MonkeyPatch.context() as patch, RLDSWriter(root, "tabletop") as writer:
+    with pytest.MonkeyPatch.context() as patch, RLDSWriter(root, "tabletop", OPENVLA) as writer:
         patch.setattr(rlds_writer, "EPISODES_AT_ONCE", 3)  # two lots
         for episode in DEMONSTRATIONS:
             writer.add(episode)
@@ -57,7 +57,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As in `modified_libero_rlds`: with a second camera."""
     root = tmp_path_factory.mktemp("published")
     episode = replace(DEMONSTRATIONS[0], wrist_images=DEMONSTRATIONS[0].images[::-1])
-    with RLDSWriter(root, "libero_spatial_no_noops") as writer:
+    with RLDSWriter(root, "libero_spatial_no_noops", OPENVLA) as writer:
         writer.add(episode.without_no_ops())
     return root
 
@@ -120,7 +120,7 @@ def test_plain_tensorflow_datasets_and_ours_read_the_same(
             np.testing.assert_array_equal(step["action"], wrote.actions[position])
             np.testing.assert_array_equal(step["observation"]["state"], wrote.states[position])
             np.testing.assert_array_equal(example["action"][:6], step["action"][:6])
-            assert example["action"][6] == (0.0 if step["action"][6] > 0 else 1.0), "the policy's gripper is 1 = open"
+            assert example["action"][6] == step["action"][6], "the environment's gripper is -1 = open"
             assert example["instruction"] == step["language_instruction"].decode() == wrote.instruction
             assert (example["episode"], example["step"]) == (number, position)
             last = position == len(steps) - 1
@@ -163,8 +163,8 @@ def test_shuffling_is_another_order_each_time_and_goes_on_where_it_stood(directo
 
 
 def test_statistics_are_the_quantiles_of_the_standardised_actions(directory: Path, read_once: None) -> None:
-    name, written = read_statistics(directory)
-    actions = np.concatenate([standardized(episode.actions) for episode in DEMONSTRATIONS])
+    name, written = read_statistics(directory, OPENVLA)
+    actions = np.concatenate([to_policy(episode.actions) for episode in DEMONSTRATIONS])
     assert name == "tabletop" and written["num_transitions"] == 18 and written["num_trajectories"] == 4
     np.testing.assert_allclose(written["action"]["q01"], np.quantile(actions, 0.01, axis=0))
     assert written["action"]["mask"] == [True] * 6 + [False]
@@ -172,7 +172,7 @@ def test_statistics_are_the_quantiles_of_the_standardised_actions(directory: Pat
     stored = file.read_text()
     file.unlink()  # as in published data
     try:
-        assert read_statistics(directory)[1] == json.loads(stored)["tabletop"]
+        assert read_statistics(directory, OPENVLA)[1] == json.loads(stored)["tabletop"]
     finally:
         file.write_text(stored)
     normalized = ActionTokenizer.normalize(actions, written["action"])
@@ -182,7 +182,7 @@ def test_statistics_are_the_quantiles_of_the_standardised_actions(directory: Pat
 def test_statistics_by_hand() -> None:
     actions = np.zeros((101, 7), np.float32)
     actions[:, 0] = np.arange(101)
-    statistics = action_statistics(actions, 1)["action"]
+    statistics = dataset_statistics(actions, 1)["action"]
     assert (statistics["q01"][0], statistics["q99"][0], statistics["mean"][0]) == (1.0, 99.0, 50.0)
 
 
@@ -262,7 +262,7 @@ def test_damaged_metadata_are_told(directory: Path, tmp_path: Path) -> None:
         with pytest.raises(
             ValueError, match=r"dataset_statistics\.json is damaged \(.*\); remove it to compute it anew"
         ) as caught:
-            read_statistics(copy)
+            read_statistics(copy, OPENVLA)
         assert "\n" not in str(caught.value)
     features = (copy / "features.json").read_text()
     (copy / "features.json").write_text(features[: len(features) // 2])
@@ -275,16 +275,17 @@ def test_a_data_set_is_called_as_its_folder_wherever_one_stands(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(directory / "tabletop")
-    assert read_statistics("1.0.0") == read_statistics(directory)
+    assert read_statistics("1.0.0", OPENVLA) == read_statistics(directory, OPENVLA)
     shutil.copytree(directory / "tabletop", tmp_path / "renamed")
     shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "alone")
-    _, statistics = read_statistics(directory)
-    assert read_statistics(tmp_path / "renamed") == ("renamed", statistics) and read_statistics(tmp_path / "alone") == (
+    _, statistics = read_statistics(directory, OPENVLA)
+    assert read_statistics(tmp_path / "renamed", OPENVLA) == ("renamed", statistics)
+    assert read_statistics(tmp_path / "alone", OPENVLA) == (
         "alone",
         statistics,
     )
     monkeypatch.chdir(tmp_path / "alone")
-    assert read_statistics(".") == ("alone", statistics)
+    assert read_statistics(".", OPENVLA) == ("alone", statistics)
 
 
 def test_no_code_beside_a_data_set_is_run(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +308,7 @@ def test_the_published_layout_with_its_second_camera(published: Path, read_plain
     assert not np.array_equal(steps[0]["observation"]["image"], steps[0]["observation"]["wrist_image"])
     examples = list(RLDSDataset(published))
     assert len(examples) == LENGTHS[0] and "wrist_image" not in examples[0]
-    name, statistics = read_statistics(published)
+    name, statistics = read_statistics(published, OPENVLA)
     assert name == "libero_spatial_no_noops" and statistics["num_transitions"] == LENGTHS[0]
 
 
@@ -320,8 +321,8 @@ def test_a_part_of_a_split_and_mistakes(directory: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"shard=2 must be in 0..1"):
         RLDSDataset(directory, shard=2, num_shards=2)
     with pytest.raises(FileExistsError, match="give another directory"):
-        RLDSWriter(directory, "tabletop")
-    with RLDSWriter(tmp_path, "other") as writer, pytest.raises(ValueError, match="3 frames and 2 actions"):
+        RLDSWriter(directory, "tabletop", OPENVLA)
+    with RLDSWriter(tmp_path, "other", OPENVLA) as writer, pytest.raises(ValueError, match="3 frames and 2 actions"):
         writer.add(Demonstration(DEMONSTRATIONS[0].images, DEMONSTRATIONS[0].actions[:2], "push"))
     assert list(tmp_path.iterdir()) == [], "a data set without episodes is none"
 
@@ -334,7 +335,7 @@ def test_what_was_not_written_to_its_end_is_no_data_set(directory: Path, tmp_pat
         ):
             rlds.find_dataset(name)
     with pytest.raises(FileExistsError, match="incomplete exists; give another directory, or remove it"):
-        RLDSWriter(tmp_path, "tabletop")
+        RLDSWriter(tmp_path, "tabletop", OPENVLA)
     whole = shutil.copytree(directory / "tabletop" / "1.0.0", tmp_path / "tabletop" / "1.0.0")
     assert rlds.find_dataset(tmp_path) == whole
 

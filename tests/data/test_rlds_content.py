@@ -15,6 +15,7 @@ from PIL import Image
 
 from vlarl_rllib.data import Demonstration, RLDSWriter, rlds
 from vlarl_rllib.data.frames import checked_episode, decoded
+from vlarl_rllib.models.openvla.family import FAMILY as OPENVLA
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
 
@@ -98,7 +99,7 @@ def test_what_is_not_finite_is_not_written(tmp_path: Path) -> None:
         {"images": FRAMES / 255.0},
     ):
         demonstration = Demonstration(**({"images": list(FRAMES), "actions": actions, "instruction": "push"} | broken))
-        with RLDSWriter(tmp_path, "tabletop") as writer, pytest.raises(ValueError, match="a demonstration's"):
+        with RLDSWriter(tmp_path, "tabletop", OPENVLA) as writer, pytest.raises(ValueError, match="a demonstration's"):
             writer.add(demonstration)
     assert list(tmp_path.iterdir()) == []
 

@@ -144,6 +144,11 @@ def test_rllib_has_imported_no_tensorflow_for_anybody(algorithm: VLAPPO) -> None
     assert [*runners, learner, engine, reward_worker] == [{"ray.rllib"}, {"ray.rllib"}, set(), set()]
 
 
+def test_a_module_without_weights_says_where_they_are(algorithm: VLAPPO) -> None:
+    with pytest.raises(RuntimeError, match=r"no weights.*learners.num 0, or load what vlarl export writes$"):
+        algorithm.get_module().compute_values({})
+
+
 def test_a_killed_environment_process_costs_its_running_episodes_only(algorithm: VLAPPO) -> None:
     before = newest(algorithm)
     pids = environment_pids(algorithm)

@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from vlarl_rllib.envs.synthetic import SyntheticEnv
 from vlarl_rllib.evaluation import EvaluationRequest, session, workers
 from vlarl_rllib.evaluation.output import open_evaluation
-from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
-from vlarl_rllib.models.openvla.actions import ActionTokenizer
+from vlarl_rllib.models.family import load_family, read_facts
 from vlarl_rllib.models.presets import write_checkpoint
 from vlarl_rllib.rollout.evaluation import EvaluationRound
 from vlarl_rllib.types import EnvSpec
@@ -50,9 +49,8 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, np.ndarray]:
     """
     directory = tmp_path_factory.mktemp("constant")
     write_checkpoint("tiny", directory)
-    facts = read_checkpoint_facts(str(directory))
-    tokenizer = ActionTokenizer(facts.action_vocab_size, facts.num_bins)
-    token = tokenizer.vocab_size - ACTION_BIN
+    facts = read_facts(str(directory))
+    token = facts.actions.token_ids.stop - ACTION_BIN
     weights = load_file(directory / "model.safetensors")
     for name, tensor in weights.items():
         if name.startswith("language_model.") and name.endswith(
@@ -63,8 +61,8 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, np.ndarray]:
             tensor.fill_(1.0)
     weights["language_model.lm_head.weight"][token] = torch.ones(())
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    action = tokenizer.unnormalize(tokenizer.decode([token] * 7), facts.action_statistics("libero_spatial"))
-    return str(directory), action
+    codec = load_family("openvla").codec(facts, facts.action_statistics("libero_spatial"))
+    return str(directory), codec.decode(np.full(7, token))[0]
 
 
 def expected(request: EvaluationRequest, action: np.ndarray) -> Outcome:
@@ -74,7 +72,7 @@ def expected(request: EvaluationRequest, action: np.ndarray) -> Outcome:
     for start in request.starts():
         env.reset(seed=start.seed, options={"task_id": start.task_id, "initial_state": start.initial_state})
         for step in range(1, MAX_STEPS + 1):
-            _, _, terminated, truncated, info = env.step(env.policy_to_env_action(action))
+            _, _, terminated, truncated, info = env.step(action)
             if terminated or truncated:
                 found[start.task_id, start.initial_state] = info["success"], step
                 break

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
+import torch
 from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
@@ -16,6 +18,7 @@ from ray.tune.utils import flatten_dict
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.errors import DivergedError, SettingsError
+from vlarl_rllib.models.family import load_family
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings import Settings
 
@@ -124,6 +127,16 @@ def test_an_evaluation_can_be_asked_for(algorithm: VLAPPO, results: list[dict[st
     assert found["env_runners"]["num_episodes"] == found["vlarl"]["episodes"] == 4
     assert found["env_runners"]["episode_return_mean"] == found["vlarl"]["success_rate"]
     assert found["vlarl"]["failures"] == algorithm.noted_evaluation["failures"]
+
+
+def test_a_notebook_asks_the_module_for_values(algorithm: VLAPPO, results: list[dict[str, Any]]) -> None:
+    frames = np.zeros((2, 28, 28, 3), np.uint8)
+    frames[1] = 200
+    processor = load_family("openvla").processor(algorithm.config.settings().model.path)
+    batch = processor.raw_inputs(list(frames), ["point at the red square"] * 2)
+    with torch.no_grad():
+        values = algorithm.get_module().compute_values(batch)
+    assert values.shape == (2,) and values[0] != values[1]
 
 
 def test_rllib_builds_it_from_its_checkpoint_while_the_first_one_lives(algorithm: VLAPPO, saved: Path) -> None:

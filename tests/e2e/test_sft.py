@@ -25,6 +25,7 @@ from vlarl_rllib.data import Demonstration, RLDSWriter, read_statistics
 from vlarl_rllib.learner.rank_group import RankGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means, rate_factor
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from vlarl_rllib.models.openvla.family import FAMILY as OPENVLA
 from vlarl_rllib.runs.directory import RunDirectory
 from vlarl_rllib.settings import Settings
 
@@ -37,7 +38,7 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The colour of the picture says where to go: a thing that a tiny policy learns in seconds."""
     root = tmp_path_factory.mktemp("demonstrations")
     generator = np.random.default_rng(0)
-    with RLDSWriter(root, "pointing") as writer:
+    with RLDSWriter(root, "pointing", OPENVLA) as writer:
         for index in range(24):
             color = list(COLORS)[index % 2]
             direction = 0.5 if color == "red" else -0.5
@@ -79,7 +80,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(
     make_group: Callable[..., RankGroup], demonstrations: Path
 ) -> None:
     group = make_group(0, lr=0.0)
-    statistics = read_statistics(demonstrations)[1]["action"]
+    statistics = read_statistics(demonstrations, OPENVLA)[1]["action"]
     assert group.call("open_data", statistics) == [24 * 6]
     learner = group.local
     batch = next(learner._batches)
@@ -108,7 +109,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(
 
 def test_two_learners_imitate_too(make_group: Callable[..., RankGroup], demonstrations: Path) -> None:
     group = make_group(2)
-    assert group.call("open_data", read_statistics(demonstrations)[1]["action"]) == [12 * 6, 12 * 6]
+    assert group.call("open_data", read_statistics(demonstrations, OPENVLA)[1]["action"]) == [12 * 6, 12 * 6]
     first, *_, last = (means(group.call("supervise", 5)[0]) for _ in range(6))
     assert first["loss"] > 3.0, "ln 576 = 6.4 at the start"
     assert last["loss"] < 0.75 * first["loss"] and last["l1"] < first["l1"] and last["skipped"] == 0

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
-from vlarl_rllib.models.presets import PRESETS, build_model
+from vlarl_rllib.models.openvla.presets import PRESETS, build_model
 from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
 from vlarl_rllib.weights.shared_memory import SharedMemoryPublisher
 from vlarl_rllib.weights.source import iterate_weights

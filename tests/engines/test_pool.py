@@ -24,15 +24,15 @@ def fake_engine_class():
 
     class FakeEngine:
         def __init__(self, spec, name):
-            self.name, self.version, self.num_actions = name, -1, 1
+            self.name, self.version, self.num_decisions = name, -1, 1
             if spec.model_path == "broken":
                 raise OSError("no such checkpoint: broken")
 
         async def status(self):
-            return EngineStatus(self.version, os.getpid(), "fake", "fake 1.0", 1, self.num_actions, 0.0)
+            return EngineStatus(self.version, os.getpid(), "fake", "fake 1.0", 1, self.num_decisions, 0.0)
 
         async def ping(self):
-            if self.num_actions < 0:
+            if self.num_decisions < 0:
                 await asyncio.sleep(3600)
             return await self.status()
 
@@ -42,8 +42,8 @@ def fake_engine_class():
             self.version = manifest.version
             return self.version
 
-        async def set_num_actions(self, num_actions):
-            self.num_actions = num_actions
+        async def set_num_decisions(self, num_decisions):
+            self.num_decisions = num_decisions
 
     import asyncio
 
@@ -102,7 +102,7 @@ def test_engines_are_kept_well_and_current(make_pool):
 
     # One dies and one hangs between the calls: both are replaced, and current before they are handed out.
     os.kill(first[0], signal.SIGKILL)
-    ray.get(pool.handles[1].set_num_actions.remote(-1))
+    ray.get(pool.handles[1].set_num_decisions.remote(-1))
     assert pool.ensure_current(manifest(2)) == 2
     assert [status.policy_version for status in pool.statuses()] == [2, 2]
     assert not set(pids(pool)) & set(first)
@@ -116,7 +116,7 @@ def test_engines_are_kept_well_and_current(make_pool):
     assert pool.num_restarts == 3
 
     # That one started well, but as it never samples an action it has not recovered: its next death ends the run.
-    ray.get(pool.handles[0].set_num_actions.remote(0))
+    ray.get(pool.handles[0].set_num_decisions.remote(0))
     assert pool.ensure_current(manifest(4)) == 0
     os.kill(pids(pool)[0], signal.SIGKILL)
     with pytest.raises(RuntimeError, match="vlarl-engine-0 failed 2 times in a row, at last with: "):

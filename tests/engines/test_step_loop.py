@@ -8,9 +8,10 @@ import pytest
 
 from vlarl_rllib.engines.protocol import EngineError, check_requests
 from vlarl_rllib.engines.step_loop import Sampled, StepLoop
+from vlarl_rllib.models.family import ActionFormat
 from vlarl_rllib.types import INITIAL_VERSION, SampleRequest, WeightManifest
 
-IDS = range(100, 356)
+ACTIONS = ActionFormat(1, 7, range(100, 356))
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 SECONDS = 10
 
@@ -65,7 +66,7 @@ def stepper():
 
 @pytest.fixture
 def loop(stepper):
-    return StepLoop(lambda: stepper, IDS)
+    return StepLoop(lambda: stepper, ACTIONS)
 
 
 def test_replies_come_in_the_order_of_the_requests(loop):
@@ -74,7 +75,7 @@ def test_replies_come_in_the_order_of_the_requests(loop):
     assert replies[0].tokens.dtype == np.int64 and replies[0].log_probs.dtype == np.float32
     assert {reply.policy_version for reply in replies} == {INITIAL_VERSION}
     assert loop.sample([]).result(SECONDS) == []
-    assert loop.num_actions == 3 and loop.busy_seconds > 0
+    assert loop.num_decisions == 3 and loop.busy_seconds > 0
 
 
 def test_requests_of_different_callers_share_a_batch(loop, stepper):
@@ -152,7 +153,7 @@ def test_a_model_that_cannot_be_built_says_why():
         raise ValueError("no such checkpoint")
 
     with pytest.raises(EngineError, match="ValueError: no such checkpoint"):
-        StepLoop(build, IDS)
+        StepLoop(build, ACTIONS)
 
 
 @pytest.mark.parametrize(

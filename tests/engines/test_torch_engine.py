@@ -22,7 +22,7 @@ def test_log_probs_are_the_models_for_uneven_prompts_and_mixed_temperatures(engi
     requests = make_requests(19, temperatures=(1.0, 0.0, 0.6, 1.7))
     replies = engine.sample(requests)
     assert make_oracle().log_prob_error(requests, replies) <= 1e-4
-    assert engine.status().num_actions >= 19
+    assert engine.status().num_decisions >= 19
 
 
 def test_tokens_depend_on_a_requests_own_seed_alone(engine):

@@ -17,10 +17,10 @@ from engine_helpers import make_requests
 from ray.exceptions import RayTaskError
 
 from tests.weights.probe_transport import OBJECT_STORE
+from vlarl_rllib.engines.actor import engine_env_vars
 from vlarl_rllib.engines.client import RemoteSampler
 from vlarl_rllib.engines.protocol import EngineError
 from vlarl_rllib.engines.torch_engine import TorchEngine
-from vlarl_rllib.engines.vllm.engine import engine_env_vars
 from vlarl_rllib.settings import WeightSettings
 from vlarl_rllib.types import SampleReply
 from vlarl_rllib.weights import find_transport
@@ -224,7 +224,7 @@ def test_a_gpu_engine_keeps_its_compiler_and_a_cpu_engine_runs_one_thread(spec):
 
 
 def test_importing_the_engine_loads_neither_torch_nor_vllm():
-    code = "import sys, vlarl_rllib.engines.vllm.engine, vlarl_rllib.engines.client; print(*sys.modules)"
+    code = "import sys, vlarl_rllib.engines.actor, vlarl_rllib.engines.client; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"torch", "vllm", "transformers"} & set(modules)
 
@@ -235,10 +235,12 @@ def test_vllm_measures_memory_with_a_frame_of_the_policys_size(spec):
         from types import SimpleNamespace
         from vllm import EngineArgs
         from vllm.multimodal import MULTIMODAL_REGISTRY
-        from vlarl_rllib.engines.vllm.plugin import ARCHITECTURE, register
+        from vlarl_rllib.engines.vllm.plugin import architecture_of, register
+        from vlarl_rllib.models.openvla.family import FAMILY
 
-        register(in_process=True)
-        arguments = EngineArgs(model={spec.model_path!r}, hf_overrides={{"architectures": [ARCHITECTURE]}})
+        register(in_process=FAMILY.vllm_model)
+        architectures = [architecture_of(FAMILY.vllm_model)]
+        arguments = EngineArgs(model={spec.model_path!r}, hf_overrides={{"architectures": architectures}})
         processor = MULTIMODAL_REGISTRY.create_processor(arguments.create_engine_config().model_config)
         made = processor.apply(SimpleNamespace(mm_data_items={{}}), None)
         (frame,), (place,) = made["mm_kwargs"]["image"], made["mm_placeholders"]["image"]

@@ -31,7 +31,7 @@ def test_an_action_that_is_not_finite_never_reaches_a_simulator(
     table.reset(3, 1, 0, 0)
     monkeypatch.setattr(SyntheticEnv, "step", lambda self, action: pytest.fail("the simulator was asked"))
     with pytest.raises(ValueError, match=r"^slot 3, task 1: the policy's action") as caught:
-        table.step(3, action)
+        table.play(3, action[None])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -52,7 +52,7 @@ def test_what_a_registered_environment_returns_is_checked(suite: str) -> None:
     table = SlotTable(EnvSpec(name="probe_env:OddEnv", suite=suite, image_size=32), max_models=1)
     table.reset(0, 2, 0, 0)
     with pytest.raises(ValueError, match=r"^slot 0, task 2: probe_env:OddEnv\.step returned") as caught:
-        table.step(0, np.zeros(7))
+        table.play(0, np.zeros((1, 7)))
     assert ODD_STEPS[suite] in str(caught.value)
 
 

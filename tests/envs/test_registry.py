@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from vlarl_rllib.envs import (
@@ -16,7 +15,6 @@ from vlarl_rllib.envs import (
     task_instructions,
     training_and_held_out_states,
 )
-from vlarl_rllib.envs.base import VLAEnv
 from vlarl_rllib.envs.registry import ENVIRONMENTS, num_held_out_states
 
 
@@ -94,11 +92,3 @@ def test_one_start_cannot_be_divided() -> None:
 def test_starts_of_a_task() -> None:
     training, held_out = training_and_held_out_states(EnvSpec(name="libero", suite="libero_object"), 4)
     assert training == tuple(range(40)) and held_out == tuple(range(40, 50))
-
-
-@pytest.mark.parametrize(("policy", "env"), [(1.0, -1.0), (0.0, 1.0), (0.996, -1.0), (0.2, 1.0)])
-def test_gripper_of_the_policy_is_turned_round(policy: float, env: float) -> None:
-    # OpenVLA: 1 = open, 0 = close; robosuite: -1 = open, +1 = close.
-    action = np.array([0.1, -0.2, 0.3, 0.0, 1.5, -0.6, policy])
-    np.testing.assert_array_equal(VLAEnv.policy_to_env_action(action), [0.1, -0.2, 0.3, 0.0, 1.5, -0.6, env])
-    assert action[6] == policy

@@ -96,14 +96,14 @@ def test_events_carry_what_the_environment_said(start) -> None:
         assert event.instruction == info["instruction"]
         assert event.seconds > 0
         np.testing.assert_array_equal(event.image, observation["image"])
-        processes.send_step(event.slot, ELSEWHERE)
+        processes.send_actions(event.slot, ELSEWHERE[None])
         (stepped,) = collect(processes, 1)
         assert (stepped.kind, stepped.slot, stepped.instruction) == ("step", event.slot, info["instruction"])
-        assert (stepped.reward, stepped.terminated, stepped.truncated, stepped.success) == (0.0, False, False, False)
+        assert stepped.rewards == (0.0,) and not (stepped.terminated or stepped.truncated or stepped.success)
         np.testing.assert_array_equal(stepped.image, env.step(ELSEWHERE)[0]["image"])
-        processes.send_step(event.slot, env.target_action)
+        processes.send_actions(event.slot, env.target_action[None])
         (last,) = collect(processes, 1)
-        assert (last.reward, last.terminated, last.truncated, last.success) == (1.0, True, False, True)
+        assert (last.rewards, last.terminated, last.truncated, last.success) == ((1.0,), True, False, True)
 
 
 def test_images_belong_to_the_caller(start) -> None:
@@ -111,7 +111,7 @@ def test_images_belong_to_the_caller(start) -> None:
     processes.send_reset(0, 0, 0, seed=0)
     (first,) = collect(processes, 1)
     kept = first.image.copy()
-    processes.send_step(0, ELSEWHERE)
+    processes.send_actions(0, ELSEWHERE[None])
     (second,) = collect(processes, 1)
     np.testing.assert_array_equal(first.image, kept)
     assert (second.image != kept).any()
@@ -122,7 +122,7 @@ def test_no_slot_waits_for_another(start, monkeypatch: pytest.MonkeyPatch) -> No
     processes = start(slow, [0, 0], num_processes=2)
     processes.send_reset(0, 0, 0, 0)
     collect(processes, 1)
-    processes.send_step(0, ELSEWHERE)  # takes ten minutes
+    processes.send_actions(0, ELSEWHERE[None])  # takes ten minutes
     processes.send_reset(1, 0, 0, 0)
     (event,) = collect(processes, 1)
     assert event.slot == 1
@@ -136,11 +136,11 @@ def test_an_exception_is_an_event(start) -> None:
     for slot in (0, 1):
         processes.send_reset(slot, 0, 0, seed=slot)
     collect(processes, 2)
-    processes.send_step(0, -ELSEWHERE)
+    processes.send_actions(0, -ELSEWHERE[None])
     (event,) = collect(processes, 1)
     assert (event.slot, event.kind, event.image) == (0, "error", None)
     assert "ZeroDivisionError: pointed to the left" in event.error
-    processes.send_step(1, ELSEWHERE)  # its episode goes on
+    processes.send_actions(1, ELSEWHERE[None])  # its episode goes on
     processes.send_reset(0, 0, 0, seed=0)
     assert [event.kind for event in collect(processes, 2)] == ["reset", "step"]
 
@@ -168,7 +168,7 @@ def test_a_killed_process_is_replaced_and_the_others_play_on(start) -> None:
     os.kill(first, signal.SIGKILL)
     wait_until_gone([first])
     for slot in range(4):
-        processes.send_step(slot, ELSEWHERE)
+        processes.send_actions(slot, ELSEWHERE[None])
     events = collect(processes, 4)
     assert [event.kind for event in events] == ["died", "died", "step", "step"]
     assert events[0].error == "signal SIGKILL" and events[0].image is None
@@ -203,7 +203,7 @@ def test_ctrl_c_is_left_to_the_parent(start) -> None:
     processes.send_reset(0, 0, 0, 0)
     collect(processes, 1)
     os.kill(processes.pids()[0], signal.SIGINT)
-    processes.send_step(0, ELSEWHERE)
+    processes.send_actions(0, ELSEWHERE[None])
     assert [event.kind for event in collect(processes, 1)] == ["step"]
 
 
@@ -237,7 +237,7 @@ made[0].send_reset(0, 0, 0, 0)
 while not any(event.kind == "reset" for event in made[0].poll(1)):
     pass
 time.sleep(0.5)
-made[0].send_step(0, [0.95] * 7)
+made[0].send_actions(0, [[0.95] * 7])
 assert [event.kind for event in made[0].poll(30)] == ["step"]
 print(*made[0].pids(), flush=True)
 time.sleep(600)
@@ -272,7 +272,7 @@ def test_libero_in_a_subprocess(start, libero_env: LiberoEnv) -> None:
         frames[event.slot].append(event.image)
     for _ in range(2):
         for slot in (1, 0):
-            processes.send_step(slot, action)
+            processes.send_actions(slot, action[None])
         for event in collect(processes, 2):
             frames[event.slot].append(event.image)
     (rss_bytes,) = processes.stats()["rss_bytes"]
@@ -281,6 +281,6 @@ def test_libero_in_a_subprocess(start, libero_env: LiberoEnv) -> None:
     for slot in (0, 1):
         observation, _ = libero_env.reset(seed=slot, options={"task_id": TASK, "initial_state": 10 + slot})
         alone = [observation["image"]]
-        alone += [libero_env.step(libero_env.policy_to_env_action(action))[0]["image"] for _ in range(2)]
+        alone += [libero_env.step(action)[0]["image"] for _ in range(2)]
         for image, expected in zip(frames[slot], alone, strict=True):
             np.testing.assert_array_equal(image, expected)

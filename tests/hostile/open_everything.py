@@ -13,20 +13,20 @@ from typing import Any
 
 
 def open_model(path: str) -> Any:
-    from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+    from vlarl_rllib.models.family import read_facts
     from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 
     OpenVLAProcessor.from_pretrained(path)
     model = OpenVLAForActionPrediction.from_pretrained(path)
-    read_checkpoint_facts(path)
+    read_facts(path)
     return model
 
 
 def check_model(path: str) -> Any:
     """As before a run."""
-    from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+    from vlarl_rllib.models.family import read_facts
 
-    return read_checkpoint_facts(path)
+    return read_facts(path)
 
 
 def open_adapter(path: str) -> Any:
@@ -106,6 +106,7 @@ def collect_here(path: str) -> Any:
     from vlarl_rllib.data.collect import CollectRequest, collect
     from vlarl_rllib.envs import EnvSpec
     from vlarl_rllib.envs.vector import SlotProcesses
+    from vlarl_rllib.models.openvla.family import FAMILY
 
     spec = EnvSpec(name="synthetic", image_size=28)
     processes = SlotProcesses(spec, [0], num_processes=1)
@@ -115,7 +116,9 @@ def collect_here(path: str) -> Any:
         assert event.kind == "reset", event.error
     finally:
         processes.close()
-    return open_data(str(collect(CollectRequest(spec, tasks=(0,), episodes=1, out=Path(path) / "collected"))))
+    return open_data(
+        str(collect(CollectRequest(spec, family=FAMILY, tasks=(0,), episodes=1, out=Path(path) / "collected")))
+    )
 
 
 OPENERS: dict[str, Callable[[str], Any]] = {

@@ -134,16 +134,16 @@ def test_opened_from_inside_among_decoys(downloads: Path, tmp_path: Path) -> Non
 ENGINE = """
 import os, sys
 from vlarl_rllib.engines.protocol import EngineSpec
-from vlarl_rllib.engines.vllm.engine import engine_env_vars
-spec = EngineSpec(sys.argv[1], "float32", gpus=0, max_batch=2, enforce_eager=True, mix_calls=False, seed=0)
+from vlarl_rllib.engines.actor import engine_env_vars
+spec = EngineSpec(sys.argv[1], "openvla", "float32", gpus=0, max_batch=2, enforce_eager=True, mix_calls=False, seed=0)
 os.environ.update(engine_env_vars(spec))
-from vlarl_rllib.engines.vllm import plugin as vllm_plugin
 from vlarl_rllib.engines.vllm.compat import build_engine
-from vlarl_rllib.models.openvla import OpenVLAConfig
-vllm_plugin.register(in_process=True)
+from vlarl_rllib.engines.vllm.plugin import TRANSFER_BACKEND, architecture_of, register
+from vlarl_rllib.models.openvla.family import FAMILY
+register(in_process=FAMILY.vllm_model)
 try:
-    config = OpenVLAConfig.from_pretrained(spec.model_path)
-    build_engine(spec, config, vllm_plugin.ARCHITECTURE, vllm_plugin.TRANSFER_BACKEND)
+    config = FAMILY.load_config(spec.model_path)
+    build_engine(spec, config, 7, architecture_of(FAMILY.vllm_model), TRANSFER_BACKEND)
     outcome = "read"
 except Exception as error:
     outcome = str(error)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from learner_helpers import (
+    ACTIONS,
     changed,
     contributions,
     largest_difference,
@@ -94,7 +95,7 @@ def test_a_quantised_base_sends_what_it_computes_with(make_group: Callable[..., 
         assert error < {"8bit": 0.01, "4bit": 0.12}[bits], name
     policy = group._learner.sharded.policy
     reference.load_state_dict(sent)
-    inputs = collate(contributions(), group._learner._processor.prompt_ids).model_inputs(
+    inputs = collate(contributions(), group._learner._processor.prompt_ids, ACTIONS).model_inputs(
         np.arange(6), torch.device("cpu")
     )
     with torch.no_grad():

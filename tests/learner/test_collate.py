@@ -6,7 +6,8 @@ import torch
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from vlarl_rllib.learner.collate import UpdatePlan, assign_owners, collate
-from vlarl_rllib.types import INSTRUCTION_KEY, LOG_PROBS_KEY
+from vlarl_rllib.models.family import ActionFormat
+from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY
 
 
 def fragment(length: int, first: int, *, terminated: bool = False, instruction: str = "reach") -> SingleAgentEpisode:
@@ -20,9 +21,12 @@ def fragment(length: int, first: int, *, terminated: bool = False, instruction: 
             np.arange(7) + first + t,
             10.0 * (first + t),
             terminated=terminated and t == length - 1,
-            extra_model_outputs={LOG_PROBS_KEY: np.full(7, -0.5 * (first + t), np.float32)},
+            extra_model_outputs={LOG_PROBS_KEY: np.full(7, -0.5 * (first + t), np.float32), DURATION_KEY: 1},
         )
     return episode.to_numpy()
+
+
+ACTIONS = ActionFormat(1, 7, range(256))
 
 
 def prompt_ids(instruction: str) -> list[int]:
@@ -31,9 +35,11 @@ def prompt_ids(instruction: str) -> list[int]:
 
 def test_steps_then_bootstrap_frames() -> None:
     batch = collate(
-        [[fragment(2, 10, terminated=True), fragment(3, 20)], [fragment(1, 30, instruction="push it")]], prompt_ids
+        [[fragment(2, 10, terminated=True), fragment(3, 20)], [fragment(1, 30, instruction="push it")]],
+        prompt_ids,
+        ACTIONS,
     )
-    assert batch.num_steps == 6
+    assert batch.num_decisions == 6
     assert batch.contribution_steps == (5, 1)
     # the frame behind the terminated fragment (12) is not there; those behind the two cut ones (23, 31) come last
     assert batch.frames[:, 0, 0, 0].tolist() == [10, 11, 20, 21, 22, 30, 23, 31]
@@ -47,7 +53,7 @@ def test_steps_then_bootstrap_frames() -> None:
 
 
 def test_model_inputs_are_padded_on_the_right_and_stay_uint8() -> None:
-    batch = collate([[fragment(1, 5)], [fragment(1, 7, instruction="push it")]], prompt_ids)
+    batch = collate([[fragment(1, 5)], [fragment(1, 7, instruction="push it")]], prompt_ids, ACTIONS)
     inputs = batch.model_inputs(np.array([0, 1, 2]), torch.device("cpu"))
     assert inputs["pixel_values"].dtype == torch.uint8 and inputs["pixel_values"].shape == (3, 3, 2, 2)
     assert inputs["attention_mask"].sum(1).tolist() == [6, 8, 6]
@@ -56,7 +62,7 @@ def test_model_inputs_are_padded_on_the_right_and_stay_uint8() -> None:
 
 def test_nothing_to_collate_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        collate([[]], prompt_ids)
+        collate([[]], prompt_ids, ACTIONS)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])

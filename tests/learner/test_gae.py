@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlarl_rllib.learner.gae import gae, next_values, shaped_rewards
+from vlarl_rllib.learner.gae import discounts, gae, next_values, shaped_rewards
 
 
 def row(*values: float) -> torch.Tensor:
@@ -86,7 +86,45 @@ def test_shaping_by_the_critics_values_by_hand() -> None:
     assert following[0].tolist() == pytest.approx([0.4, 0.6, 0.0]) and following[1, :2].tolist() == pytest.approx(
         [0.3, 0.7]
     )
-    shaped = shaped_rewards(torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), values, following, gamma=0.5, weight=2.0)
+    rewards, gammas = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), torch.full((2, 3), 0.5)
+    shaped = shaped_rewards(rewards, values, following, gammas, weight=2.0)
     # r + 2 (0.5 V' - V): 2 (0.2 - 0.2), 2 (0.3 - 0.4), 1 + 2 (0 - 0.6)
     assert shaped[0].tolist() == pytest.approx([0.0, -0.2, -0.2])
     assert shaped[1, :2].tolist() == pytest.approx([2 * (0.15 - 0.5), 2 * (0.35 - 0.3)])
+
+
+def test_a_step_that_lasts_is_discounted_by_its_duration_and_counts_lambda_once() -> None:
+    # gamma = 0.5, lambda = 0.8; durations 3, 1, 2, so that gamma^k = 0.125, 0.5, 0.25
+    # t=2: delta = 1 + 0.25*8 - 2 = 1                A = 1                        (cut: bootstrap 8, two steps away)
+    # t=1: delta = 0 + 0.5*2 - 3 = -2                A = -2 + 0.5*0.8*1 = -1.6
+    # t=0: delta = 4 + 0.125*3 - 1 = 3.375           A = 3.375 + 0.125*0.8*-1.6 = 3.215
+    none = flags(0, 0, 0)
+    given = row(4, 0, 1), row(1, 3, 2), none, none, row(100, 100, 8), 0.5, 0.8, flags(1, 1, 1)
+    advantages, targets = gae(*given, torch.tensor([[3, 1, 2]]))
+    assert advantages[0].tolist() == pytest.approx([3.215, -1.6, 1.0])
+    assert targets[0].tolist() == pytest.approx([4.215, 1.4, 3.0])
+
+
+def test_steps_of_one_environment_step_are_as_without_durations_to_the_bit() -> None:
+    random = torch.Generator().manual_seed(0)
+    rewards, values, bootstrap = (torch.randn(5, 40, generator=random) for _ in range(3))
+    terminated, truncated = (torch.rand(5, 40, generator=random) < 0.1 for _ in range(2))
+    mask = torch.arange(40) < torch.tensor([[40], [31], [1], [17], [40]])
+    for gamma, lam in ((0.99, 0.95), (0.995, 0.9), (1.0, 1.0), (0.97, 0.0)):
+        given = rewards, values, terminated, truncated, bootstrap, gamma, lam, mask
+        # as equations 11-16 have it, with gamma and gamma lambda rounded once each
+        following = next_values(values, terminated, truncated, bootstrap, mask)
+        ends = terminated | truncated | (mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1)))
+        deltas, expected = rewards + gamma * following - values, torch.zeros(5, 41)
+        carry = torch.where(ends, 0.0, gamma * lam).float()
+        for t in range(39, -1, -1):
+            expected[:, t] = torch.where(mask[:, t], deltas[:, t] + carry[:, t] * expected[:, t + 1], 0.0)
+        for durations in (None, torch.ones(5, 40, dtype=torch.long)):
+            assert torch.equal(gae(*given, durations)[0], expected[:, :40])
+
+
+def test_a_potential_is_discounted_by_the_duration_too() -> None:
+    gammas = discounts(0.5, torch.tensor([[2, 3]]))
+    shaped = shaped_rewards(torch.zeros(1, 2), torch.tensor([[0.4, 0.8]]), torch.tensor([[0.8, 0.0]]), gammas, 1.0)
+    # 0.25*0.8 - 0.4, 0.125*0 - 0.8
+    assert shaped[0].tolist() == pytest.approx([-0.2, -0.8])

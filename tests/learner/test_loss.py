@@ -16,6 +16,7 @@ SETTINGS = LossSettings(
     entropy_coeff=0.0,
     kl_coeff=0.0,
     ratio="action",
+    num_actions=1,
     importance_cap=2.0,
 )
 
@@ -33,6 +34,7 @@ def inputs(ratios: list[list[float]], advantages: list[float], **changes: torch.
         old_values=torch.zeros(steps),
         advantages=torch.tensor(advantages),
         value_targets=torch.zeros(steps),
+        executed=torch.ones(old.shape, dtype=torch.bool),
         mask=torch.ones(steps, dtype=torch.bool),
         num_valid=float(steps),
     )
@@ -110,3 +112,47 @@ def test_warm_up_trains_the_values_only() -> None:
     step = inputs([[2.0]], [1.0], entropy=torch.tensor([5.0]), values=torch.tensor([1.0]))
     out = ppo_loss(step, replace(SETTINGS, vf_coeff=0.5, entropy_coeff=1.0, train_policy=False))
     assert out.loss.item() == pytest.approx(0.25)
+
+
+def test_tokens_of_actions_that_were_not_played_do_not_count() -> None:
+    # Two actions of two tokens, ratios 1.2 * 1.5 = 1.8 and 0.5 * 2.0 = 1.0; the second one was not played in step 0.
+    # decision: 1.8 -> 1.5 and 1.8 -> 1.5;  action: 1.5 and mean(1.5, 1.0) = 1.25;
+    # token: mean(1.2, 1.5) = 1.35 and mean(1.2, 1.5, 0.5, min(2.0, 1.5)) = 1.175; each is minus the loss of a step
+    played = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    step = inputs([[1.2, 1.5, 0.5, 2.0]] * 2, [1.0, 1.0], executed=played)
+    two = replace(SETTINGS, num_actions=2)
+    for ratio, first, second in (("decision", 1.5, 1.5), ("action", 1.5, 1.25), ("token", 1.35, 1.175)):
+        out = ppo_loss(step, replace(two, ratio=ratio))
+        assert out.loss.item() == pytest.approx(-(first + second) / 2), ratio
+    # clipped units: of the actions 1 of 1 and 1 of 2; k3 of 1.8 and of 1.0 (none): mean over those played
+    out = ppo_loss(step, two)
+    assert out.sums["clip_fraction"].item() == pytest.approx(1.5)
+    k3 = 1.8 - 1 - math.log(1.8)
+    assert out.sums["approx_kl"].item() == pytest.approx(k3 + k3 / 2, rel=1e-5)
+
+
+def test_an_unplayed_token_gets_no_gradient_and_may_be_anything() -> None:
+    played = torch.tensor([[True, True, False, False]])
+    step = inputs([[1.1, 1.1, 1.0, 1.0]], [1.0], executed=played)
+    log_probs = step.log_probs.clone()
+    log_probs[0, 3] = float("inf")
+    log_probs.requires_grad_()
+    for ratio in ("decision", "action", "token"):
+        log_probs.grad = None
+        ppo_loss(replace(step, log_probs=log_probs), replace(SETTINGS, num_actions=2, ratio=ratio)).loss.backward()
+        assert torch.isfinite(log_probs.grad).all() and (log_probs.grad[0, 2:] == 0).all()
+        assert (log_probs.grad[0, :2] != 0).all()
+
+
+def test_one_action_a_decision_is_as_plain_ppo_to_the_bit() -> None:
+    random = torch.Generator().manual_seed(0)
+    old, new = (-3 + 0.2 * torch.randn(50, 7, generator=random) for _ in range(2))
+    advantages = torch.randn(50, generator=random)
+    step = replace(
+        inputs([[1.0] * 7] * 50, advantages.tolist()), log_probs=new, old_log_probs=old, behaviour_log_probs=old
+    )
+    for ratio, units in (("action", (new - old).sum(1, keepdim=True).exp()), ("token", (new - old).exp())):
+        clipped = units.clamp(1.0 - SETTINGS.clip_low, 1.0 + SETTINGS.clip_high)
+        column = advantages[:, None]
+        expected = -torch.minimum(units * column, clipped * column).mean(1).sum() / 50.0
+        assert torch.equal(ppo_loss(step, replace(SETTINGS, ratio=ratio)).loss, expected)

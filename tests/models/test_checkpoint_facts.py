@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vlarl_rllib.data.rlds import action_statistics
-from vlarl_rllib.models.checkpoint_facts import check_action_statistics, read_checkpoint_facts
+from vlarl_rllib.models.family import ActionFormat, read_facts
 from vlarl_rllib.models.openvla import OpenVLAConfig
-from vlarl_rllib.models.openvla.actions import ActionTokenizer
+from vlarl_rllib.models.openvla.actions import ActionTokenizer, dataset_statistics
 from vlarl_rllib.models.presets import write_checkpoint
+from vlarl_rllib.models.statistics import check_action_statistics
 from vlarl_rllib.runs.preflight import check_model
 from vlarl_rllib.settings import SettingsError
 
@@ -26,15 +26,12 @@ def test_facts_are_the_configurations(source: str, tmp_path: Path) -> None:
     if source == "preset":
         write_checkpoint("tiny", tmp_path)
         directory = tmp_path
-    facts = read_checkpoint_facts(str(directory))
+    facts = read_facts(str(directory))
     towers = directory / "vision_towers.json"
     extra = {"vision_towers": json.loads(towers.read_text())} if towers.exists() else {}
     config = OpenVLAConfig.from_pretrained(directory, **extra)
-    assert (facts.image_size, facts.action_vocab_size, facts.num_bins) == (
-        config.image_size,
-        config.action_vocab_size,
-        config.n_action_bins,
-    )
+    assert facts.image_size == config.image_size
+    assert facts.actions == ActionFormat(1, 7, config.action_token_ids)
     for key in ("libero_spatial", "libero_goal"):
         assert facts.action_statistics(key) == config.action_statistics(key)
 
@@ -86,7 +83,7 @@ def test_statistics_that_scale_no_action_are_told_with_file_and_key(name: str, f
 def test_a_dimension_that_never_changes_is_scaled_to_its_constant() -> None:
     actions = np.full((20, 7), 0.25, np.float32)
     actions[:, 0] = np.linspace(-1, 1, 20)
-    statistics = action_statistics(actions, 1)["action"]
+    statistics = dataset_statistics(actions, 1)["action"]
     check_action_statistics(statistics, "computed")
     np.testing.assert_allclose(ActionTokenizer.unnormalize(np.full(7, -0.7), statistics)[1:6], 0.25)
     check_action_statistics(SEVEN | {"q99": [1.0] * 6 + [-2.0]}, "a gripper that is not scaled")

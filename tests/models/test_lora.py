@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from benchmarks.parity import ADAPTER_PREFIX, ADAPTER_TOLERANCES, adapter_differences
 from vlarl_rllib.models.build import build_policy
 from vlarl_rllib.models.lora import (
-    TARGETS,
     MergedConv2d,
     MergedLinear,
     adapter_parameters,
@@ -24,7 +23,9 @@ from vlarl_rllib.models.lora import (
     save_adapter,
 )
 from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
-from vlarl_rllib.models.presets import PRESETS, build_model, write_checkpoint
+from vlarl_rllib.models.openvla.family import LORA_TARGETS
+from vlarl_rllib.models.openvla.presets import PRESETS, build_model
+from vlarl_rllib.models.presets import write_checkpoint
 from vlarl_rllib.settings import LoraSettings, ModelSettings
 from vlarl_rllib.weights.source import expected_tensors, iterate_weights, published_parameters
 
@@ -75,11 +76,11 @@ def inputs_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("targets", LORA_TARGETS)
 def test_the_merged_product_equals_pefts(targets, tiny, tmp_path):
     """Logits, gradients and the merged model, through PEFT's own layers and its own reading of our file."""
     ours = build_model(PRESETS["tiny"])
-    config = add_lora(ours, LoraSettings(rank=4, targets=targets))
+    config = add_lora(ours, LoraSettings(rank=4, targets=targets), LORA_TARGETS)
     randomize(adapter_parameters(ours))
     save_adapter(ours, config, tmp_path, str(tiny))
     theirs = PeftModel.from_pretrained(
@@ -109,7 +110,7 @@ def test_the_merged_product_equals_pefts(targets, tiny, tmp_path):
 
     merged = theirs.merge_and_unload().state_dict()
     sent = dict(iterate_weights(ours, torch.float32))
-    assert sent.keys() == expected_tensors(ours.config).keys() == merged.keys()
+    assert sent.keys() == expected_tensors(build_model(PRESETS["tiny"])).keys() == merged.keys()
     for name, weight in sent.items():
         assert_close(weight, merged[name], 2e-6)
 
@@ -136,7 +137,7 @@ def test_an_adapter_that_peft_made_trains_on_here(tiny, tmp_path):
 def test_the_7b_model_gets_the_published_adapters_and_every_name_goes_both_ways(golden_s):
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(OpenVLAConfig(text_config={"pad_token_id": 32000, "vocab_size": 32064}))
-        config = add_lora(model, LoraSettings(rank=32))
+        config = add_lora(model, LoraSettings(rank=32), LORA_TARGETS)
     assert config.lora_alpha == 16
     layers, parameters = dict(lora_layers(model)), adapter_parameters(model)
     assert len(layers) == 439
@@ -155,7 +156,7 @@ def test_the_7b_model_gets_the_published_adapters_and_every_name_goes_both_ways(
 def test_smaller_choices_of_targets_leave_the_towers_alone(targets, modules):
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(OpenVLAConfig(text_config={"pad_token_id": 32000, "vocab_size": 32064}))
-        add_lora(model, LoraSettings(targets=targets))
+        add_lora(model, LoraSettings(targets=targets), LORA_TARGETS)
     names = [name for name, _ in lora_layers(model)]
     assert len(names) == modules  # 32 layers x 7, and with frozen vision the head and three projector layers
     assert not [name for name in names if name.startswith("vision_backbone")]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
-from vlarl_rllib.models.presets import HUB_MODELS, PRESETS, resolve_model
+from vlarl_rllib.models.openvla.presets import PRESETS
+from vlarl_rllib.models.presets import HUB_MODELS, resolve_model
 from vlarl_rllib.runs.directory import RunDirectory
 from vlarl_rllib.runs.preflight import check_model
 from vlarl_rllib.settings import Settings, SettingsError, known_keys

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from vlarl_rllib.models.openvla import ActionTokenizer
+from vlarl_rllib.models.openvla.actions import OpenVLACodec, to_environment, to_policy
 
 STATS = {"q01": [-1.0, 0.0], "q99": [3.0, 1.0], "mask": [True, False], "min": [-2.0, 0.0], "max": [4.0, 1.0]}
 
@@ -65,3 +66,27 @@ def test_normalise_inverts_clips_and_zeroes_constant_dimensions():
 def test_statistics_without_a_mask_scale_every_dimension():
     stats = {"q01": [0.0], "q99": [10.0]}
     np.testing.assert_allclose(ActionTokenizer.unnormalize([0.0], stats), [5.0])
+
+
+@pytest.mark.parametrize(("policy", "environment"), [(1.0, -1.0), (0.0, 1.0), (0.996, -1.0), (0.2, 1.0)])
+def test_gripper_of_the_policy_is_turned_round(policy, environment):
+    # OpenVLA: 1 = open, 0 = close; robosuite: -1 = open, +1 = close.
+    action = np.array([0.1, -0.2, 0.3, 0.0, 1.5, -0.6, policy])
+    np.testing.assert_array_equal(to_environment(action), [0.1, -0.2, 0.3, 0.0, 1.5, -0.6, environment])
+    assert action[6] == policy
+    assert to_policy(to_environment(action))[6] == round(policy)
+
+
+def test_what_a_codec_encodes_it_decodes_again():
+    statistics = {"q01": [-0.5] * 6 + [0.0], "q99": [0.5] * 6 + [1.0], "mask": [True] * 6 + [False]}
+    codec = OpenVLACodec(ActionTokenizer(), statistics)
+    actions = np.array([[[-0.5, -0.25, 0.0, 0.25, 0.5, 0.1, -1.0]], [[0.4, 0.3, 0.2, 0.1, 0.0, -0.1, 1.0]]])
+    tokens, normalized = codec.encode(actions)
+    # -0.25 is a quarter of the way from q01 to q99; an open gripper is 1, a closed one 0
+    np.testing.assert_allclose(normalized[0, 0], [-1.0, -0.5, 0.0, 0.5, 1.0, 0.2, 1.0], atol=1e-6)
+    assert tokens.shape == (2, 7) and normalized[1, 0, 6] == 0.0
+    for reply, action in zip(tokens, actions, strict=True):
+        decoded = codec.decode(reply)
+        np.testing.assert_allclose(decoded, action, atol=0.5 / 128)
+        assert decoded[0, 6] == action[0, 6]
+    np.testing.assert_allclose(codec.normalized(tokens), normalized, atol=1 / 128)

@@ -13,6 +13,7 @@ import torch
 
 from vlarl_rllib.models import presets
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from vlarl_rllib.models.openvla.presets import PRESETS, build_config
 from vlarl_rllib.models.presets import resolve_model, write_checkpoint
 
 
@@ -77,7 +78,7 @@ def test_config_of_a_preset_fits_vllm(tiny):
 
 def test_mini_has_about_thirty_million_parameters():
     with torch.device("meta"):
-        model = OpenVLAForActionPrediction(presets.build_config(presets.PRESETS["mini"]))
+        model = OpenVLAForActionPrediction(build_config(PRESETS["mini"]))
     assert 28e6 < sum(parameter.numel() for parameter in model.parameters()) < 33e6
 
 
@@ -158,7 +159,8 @@ def test_names_directories_and_hub_ids_resolve(tiny, tmp_path):
 
 
 def test_models_and_presets_import_without_torch():
-    code = "import sys, vlarl_rllib.models, vlarl_rllib.models.presets; print('torch' in sys.modules)"
+    code = "import sys; from vlarl_rllib.models.presets import preset_facts; preset_facts('tiny'); "
+    code += "print('torch' in sys.modules)"
     root = Path(presets.__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert result.stdout.strip() == "False"

@@ -74,7 +74,7 @@ def test_a_script_that_builds_a_config_keeps_its_environment_and_log_levels() ->
     """What torch, transformers and RLlib do to them by themselves is theirs; TensorFlow is not for RLlib to import and
     to set up."""
     without_us = state_after(DEPENDENCIES, **dict.fromkeys(TORCH_ALONE, "1"))
-    assert state_after(OURS) == without_us and without_us["loaded"] == ["ray.rllib"]
+    assert state_after(OURS + DEPENDENCIES) == without_us and without_us["loaded"] == ["ray.rllib"]
 
 
 def test_rllib_is_imported_without_tensorflow_whatever_comes_first() -> None:

@@ -16,6 +16,7 @@ ACTIONS[:, 6] = [1.0, -1.0, 1.0]
 EPISODE = RewardEpisode(
     images=np.zeros((4, 8, 8, 3), np.uint8),
     tokens=np.array([[256] * 7, [511] * 7, [300] * 7]),
+    durations=np.ones(3, np.int64),
     actions=ACTIONS,
     env_rewards=np.array([0.0, 0.0, 1.0], np.float32),
     instruction="push the bowl",

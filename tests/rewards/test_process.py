@@ -23,6 +23,7 @@ RESTART_SECONDS = 60.0
 EPISODE = RewardEpisode(
     images=np.random.default_rng(0).integers(0, 256, (STEPS + 1, SIDE, SIDE, 3), dtype=np.uint8),
     tokens=np.full((STEPS, 7), 300),
+    durations=np.ones(STEPS, np.int64),
     actions=np.zeros((STEPS, 7)),
     env_rewards=np.zeros(STEPS, np.float32),
     instruction="touch the red square",
@@ -134,7 +135,7 @@ def test_differences_add_up_to_the_last_score_minus_the_first_in_whatever_fragme
     [
         ("raise", "CUDA out of memory"),
         ("nan", "a judge's scores lie in [0, 1], got nan"),
-        ("short", "a judge's scores of 5 steps have shape (6,), got (5,)"),
+        ("short", "a judge's scores of 5 decisions have shape (6,), got (5,)"),
     ],
 )
 def test_a_worker_that_raises_or_lies_costs_no_reward(

@@ -13,6 +13,7 @@ from vlarl_rllib.rewards import Reward, RewardEpisode, WeightedRewards, base, sa
 EPISODE = RewardEpisode(
     images=np.zeros((4, 8, 8, 3), np.uint8),
     tokens=np.full((3, 7), 300),
+    durations=np.ones(3, np.int64),
     actions=np.zeros((3, 7)),
     env_rewards=np.array([0.0, 0.0, 1.0], np.float32),
     instruction="push the bowl",
@@ -68,8 +69,8 @@ def test_a_reward_that_works_is_passed_on(tmp_path: Path) -> None:
         ),
         (raises(SystemExit(3)), "RuntimeError: SystemExit: 3"),
         (lambda episode: [1.0, float("nan"), 0.0], "ValueError: 1 of 3 rewards are not finite"),
-        (lambda episode: 1.0, r"ValueError: a reward of 3 steps has shape (3,), got ()"),
-        (lambda episode: None, "ValueError: a reward of 3 steps has shape (3,), got ()"),
+        (lambda episode: 1.0, r"ValueError: a reward of 3 decisions has shape (3,), got ()"),
+        (lambda episode: None, "ValueError: a reward of 3 decisions has shape (3,), got ()"),
     ],
     ids=["raises", "exits", "nan", "one number", "nothing"],
 )
@@ -78,7 +79,7 @@ def test_what_fails_is_zero_and_told(action, error: str, tmp_path: Path) -> None
     assert result.value.tolist() == [0.0, 0.0, 0.0] and result.source == "zero"
     assert result.error == error
     (text,) = files(tmp_path)
-    assert "reward scripted, 3 steps, instruction 'push the bowl'" in text and "Traceback" in text
+    assert "reward scripted, 3 decisions, instruction 'push the bowl'" in text and "Traceback" in text
 
 
 def test_a_failure_is_tried_again_on_the_cpu(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def starts(tasks: dict[int, int]) -> list[Start]:
 def event(kind: str, frame: int = 0, *, start: Start, success: bool = False, truncated: bool = False) -> SlotEvent:
     return SlotEvent(
         slot=0, kind=kind, image=np.full((4, 4, 3), frame, np.uint8),
-        reward=float(success), terminated=success, truncated=truncated,
+        rewards=(float(success),) * (kind == "step"), terminated=success, truncated=truncated,
         success=success, instruction="reach", task_id=start.task_id, initial_state=start.initial_state,
     )  # fmt: skip
 

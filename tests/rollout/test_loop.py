@@ -45,7 +45,7 @@ class Environments:
         self._steps[slot] = 0
         self._command("reset", slot)
 
-    def send_step(self, slot: int, action: np.ndarray) -> None:
+    def send_actions(self, slot: int, actions: np.ndarray, *, every_frame: bool) -> None:
         self._command("step", slot)
 
     def _command(self, kind: str, slot: int) -> None:
@@ -57,7 +57,7 @@ class Environments:
         self._frames += 1
         if kind == "step":
             self._steps[slot] += 1
-            facts = {"truncated": self._steps[slot] >= self.length, **facts}
+            facts = {"rewards": (0.0,), "truncated": self._steps[slot] >= self.length, **facts}
         self._pipe.put(SlotEvent(slot=slot, kind=kind, image=np.full((2, 2, 3), self._frames, np.uint8), **facts))
 
     def kill(self, slot: int) -> None:
@@ -98,6 +98,8 @@ class Engines:
 
 class Contributor:
     """In place of a TrainingPlayer."""
+
+    every_frame = False
 
     def __init__(self, quota: int) -> None:
         self.quota, self.steps, self.drops, self.episodes = quota, 0, 0, 0
@@ -354,15 +356,15 @@ def hold_at(rig: Rig, step: int) -> None:
     if step == 0:
         rig.environments.held.add(0)
         return
-    send, sent = rig.environments.send_step, [0]
+    send, sent = rig.environments.send_actions, [0]
 
-    def send_step(slot: int, action: np.ndarray) -> None:
+    def send_actions(slot: int, actions: np.ndarray, *, every_frame: bool) -> None:
         sent[0] += 1
         if sent[0] == step:
             rig.environments.held.add(slot)
-        send(slot, action)
+        send(slot, actions, every_frame=every_frame)
 
-    rig.environments.send_step = send_step
+    rig.environments.send_actions = send_actions
 
 
 class Interrupted(Exception):

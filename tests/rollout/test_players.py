@@ -1,5 +1,7 @@
 """What a slot contributes: exact quotas, fragments of episodes."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -7,9 +9,9 @@ import numpy as np
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from vlarl_rllib.envs.vector import SlotEvent
-from vlarl_rllib.rewards import Success, WeightedRewards
+from vlarl_rllib.rewards import Reward, RewardEpisode, Success, WeightedRewards
 from vlarl_rllib.rollout.curriculum import AdaptiveCurriculum, FixedCurriculum
-from vlarl_rllib.rollout.players import TrainingPlayer, is_uniform
+from vlarl_rllib.rollout.players import TrainingPlayer, is_uniform, num_env_steps
 from vlarl_rllib.types import EpisodeResult, SampleReply
 
 SPACES = (gym.spaces.Box(0, 255, (2, 2, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
@@ -20,8 +22,8 @@ def event(
 ) -> SlotEvent:
     image = np.full((2, 2, 3), frame, np.uint8)
     return SlotEvent(
-        slot=0, kind=kind, image=image, reward=reward, terminated=terminated, truncated=truncated, success=terminated,
-        instruction="reach", task_id=0, initial_state=3,
+        slot=0, kind=kind, image=image, rewards=(reward,) * (kind == "step"), terminated=terminated,
+        truncated=truncated, success=terminated, instruction="reach", task_id=0, initial_state=3,
     )  # fmt: skip
 
 
@@ -30,13 +32,19 @@ def reply(version: int = 7) -> SampleReply:
 
 
 def player(
-    *, whole_episodes: bool = False, group_size: int = 1, curriculum: FixedCurriculum | None = None
+    *,
+    whole_episodes: bool = False,
+    group_size: int = 1,
+    curriculum: FixedCurriculum | None = None,
+    num_actions: int = 1,
+    decode: Callable[[np.ndarray], np.ndarray] = lambda tokens: (tokens / 256)[:, None],
+    reward: Reward | None = None,
 ) -> TrainingPlayer:
     curriculum = curriculum or FixedCurriculum([0], {0: range(40)}, first_slot=0, seed=1)
-    rewards = WeightedRewards([(5.0, Success())], timeout_seconds=10.0, traceback_dir=Path("unused"))
+    rewards = WeightedRewards([(5.0, reward or Success())], timeout_seconds=10.0, traceback_dir=Path("unused"))
     return TrainingPlayer(
         0, 0, curriculum=curriculum, spaces=SPACES, temperature=1.0, rewards=rewards,
-        decode=lambda tokens: tokens / 256, seed=1,
+        decode=decode, num_actions=num_actions, gamma=0.5, seed=1,
         whole_episodes=whole_episodes, group_size=group_size,
     )  # fmt: skip
 
@@ -148,3 +156,47 @@ def test_a_group_is_uniform_by_success_whatever_its_returns() -> None:
         [episode(-0.5, False), episode(0.0, False)]
     )
     assert not is_uniform([episode(0.0, True), episode(0.0, False)])
+
+
+def chunky(frame: int, *rewards: float, frames: tuple[int, ...] = (), **ends: bool) -> SlotEvent:
+    """A step event of so many environment steps."""
+    pictures = tuple(np.full((2, 2, 3), number, np.uint8) for number in frames)
+    return replace(event("step", frame, **ends), rewards=rewards, frames=pictures)
+
+
+def test_a_decision_of_several_actions_is_one_step_with_the_discounted_sum_of_its_rewards() -> None:
+    tokens = np.arange(6)
+    slot = player(num_actions=3, decode=lambda tokens: np.zeros((len(tokens), 3, 7)))
+    slot.begin_iteration(0, 3)
+    slot.started(event("reset", 0))
+    long = SampleReply(tokens, np.full(6, -1.0, np.float32), 7)
+    slot.stepped(long, chunky(3, 0.0, 2.0, 4.0))
+    slot.stepped(long, chunky(5, 0.0, 1.0, terminated=True))
+    slot.started(event("reset", 9))
+    slot.stepped(long, chunky(10, 0.0, 0.0, 0.0))
+    assert slot.missing == 0 and slot.num_played == 3
+    ((success, running),) = slot.take()
+    # gamma 0.5, weight 5: 5 (0 + 0.5*2 + 0.25*4) = 10;  5 (0 + 0.5*1) = 2.5
+    assert success.get_rewards().tolist() == [10.0, 2.5] and running.get_rewards().tolist() == [0.0]
+    assert success.get_extra_model_outputs("duration").tolist() == [3, 2]
+    assert slot.results == [EpisodeResult(0, 3, 5, True, 7.0)], "lengths count environment steps, returns no discount"
+    assert (num_env_steps(success), num_env_steps(running)) == (5, 3)
+
+
+def test_a_reward_that_asks_for_them_sees_the_frames_between_the_actions() -> None:
+    class Brightness(Reward):
+        name, every_frame = "brightness", True
+
+        def __call__(self, episode: RewardEpisode) -> np.ndarray:
+            assert episode.frames is not None and episode.images[:, 0, 0, 0].tolist() == [0, 3, 5]
+            return episode.per_decision(episode.frames[1:, 0, 0, 0].astype(np.float32))
+
+    slot = player(num_actions=3, decode=lambda tokens: np.zeros((len(tokens), 3, 7)), reward=Brightness())
+    assert slot.every_frame and not player().every_frame
+    slot.begin_iteration(0, 2)
+    slot.started(event("reset", 0))
+    slot.stepped(reply(), chunky(3, 0.0, 0.0, 0.0, frames=(1, 2)))
+    slot.stepped(reply(), chunky(5, 0.0, 0.0, frames=(4,), truncated=True))
+    ((fragment,),) = slot.take()
+    # 5 (1 + 0.5*2 + 0.25*3), 5 (4 + 0.5*5)
+    assert fragment.get_rewards().tolist() == [13.75, 32.5]

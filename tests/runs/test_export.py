@@ -16,6 +16,7 @@ from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.checkpoint import save_sharded
 from vlarl_rllib.models.build import build_policy
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
+from vlarl_rllib.models.openvla.family import FAMILY
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.runs.export import (
@@ -217,16 +218,16 @@ def test_an_export_refers_to_the_published_code_whatever_its_base_does(tmp_path)
         values = json.loads((base / name).read_text())
         auto_map = {"AutoProcessor": "evil/repo--trap.Processor", "AutoTokenizer": ["trap.Tokenizer", None]}
         (base / name).write_text(json.dumps(values | {"auto_map": auto_map}))
-    write_model({"x": torch.zeros(1)}, str(base), tmp_path / "out", "float32")
+    given = {"family": FAMILY, "base": str(base), "dtype": "float32"}
+    write_model({"x": torch.zeros(1)}, out=tmp_path / "out", **given)
     for name in ("preprocessor_config.json", "tokenizer_config.json"):
         exported = json.loads((tmp_path / "out" / name).read_text())["auto_map"]
         assert exported == {"AutoProcessor": "openvla/openvla-7b--processing_prismatic.PrismaticProcessor"}
     with pytest.raises(ValueError, match=r"mine: action\.q01 is \[nan"):
         write_model(
             {},
-            str(base),
-            tmp_path / "other",
-            "float32",
-            {"mine": {"action": {"q01": [float("nan")] * 7, "q99": [1.0] * 7}}},
+            out=tmp_path / "other",
+            norm_stats={"mine": {"action": {"q01": [float("nan")] * 7, "q99": [1.0] * 7}}},
+            **given,
         )
     assert not (tmp_path / "other").exists()

@@ -176,7 +176,7 @@ class FakeEngine:
         self._model, self._version = TinyModel(-1.0), INITIAL_VERSION
 
     def ping(self) -> EngineStatus:
-        return EngineStatus(self._version, os.getpid(), "cpu", "fake 1.0", 3, num_actions=1, busy_seconds=0.0)
+        return EngineStatus(self._version, os.getpid(), "cpu", "fake 1.0", 3, num_decisions=1, busy_seconds=0.0)
 
     status = ping
 

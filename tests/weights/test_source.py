@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from vlarl_rllib.models.presets import PRESETS, build_config, build_model
+from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
+from vlarl_rllib.models.openvla.presets import PRESETS, build_config, build_model
 from vlarl_rllib.weights.buckets import pack_buckets
 from vlarl_rllib.weights.source import check_names_and_shapes, expected_tensors, iterate_weights
 
@@ -25,7 +26,8 @@ def test_value_head_and_only_it_stays_behind():
 
 def test_a_configuration_expects_what_its_model_sends():
     sent = {name: tuple(tensor.shape) for name, tensor in iterate_weights(build_model(PRESETS["tiny"]), torch.float32)}
-    expected = expected_tensors(build_config(PRESETS["tiny"]))
+    with torch.device("meta"):
+        expected = expected_tensors(OpenVLAForActionPrediction(build_config(PRESETS["tiny"])))
     assert expected == sent
     assert expected["language_model.lm_head.weight"] == (576, 64)
     check_names_and_shapes(expected, sent)

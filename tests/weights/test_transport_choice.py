@@ -13,7 +13,9 @@ from tests.weights import probe_transport
 from tests.weights.probe_transport import OBJECT_STORE
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.sharded_policy import ShardedPolicy
-from vlarl_rllib.models.presets import PRESETS, build_model
+from vlarl_rllib.models.family import load_family
+from vlarl_rllib.models.openvla.presets import PRESETS, build_model
+from vlarl_rllib.models.presets import preset_facts
 from vlarl_rllib.process.plugins import added_by_packages
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.settings.transports import PARTS
@@ -37,6 +39,8 @@ def test_what_is_lent_does_not_change_with_the_learner(name: str, copied: bool, 
     policy = ShardedPolicy(
         model,
         None,
+        load_family("openvla"),
+        preset_facts("tiny").actions,
         settings,
         device=torch.device("cpu"),
         rank=0,

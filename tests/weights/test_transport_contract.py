@@ -55,7 +55,7 @@ def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(ray_session: None, trap: Path) -> Iterator[EnginePool]:
-    spec = EngineSpec(str(trap), "float32", gpus=0, max_batch=1, enforce_eager=True, mix_calls=True, seed=0)
+    spec = EngineSpec(str(trap), "openvla", "float32", gpus=0, max_batch=1, enforce_eager=True, mix_calls=True, seed=0)
     pool = EnginePool(spec, 1, actor_options=[{"num_cpus": 0}], start_timeout_seconds=SECONDS, engine_class=FakeEngine)
     yield pool
     pool.shutdown()

@@ -8,7 +8,7 @@ from pathlib import Path
 from vlarl_rllib.data.collect import CollectRequest, collect
 from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.data.tfds_process import VERSION
-from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
+from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.process.console import make_console, make_progress
 from vlarl_rllib.process.signals import END
@@ -20,13 +20,16 @@ def run_collect(settings: Settings, out: Path) -> int:
     """Collect and report; the process's exit code: 0 = done, 1 = the expert fails nearly always or the disk is full,
     128 + signal = ended by one."""
     env, plan = settings.env, calculate_runtime_args(settings)
-    image_size = settings.collect.image_size or read_checkpoint_facts(resolve_model(settings.model.path)).image_size
+    model = resolve_model(settings.model.path)
+    family = family_of(model, settings.model.family)
+    image_size = settings.collect.image_size or family.read_facts(model).image_size
     request = CollectRequest(
         EnvSpec(
             name=env.name, suite=env.suite, image_size=image_size, max_steps=settings.collect.max_steps or env.max_steps
         ),
         tasks=plan.demonstrated_tasks,
         episodes=settings.collect.episodes,
+        family=family,
         out=out,
         noise=settings.collect.noise,
         paces=tuple(settings.collect.paces),
@@ -60,7 +63,7 @@ def run_collect(settings: Settings, out: Path) -> int:
             else "stopped; there is no data set"
         )
         return END.code
-    statistics = read_statistics(path)[1]
+    statistics = read_statistics(path, family)[1]
     console.print(
         f"{statistics['num_trajectories']} episodes, {statistics['num_transitions']:,} steps: {os.path.relpath(path)}"
     )

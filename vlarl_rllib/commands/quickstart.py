@@ -23,7 +23,8 @@ from vlarl_rllib.commands.sft import MODEL_DIRECTORY, run_sft
 from vlarl_rllib.commands.train import run_training
 from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.evaluation.report import wilson_interval
-from vlarl_rllib.models.presets import PRESETS, write_checkpoint
+from vlarl_rllib.models.family import family_of
+from vlarl_rllib.models.presets import presets, write_checkpoint
 from vlarl_rllib.observability.curves import evaluation_points
 from vlarl_rllib.process.console import make_console, pasted
 from vlarl_rllib.process.lost_output import keep_trying
@@ -43,7 +44,7 @@ def run_quickstart(settings: Settings, run: RunDirectory) -> int:
     console = make_console()
     END.limit_seconds, END.words = settings.run.stop_seconds, lambda: "start again with another --run-dir"
     initial, sft = settings.model.path, RunDirectory(run.path / SFT)
-    if initial in PRESETS:
+    if initial in presets():
         initial = str(run.path / INITIAL)
         write_checkpoint(settings.model.path, initial, seed=settings.run.seed)
     data = run.path / DEMONSTRATIONS / settings.env.name
@@ -94,7 +95,7 @@ def _stage_rows(
 ) -> list[dict[str, Any]]:
     """One for each stage: its name, seconds, amount in words, and the greedy success behind it, None where there is no
     policy yet."""
-    statistics = read_statistics(data)[1]
+    statistics = read_statistics(data, family_of(str(sft.path / MODEL_DIRECTORY), settings.model.family))[1]
     tuned, rows = sft.read_rows()[-1], run.read_rows()
     evaluations = [evaluation for _, evaluation in evaluation_points(rows)]
     before, after = evaluations[0], evaluations[-1] if len(evaluations) > 1 else None  # a PPO that was ended has none

@@ -30,6 +30,8 @@ from vlarl_rllib.envs.registry import ENVIRONMENTS, eval_options
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.learner.rank_group import LearnerError, RankGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means
+from vlarl_rllib.models.family import family_of
+from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.process.console import make_console, make_progress, pasted
 from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, keep_trying
 from vlarl_rllib.process.own_files import replace_file
@@ -79,7 +81,9 @@ def run_sft(settings: Settings, run: RunDirectory, *, resume: bool = False) -> i
 def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Path | None) -> int:
     began, first = time.time(), number_of(checkpoint) if checkpoint else 0
     data = settings.sft.data or ""
-    name, statistics = read_statistics(data)
+    base = resolve_model(settings.model.path)
+    family = family_of(base, settings.model.family)
+    name, statistics = read_statistics(data, family)
     identity = fingerprint(data)
     if checkpoint and json.loads((checkpoint / DATA_FILE).read_text())["fingerprint"] != identity:
         raise SettingsError(
@@ -102,10 +106,8 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
         row = FineTuning(group, settings, run, console, identity).learn(log, first)
         model, unfinished = run.path / MODEL_DIRECTORY, run.path / f".{MODEL_DIRECTORY}.partial"
         shutil.rmtree(unfinished, ignore_errors=True)
-        base, dtype = group.settings.model.path, settings.engines.dtype
-        group.call(
-            "with_weights", partial(write_model, base=base, out=unfinished, dtype=dtype, norm_stats={name: statistics})
-        )
+        write = partial(write_model, family=family, base=base, norm_stats={name: statistics})
+        group.call("with_weights", partial(write, out=unfinished, dtype=settings.engines.dtype))
         shutil.rmtree(model, ignore_errors=True)  # of an earlier end of this run
         unfinished.rename(model)
     summary = {
@@ -118,11 +120,11 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
         "versions": installed_versions(),
     }
 
-    def write() -> None:
+    def write_summary() -> None:
         log.write()
         replace_file(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-    if unwritten := keep_trying(write, KEEP_TRYING_SECONDS if END.signal is None else 0.0):
+    if unwritten := keep_trying(write_summary, KEEP_TRYING_SECONDS if END.signal is None else 0.0):
         raise unwritten
     console.print(f"wrote {os.path.relpath(model)}; {_how_to_use(pasted(model), name, settings)}")
     if END.signal is None:

@@ -25,6 +25,7 @@ from vlarl_rllib.data.experts import make_expert
 from vlarl_rllib.data.rlds_writer import Demonstration, RLDSWriter
 from vlarl_rllib.envs.base import check_action, check_step
 from vlarl_rllib.envs.registry import make_env, training_and_held_out_states
+from vlarl_rllib.models.family import PolicyFamily
 from vlarl_rllib.process.interpreter import safe_path
 from vlarl_rllib.types import EnvSpec, Start, derive_seed
 
@@ -45,6 +46,8 @@ class CollectRequest:
     tasks: tuple[int, ...]
     episodes: int
     """Successful ones, the tasks in turn."""
+    family: PolicyFamily
+    """Of the policies that are to learn from them."""
     out: Path
     """The data set goes into `out/<environment's name>/1.0.0`."""
     noise: float = 0.0
@@ -72,7 +75,7 @@ def collect(request: CollectRequest, progress: Callable[[int, int], None] = lamb
     context = multiprocessing.get_context("spawn")  # a fork would take threads and GL contexts along
     with (
         safe_path(),
-        RLDSWriter(request.out, request.spec.name) as writer,
+        RLDSWriter(request.out, request.spec.name, request.family) as writer,
         ProcessPoolExecutor(request.num_processes, mp_context=context, initializer=_prepare_worker) as pool,
     ):
         try:

@@ -1,9 +1,8 @@
 """RLDS data sets (TensorFlow Datasets' episodes of steps) in the schema of OpenVLA's LIBERO data.
 
 A step of `modified_libero_rlds` (openvla/modified_libero_rlds on the Hugging Face Hub) holds the frame as JPEG, upright
-but mirrored as the policy sees it; the environment's raw action with gripper -1 = open, +1 = close; the instruction;
-and the usual RLDS flags. Reading turns the gripper into the policy's 1 = open, 0 = close. TensorFlow does the reading
-and writing, in a process of its own (`data/tfds_process.py` says why).
+but mirrored as the policy sees it; the environment's own action (`envs.base.VLAEnv`); the instruction; and the usual
+RLDS flags. TensorFlow does the reading and writing, in a process of its own (`data/tfds_process.py` says why).
 
 T = steps of an episode, H, W = size of a stored frame.
 """
@@ -22,9 +21,11 @@ import numpy as np
 from vlarl_rllib.data.frames import StoredFrame, checked_episode, decoded, frame_size
 from vlarl_rllib.data.schema import INFO_FILE, check_metadata, num_episodes
 from vlarl_rllib.data.tfds_process import TFDSProcess
-from vlarl_rllib.models.checkpoint_facts import check_action_statistics
+from vlarl_rllib.models.family import PolicyFamily
+from vlarl_rllib.models.files import STATISTICS_FILE
+from vlarl_rllib.models.statistics import check_action_statistics
+from vlarl_rllib.types import ACTION_SIZE
 
-STATISTICS_FILE = "dataset_statistics.json"
 INCOMPLETE = ".incomplete"
 """Behind the name of a data set's directory while it is being written."""
 SPLIT = re.compile(r"(?P<name>[^\[\]+]+)(\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\])?")
@@ -35,8 +36,8 @@ class RLDSDataset:
     frames.
 
     Iterating goes through all of this shard's steps once, and the next time in another order. An example is a
-    dictionary with `image` [H, W, 3] uint8, `action` [7] float32 (the policy's convention, not normalised),
-    `instruction`, `episode` and `step`.
+    dictionary with `image` [H, W, 3] uint8, `action` [7] float32 (the environment's own), `instruction`, `episode` and
+    `step`.
 
     Args:
         directory: one that holds `dataset_info.json`, or a parent of exactly one such.
@@ -80,12 +81,12 @@ class RLDSDataset:
             self._images += episode["image"]
             self._numbers.append(index)
             self._instructions.append(episode["instruction"])
-            actions.append(standardized(episode["action"]))
+            actions.append(np.array(episode["action"], dtype=np.float32))
             episode_of += [self.num_episodes] * length
             step_of += range(length)
             self.num_episodes += 1
-        self.actions = np.concatenate(actions) if actions else np.zeros((0, 7), np.float32)
-        """[N, 7] float32: of all steps, in stored order; the policy's convention."""
+        self.actions = np.concatenate(actions) if actions else np.zeros((0, ACTION_SIZE), np.float32)
+        """[N, 7] float32: the environment's own, of all steps in stored order."""
         self._episode_of, self._step_of = np.array(episode_of, dtype=np.int64), np.array(step_of, dtype=np.int64)
         self._epoch, self._position = 0, 0
 
@@ -110,6 +111,11 @@ class RLDSDataset:
             "step": step,
         }
         return example if self._transform is None else self._transform(example)
+
+    def actions_from(self, index: int, count: int) -> np.ndarray:
+        """[count, 7] float32: the actions of step `index` and behind it; at an episode's end its last one again."""
+        left = np.searchsorted(self._episode_of, self._episode_of[index], side="right") - index
+        return self.actions[index + np.minimum(np.arange(count), left - 1)]
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of this epoch; afterwards the next one begins."""
@@ -228,36 +234,9 @@ def read_episodes(path: Path, split: str) -> Iterator[dict[str, Any]]:
         process.close()
 
 
-def standardized(actions: np.ndarray) -> np.ndarray:
-    """[T, 7] environment actions -> the policy's convention: gripper 1 = open, 0 = close; the rest stays."""
-    result = np.array(actions, dtype=np.float32)
-    result[:, 6] = 1.0 - np.clip(result[:, 6], 0.0, 1.0)
-    return result
-
-
-def action_statistics(actions: np.ndarray, num_episodes: int) -> dict[str, Any]:
-    """`norm_stats` of standardised actions [N, 7], in the published layout: 1 % and 99 % quantiles, the gripper not
-    normalised."""
-    values = {
-        "mean": actions.mean(0),
-        "std": actions.std(0),
-        "max": actions.max(0),
-        "min": actions.min(0),
-        "q01": np.quantile(actions, 0.01, axis=0),
-        "q99": np.quantile(actions, 0.99, axis=0),
-    }
-    return {
-        "action": {name: [float(number) for number in value] for name, value in values.items()}
-        | {"mask": [True] * 6 + [False]},
-        "proprio": {name: [0.0] * 7 for name in values},
-        "num_transitions": len(actions),
-        "num_trajectories": num_episodes,
-    }
-
-
-def read_statistics(directory: str | Path) -> tuple[str, dict[str, Any]]:
-    """(name, `norm_stats` entry) of a data set: that of its folder, as OpenVLA has it; `dataset_statistics.json`, else
-    computed from all actions.
+def read_statistics(directory: str | Path, family: PolicyFamily) -> tuple[str, dict[str, Any]]:
+    """(name, `norm_stats` entry) of a data set: that of its folder, as published data have it;
+    `dataset_statistics.json`, else computed from all actions as this family's policies see them.
 
     Raises as `RLDSDataset`.
     """
@@ -265,8 +244,8 @@ def read_statistics(directory: str | Path) -> tuple[str, dict[str, Any]]:
     name = path.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", path.name) else path.name
     if (path / STATISTICS_FILE).is_file():
         return name, _stored_statistics(path / STATISTICS_FILE)
-    episodes = [standardized(episode["action"]) for episode in read_episodes(path, "train")]
-    return name, action_statistics(np.concatenate(episodes), len(episodes))
+    episodes = [episode["action"] for episode in read_episodes(path, "train")]
+    return name, family.dataset_statistics(np.concatenate(episodes), len(episodes))
 
 
 def _stored_statistics(file: Path) -> dict[str, Any]:

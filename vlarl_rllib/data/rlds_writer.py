@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlarl_rllib.data.rlds import INCOMPLETE, STATISTICS_FILE, action_statistics, standardized
+from vlarl_rllib.data.rlds import INCOMPLETE
 from vlarl_rllib.data.tfds_process import JOINT_STATE_SIZE, STATE_SIZE, VERSION, TFDSProcess
+from vlarl_rllib.models.family import PolicyFamily
+from vlarl_rllib.models.files import STATISTICS_FILE
 
 JPEG_QUALITY = 95
 """As TensorFlow encodes by default, and so the published data."""
@@ -70,7 +72,7 @@ class Demonstration:
 class RLDSWriter:
     """Writes one data set, episode by episode, beside what the caller does.
 
-    with RLDSWriter(directory, "tabletop") as writer:
+    with RLDSWriter(directory, "tabletop", load_family("openvla")) as writer:
         writer.add(demonstration)
 
     Frames of all episodes must be of one size, and all or none have `wrist_images`.
@@ -78,18 +80,20 @@ class RLDSWriter:
     Args:
         directory: the data set goes into `directory/<name>/1.0.0`, which is there when all is written.
         name: lower case with underscores.
+        family: of the policies whose action statistics are written beside the episodes.
 
     Raises:
         FileExistsError: there is a data set of that name, or one that was not finished.
     """
 
-    def __init__(self, directory: str | Path, name: str) -> None:
+    def __init__(self, directory: str | Path, name: str, family: PolicyFamily) -> None:
         self.path = Path(directory) / name / VERSION
         self._partial = self.path.with_name(VERSION + INCOMPLETE)
         for path in (self.path, self._partial):
             if path.exists():
                 raise FileExistsError(f"{path} exists; give another directory, or remove it")
         self._partial.mkdir(parents=True)
+        self._family = family
         self._process = TFDSProcess("write", self._partial, name)
         self._thread = ThreadPoolExecutor(1, "rlds")
         self._writing: Future[None] | None = None
@@ -124,7 +128,7 @@ class RLDSWriter:
                     f"a demonstration's frames are {image.dtype} {list(image.shape)}; they must be uint8 [H, W, 3]"
                 )
         self._waiting.append(_example(demonstration))  # as JPEG: raw frames of a lot would be gigabytes
-        self._actions.append(standardized(demonstration.actions))
+        self._actions.append(np.array(demonstration.actions, dtype=np.float32))
         if len(self._waiting) >= EPISODES_AT_ONCE:
             self._hand_over()
 
@@ -157,7 +161,7 @@ class RLDSWriter:
         finally:
             self._thread.shutdown()
             self._process.close()
-        statistics = action_statistics(np.concatenate(self._actions), len(self._actions))
+        statistics = self._family.dataset_statistics(np.concatenate(self._actions), len(self._actions))
         (self._partial / STATISTICS_FILE).write_text(json.dumps({self.path.parent.name: statistics}, indent=2) + "\n")
         self._partial.rename(self.path)
 

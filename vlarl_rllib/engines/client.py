@@ -44,7 +44,7 @@ class SamplerClient(Protocol):
     """What a rollout loop needs of engines."""
 
     def submit(self, key: Hashable, request: SampleRequest) -> None:
-        """Ask for one action; never blocks and never raises for an engine's sake."""
+        """Ask for one decision; never blocks and never raises for an engine's sake."""
         ...
 
     def submit_many(self, items: Sequence[tuple[Hashable, SampleRequest]]) -> None:
@@ -78,7 +78,7 @@ class _RemoteCall:
 
 
 class RemoteSampler:
-    """Divides the requests of a call evenly among several engine actors (`VLLMEngine`), the least loaded one first.
+    """Divides the requests of a call evenly among several engine actors (`EngineActor`), the least loaded one first.
 
     An engine that fails gets no more requests until `attach`. One that hangs is for `EnginePool.ensure_current` to find
     and kill, which completes what it owes.

@@ -20,8 +20,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from vlarl_rllib.engines.actor import EngineActor, engine_env_vars
 from vlarl_rllib.engines.protocol import EngineError, EngineSpec, EngineStatus
-from vlarl_rllib.engines.vllm.engine import VLLMEngine, engine_env_vars
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.types import INITIAL_VERSION, WeightManifest
 from vlarl_rllib.weights.protocol import VersionGoneError
@@ -43,7 +43,7 @@ class _Member:
     handle: Any = None
     pid: int = 0
     num_failures: int = 0
-    """In a row; an engine that has sampled an action since it started begins a new row."""
+    """In a row; an engine that has sampled since it started begins a new row."""
     last_error: str = field(default="")
 
 
@@ -70,7 +70,7 @@ class EnginePool:
         load_timeout_seconds: float = 300.0,
         ping_timeout_seconds: float = 30.0,
         max_failures: int = 3,
-        engine_class: type = VLLMEngine,
+        engine_class: type = EngineActor,
     ) -> None:
         self._spec = spec
         self._actor_class: Any = ray.remote(engine_class)
@@ -131,7 +131,7 @@ class EnginePool:
             if isinstance(outcome, BaseException):
                 failed.append(self._blame(member, outcome))
                 continue
-            if outcome.num_actions > 0:
+            if outcome.num_decisions > 0:
                 member.num_failures = 0
             if outcome.policy_version != version:
                 stale.append(member)

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from vlarl_rllib.types import NUM_ACTION_TOKENS, SampleReply, SampleRequest, WeightManifest
+from vlarl_rllib.models.family import ActionFormat
+from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
 
 MAX_PROMPT_TOKENS = 128
 """Text tokens of the longest prompt an engine makes room for; LIBERO's longest has 38 with Llama's tokenizer."""
@@ -35,6 +36,8 @@ class EngineSpec:
 
     model_path: str
     """Checkpoint directory (a preset is written to disk before)."""
+    family: str
+    """Of the policy; see `models.family.load_family`."""
     dtype: str
     """"float32" or "bfloat16"."""
     gpus: float
@@ -60,8 +63,8 @@ class EngineStatus:
     library: str
     """For example "vllm 0.32.0"."""
     num_parameters: int
-    num_actions: int
-    """Actions sampled since the engine started."""
+    num_decisions: int
+    """Decisions sampled since the engine started."""
     busy_seconds: float
     """Time in which at least one request was in the model, since the engine started."""
 
@@ -111,18 +114,18 @@ def check_requests(requests: Sequence[SampleRequest], image_size: int) -> None:
 
 
 def checked_reply(
-    token_ids: Sequence[int], log_probs: Sequence[float], action_token_ids: range, policy_version: int
+    token_ids: Sequence[int], log_probs: Sequence[float], actions: ActionFormat, policy_version: int
 ) -> SampleReply:
     """Build a reply from what the sampler returned.
 
-    Raises EngineError unless these are seven action tokens with log-probabilities: anything else would be decoded as a
-    full-speed action or poison the update.
+    Raises EngineError unless these are a decision's action tokens with log-probabilities: anything else would be
+    decoded as full-speed actions or poison the update.
     """
-    if len(token_ids) != NUM_ACTION_TOKENS or len(log_probs) != NUM_ACTION_TOKENS:
-        raise EngineError(f"the engine sampled {len(token_ids)} tokens, an action has {NUM_ACTION_TOKENS}")
+    if len(token_ids) != actions.num_tokens or len(log_probs) != actions.num_tokens:
+        raise EngineError(f"the engine sampled {len(token_ids)} tokens, a decision has {actions.num_tokens}")
     for token_id, log_prob in zip(token_ids, log_probs, strict=True):
-        if token_id not in action_token_ids:
-            raise EngineError(f"the engine sampled id {token_id}, which is not an action token {action_token_ids}")
+        if token_id not in actions.token_ids:
+            raise EngineError(f"the engine sampled id {token_id}, which is not an action token {actions.token_ids}")
         if not (math.isfinite(log_prob) and log_prob <= LOG_PROB_TOLERANCE):
             raise EngineError(f"the engine reported log-probability {log_prob}; {NOT_FINITE}")
     return SampleReply(

@@ -1,7 +1,7 @@
 """The thread that owns a model which generates step by step: continuous batching over all callers.
 
 Whatever waits is admitted before each step, or with `mix_calls` off once the model is idle. A weight update waits for
-what was submitted before it and holds back what was submitted after it, so that every action comes from one version.
+what was submitted before it and holds back what was submitted after it, so that every decision comes from one version.
 After the first exception nobody waits any more.
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vlarl_rllib.engines.protocol import EngineError, checked_reply
+from vlarl_rllib.models.family import ActionFormat
 from vlarl_rllib.types import INITIAL_VERSION, SampleReply, SampleRequest, WeightManifest
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class StepLoop:
 
     Args:
         build: makes the stepper.
-        action_token_ids: the only ids that a reply may hold.
+        actions: what a reply must be.
         mix_calls: see `EngineSpec.mix_calls`.
 
     Raises:
@@ -78,9 +79,9 @@ class StepLoop:
     """
 
     def __init__(
-        self, build: Callable[[], Stepper], action_token_ids: range, name: str = "engine", *, mix_calls: bool = True
+        self, build: Callable[[], Stepper], actions: ActionFormat, name: str = "engine", *, mix_calls: bool = True
     ) -> None:
-        self._action_token_ids = action_token_ids
+        self._actions = actions
         self._waits_for_idle = (_Update,) if mix_calls else (_Update, _Call)
         self._inbox: deque[_Call | _Update | _Probe] = deque()
         self._wake = threading.Condition()
@@ -89,7 +90,7 @@ class StepLoop:
         self._ids = itertools.count()
         self._error: str | None = None
         self.policy_version = INITIAL_VERSION
-        self.num_actions = 0
+        self.num_decisions = 0
         self.busy_seconds = 0.0
         self.device = self.library = ""
         started: Future[None] = Future()
@@ -174,9 +175,9 @@ class StepLoop:
         self.busy_seconds += time.perf_counter() - begin
 
     def _deliver(self, sampled: Sampled) -> None:
-        reply = checked_reply(sampled.token_ids, sampled.log_probs, self._action_token_ids, self.policy_version)
+        reply = checked_reply(sampled.token_ids, sampled.log_probs, self._actions, self.policy_version)
         call, index = self._in_flight.pop(sampled.request_id)
-        self.num_actions += 1
+        self.num_decisions += 1
         call.replies[index] = reply
         if len(call.replies) == len(call.requests):
             call.future.set_result([call.replies[i] for i in range(len(call.requests))])

@@ -1,6 +1,7 @@
-"""The policy itself as a sampler, in the caller's own process: no vLLM, no Ray, one batch at a time.
+"""The policy itself as a sampler: no vLLM, no Ray, one batch at a time.
 
-It is the oracle of the engine tests, and what `engines.num: 0` samples with.
+It is the oracle of the engine tests, what `engines.num: 0` samples with, and what engine actors run where the family
+has no model for vLLM.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 import transformers
 
 from vlarl_rllib.engines.protocol import EngineError, EngineSpec, EngineStatus, check_requests, checked_reply
-from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from vlarl_rllib.engines.step_loop import Sampled
+from vlarl_rllib.models.family import load_family
 from vlarl_rllib.types import INITIAL_VERSION, SampleReply, SampleRequest, WeightManifest
 from vlarl_rllib.weights import make_reader
 from vlarl_rllib.weights.protocol import VersionGoneError
@@ -33,15 +35,17 @@ class TorchEngine:
         self.policy_version = INITIAL_VERSION
         self.max_batch, self.mix_calls = spec.max_batch, spec.mix_calls
         self._device = torch.device("cuda" if spec.gpus else "cpu")
-        self._model = OpenVLAForActionPrediction.from_pretrained(spec.model_path, dtype=getattr(torch, spec.dtype))
+        family = load_family(spec.family)
+        self._facts = family.read_facts(spec.model_path)
+        self._model = family.load(spec.model_path, dtype=getattr(torch, spec.dtype))
         self._model.to(self._device).eval()
-        self._processor = OpenVLAProcessor.from_pretrained(spec.model_path)
-        self._num_actions = 0
+        self._processor = family.processor(spec.model_path)
+        self._num_decisions = 0
         self._busy_seconds = 0.0
 
     def check(self, requests: Sequence[SampleRequest]) -> None:
         """Raise ValueError for the first malformed request."""
-        check_requests(requests, self._model.config.image_size)
+        check_requests(requests, self._facts.image_size)
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:
         """See `Engine.sample`."""
@@ -50,7 +54,7 @@ class TorchEngine:
         replies: list[SampleReply] = []
         for start in range(0, len(requests), self.max_batch):
             replies += self._sample_batch(requests[start : start + self.max_batch])
-        self._num_actions += len(replies)
+        self._num_decisions += len(replies)
         self._busy_seconds += time.perf_counter() - begin
         return replies
 
@@ -77,22 +81,47 @@ class TorchEngine:
             device=self._device.type,
             library=f"transformers {transformers.__version__}",
             num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
-            num_actions=self._num_actions,
+            num_decisions=self._num_decisions,
             busy_seconds=self._busy_seconds,
         )
 
     def _sample_batch(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:
-        inputs = self._processor(
-            images=[request.image for request in requests],
-            instructions=[request.instruction for request in requests],
-            raw_images=True,
-        ).to(self._device)
+        inputs = self._processor.raw_inputs(
+            [request.image for request in requests], [request.instruction for request in requests]
+        )
         tokens, log_probs = self._model.sample_action_tokens(
-            **inputs,
+            **{name: tensor.to(self._device) for name, tensor in inputs.items()},
             temperatures=torch.tensor([request.temperature for request in requests]),
             seeds=[request.seed for request in requests],
         )
         return [
-            checked_reply(token_row, log_prob_row, self._model.action_token_ids, self.policy_version)
+            checked_reply(token_row, log_prob_row, self._facts.actions, self.policy_version)
             for token_row, log_prob_row in zip(tokens.tolist(), log_probs.tolist(), strict=True)
         ]
+
+
+class TorchStepper:
+    """The same as a `Stepper`: a step is one batch of what waits."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._engine = TorchEngine(spec)
+        self._waiting: dict[str, SampleRequest] = {}
+        status = self._engine.status()
+        self.device, self.library = status.device, status.library
+
+    def add(self, request_id: str, request: SampleRequest) -> None:
+        """Queue one checked request."""
+        self._waiting[request_id] = request
+
+    def step(self) -> list[Sampled]:
+        """Sample as many as fit into a batch."""
+        chosen = list(self._waiting)[: self._engine.max_batch]
+        replies = self._engine.sample([self._waiting.pop(request_id) for request_id in chosen])
+        return [
+            Sampled(request_id, reply.tokens.tolist(), reply.log_probs.tolist())
+            for request_id, reply in zip(chosen, replies, strict=True)
+        ]
+
+    def load(self, manifest: WeightManifest) -> None:
+        """Replace the weights by a verified version."""
+        self._engine.load_weights(manifest)

@@ -9,34 +9,31 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from vlarl_rllib.types import EnvSpec
+from vlarl_rllib.types import ACTION_SIZE, EnvSpec
 
 
 class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
     """One task at a time, chosen at reset.
 
     `reset(seed=, options={"task_id": int, "initial_state": int})` (both 0 when absent) returns `{"image": [S, S, 3]
-    uint8}` and the info `{"instruction": str, "task_id": int, "initial_state": int}`. `step(action)` takes the
-    environment's own action and its info holds `"success"`. Success pays 1.0 and terminates; the horizon truncates.
-    `render_seconds` is what drawing took in the last call of either.
+    uint8}` and the info `{"instruction": str, "task_id": int, "initial_state": int}`. `step(action)` takes 7 numbers:
+    position and rotation deltas of the arm, then the gripper, -1 = open, +1 = close; its info holds `"success"`.
+    Success pays 1.0 and terminates; the horizon truncates. `render_seconds` is what drawing took in the last call of
+    either.
     """
 
     render_seconds: float = 0.0
+    draws: bool = True
+    """False before a `step` whose frame nobody sees: an environment may then return any frame of the right size."""
+
+    @property
+    def steps_left(self) -> int | None:
+        """Steps until the horizon cuts the episode off, so that the last one is drawn; None = not told, every step is
+        drawn then."""
+        return None
 
     @abstractmethod
     def __init__(self, spec: EnvSpec) -> None: ...
-
-    @staticmethod
-    def policy_to_env_action(action: np.ndarray) -> np.ndarray:
-        """OpenVLA's un-normalised action [7] -> the environment's action [7] float64.
-
-        The arm's six numbers stay. The policy's gripper is 1 = open, 0 = close, robosuite's is -1 = open, +1 = close:
-        stretched to [-1, 1], reduced to its sign and negated, as OpenVLA's LIBERO evaluation does.
-        """
-        converted = np.array(action, dtype=np.float64)
-        check_action(converted, "the policy's action")
-        converted[6] = -np.sign(2.0 * converted[6] - 1.0)
-        return converted
 
     def proprioception(self) -> np.ndarray | None:
         """[8] float32 as OpenVLA's LIBERO data have it: the gripper's position in metres, axis-angle, two finger
@@ -72,8 +69,8 @@ class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
 
 def check_action(action: np.ndarray, where: str) -> None:
     """Raise ValueError unless it is 7 finite numbers."""
-    if np.shape(action) != (7,):
-        raise ValueError(f"{where} has shape {np.shape(action)}; expected (7,)")
+    if np.shape(action) != (ACTION_SIZE,):
+        raise ValueError(f"{where} has shape {np.shape(action)}; expected ({ACTION_SIZE},)")
     if not np.isfinite(action).all():
         raise ValueError(
             f"{where} is {np.asarray(action).tolist()}, must be finite; see the action statistics and the "

@@ -20,7 +20,7 @@ import numpy as np
 from vlarl_rllib.envs import libero_tasks
 from vlarl_rllib.envs.base import VLAEnv
 from vlarl_rllib.envs.image import observation_image
-from vlarl_rllib.types import EnvSpec
+from vlarl_rllib.types import ACTION_SIZE, EnvSpec
 
 CAMERA = "agentview"
 """The only camera that OpenVLA sees."""
@@ -84,7 +84,7 @@ class LiberoEnv(VLAEnv):
         self.observation_space = gymnasium.spaces.Dict(
             {"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)}
         )
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_SIZE,), np.float64)
         self.max_steps = spec.max_steps or libero_tasks.HORIZONS[spec.suite]
         self._instructions = self.task_instructions(spec.suite)
         self._simulation: Any = None
@@ -92,6 +92,11 @@ class LiberoEnv(VLAEnv):
         self._initial_state = 0
         self._num_steps = 0
         self._camera_on = False
+        self._undrawn = np.zeros((side, side, 3), np.uint8)
+
+    @property
+    def steps_left(self) -> int:
+        return self.max_steps - self._num_steps
 
     @staticmethod
     def task_instructions(suite: str) -> list[str]:
@@ -147,13 +152,15 @@ class LiberoEnv(VLAEnv):
         open, +1 close.
         """
         self.render_seconds = 0.0
+        self._camera_on = self.draws
         success = bool(self._simulation.step(np.asarray(action, dtype=np.float64))[2])
         self._num_steps += 1
         truncated = self._num_steps >= self.max_steps and not success
         return self._observation(), float(success), success, truncated, {"success": success}
 
     def render(self) -> np.ndarray:  # type: ignore[override]
-        """[camera_size, camera_size, 3] uint8: the last frame, upright but mirrored as the policy sees it."""
+        """[camera_size, camera_size, 3] uint8: the last frame that was drawn, upright but mirrored as the policy sees
+        it."""
         frame: np.ndarray = self._frame_observable().obs[::-1, ::-1]
         return frame
 
@@ -236,6 +243,8 @@ class LiberoEnv(VLAEnv):
         return self._simulation._observables[_FRAME]
 
     def _observation(self) -> dict[str, np.ndarray]:
+        if not self._camera_on:
+            return {"image": self._undrawn}
         raw = self._frame_observable().obs
         return {
             "image": observation_image(raw, center_crop=self.env_spec.center_crop, image_size=self.env_spec.image_size)

@@ -27,7 +27,10 @@ class SlotEvent:
     kind: Literal["reset", "step", "died", "error"]
     image: np.ndarray | None = None
     """[S, S, 3] uint8, the caller's own; None for `died` and `error`."""
-    reward: float = 0.0
+    rewards: tuple[float, ...] = ()
+    """Of each action that was played, in order; only of `step`."""
+    frames: tuple[np.ndarray, ...] = ()
+    """[S, S, 3] uint8 behind each of those actions but the last, whose frame is `image`; where they were asked for."""
     terminated: bool = False
     truncated: bool = False
     success: bool = False
@@ -41,6 +44,16 @@ class SlotEvent:
     """The part of it that drawing took."""
     error: str | None = None
     """Traceback for `error`, exit code for `died`."""
+
+    @property
+    def num_steps(self) -> int:
+        """Environment steps that were made: fewer than actions were sent where the episode ended between them."""
+        return len(self.rewards)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the episode is over."""
+        return self.terminated or self.truncated
 
 
 @dataclass(frozen=True)
@@ -64,8 +77,10 @@ class Reset:
 @dataclass(frozen=True)
 class Step:
     slot: int
-    action: np.ndarray
-    """[7] float64, un-normalised, gripper 1 = open."""
+    actions: np.ndarray
+    """[k, 7] float64, the environment's own: a decision, played until the episode ends."""
+    every_frame: bool
+    """Draw the frame behind each action; else only what is seen next."""
 
 
 class Stop:

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 
 from vlarl_rllib.envs.base import VLAEnv
-from vlarl_rllib.types import EnvSpec
+from vlarl_rllib.types import ACTION_SIZE, EnvSpec
 
 
 class SingleSuiteEnv(VLAEnv):
@@ -29,7 +29,7 @@ class SingleSuiteEnv(VLAEnv):
         self.observation_space = gymnasium.spaces.Dict(
             {"image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)}
         )
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float64)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_SIZE,), np.float64)
 
     @property
     def max_steps(self) -> int:

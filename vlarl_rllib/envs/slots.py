@@ -7,7 +7,7 @@ about a gigabyte): before a slot acts, the state of the slot that acted last is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +25,22 @@ class _Episode:
     """Snapshot; None while the state is in the environment itself."""
 
 
+@dataclass(frozen=True)
+class Played:
+    """What came of a decision."""
+
+    image: np.ndarray
+    """[S, S, 3] uint8: the frame behind the last action. Nobody looks at that of a terminated episode: it may be
+    any."""
+    rewards: tuple[float, ...]
+    """Of each action that was played."""
+    frames: tuple[np.ndarray, ...]
+    """Behind each of them but the last, where asked for."""
+    terminated: bool
+    truncated: bool
+    success: bool
+
+
 class SlotTable:
     """The slots and the environments of one process.
 
@@ -32,7 +48,7 @@ class SlotTable:
         spec: how to build an environment.
         max_models: environments kept at a time, one per task.
 
-    `render_seconds` is what drawing took in the last call of `reset` or `step`.
+    `render_seconds` is what drawing took in the last call of `reset` or `play`.
     """
 
     def __init__(self, spec: EnvSpec, max_models: int) -> None:
@@ -58,6 +74,7 @@ class SlotTable:
         env = self._env(task_id)
         self._put_aside(task_id)
         self._loaded.pop(task_id, None)
+        env.draws = True
         result = env.reset(seed=seed, options={"task_id": task_id, "initial_state": initial_state})
         where = f"slot {slot}, task {task_id}: {self._spec.name}.reset"
         check_observation(result[0], self._spec.image_size, where)
@@ -66,14 +83,15 @@ class SlotTable:
         self.render_seconds = env.render_seconds
         return result
 
-    def step(
-        self, slot: int, policy_action: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], SupportsFloat, bool, bool, dict[str, Any]]:
-        """One step of the slot's episode with an un-normalised policy action [7].
+    def play(self, slot: int, actions: np.ndarray, *, every_frame: bool = False) -> Played:
+        """Play actions [k, 7] of the slot's episode, one after the other, until it ends.
+
+        Args:
+            every_frame: draw behind each action. Else only the last frame is drawn, and the one at a cut.
 
         Raises:
             RuntimeError: the slot has no episode, or its episode is over.
-            ValueError: the action is not 7 finite numbers, which the environment does not get to see then; or what it
+            ValueError: an action is not 7 finite numbers, which the environment does not get to see then; or what it
                 returns is not what `VLAEnv` says.
         """
         if slot not in self._episodes:
@@ -84,18 +102,34 @@ class SlotTable:
             self._put_aside(episode.task_id)
             env.restore(episode.saved)
             episode.saved, self._loaded[episode.task_id] = None, slot
-        where = f"slot {slot}, task {episode.task_id}"
         try:
-            check_action(policy_action, f"{where}: the policy's action")
-            result = env.step(env.policy_to_env_action(policy_action))
-            check_step(result, self._spec.image_size, f"{where}: {self._spec.name}.step")
+            played = self._play(env, actions, every_frame, f"slot {slot}, task {episode.task_id}")
         except BaseException:
             self._drop(slot)
             raise
-        self.render_seconds = env.render_seconds
-        if result[2] or result[3]:
+        if played.terminated or played.truncated:
             self._drop(slot)
-        return result
+        return played
+
+    def _play(self, env: VLAEnv, actions: np.ndarray, every_frame: bool, where: str) -> Played:
+        if not len(actions):
+            raise ValueError(f"{where}: a decision without actions")
+        rewards: list[float] = []
+        images: list[np.ndarray] = []
+        self.render_seconds = 0.0
+        for index, action in enumerate(actions):
+            check_action(action, f"{where}: the policy's action")
+            env.draws = every_frame or index == len(actions) - 1 or env.steps_left in (None, 1)
+            result = env.step(action)
+            check_step(result, self._spec.image_size, f"{where}: {self._spec.name}.step")
+            observation, reward, terminated, truncated, info = result
+            rewards.append(float(reward))
+            images.append(observation["image"].copy() if every_frame else observation["image"])
+            self.render_seconds += env.render_seconds
+            if terminated or truncated:
+                break
+        frames = tuple(images[:-1]) if every_frame else ()
+        return Played(images[-1], tuple(rewards), frames, bool(terminated), bool(truncated), bool(info["success"]))
 
     def close(self) -> None:
         """Close every environment."""

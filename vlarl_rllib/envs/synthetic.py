@@ -49,11 +49,16 @@ class SyntheticEnv(SingleSuiteEnv):
     def __init__(self, spec: EnvSpec) -> None:
         super().__init__(spec)
         self._state = SyntheticState(0, 0, 0, (0.0, 0.0), (0.0, 0.0), {})
+        self._frame = self.render()
 
     @property
     def target_action(self) -> np.ndarray:
         """[7] float64: an action that succeeds now."""
         return np.array([*self._state.target, 0.0, 0.0, 0.0, 0.0, -1.0])
+
+    @property
+    def steps_left(self) -> int:
+        return self.max_steps - self._state.num_steps
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -64,7 +69,8 @@ class SyntheticEnv(SingleSuiteEnv):
         task_id, index = info["task_id"], info["initial_state"]
         start = np.random.default_rng([task_id, index, 1])  # no seed of `reset` gives this stream
         self._state = SyntheticState(task_id, index, 0, _place(start), _place(start), {})
-        return {"image": self.render()}, info
+        self._frame = self.render()
+        return {"image": self._frame}, info
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Point at (action[0], action[1])."""
@@ -75,7 +81,9 @@ class SyntheticEnv(SingleSuiteEnv):
         if not success:
             self._state = replace(self._state, target=_place(self.np_random), distractor=_place(self.np_random))
         truncated = num_steps >= self.max_steps and not success
-        return {"image": self.render()}, float(success), success, truncated, {"success": success}
+        if self.draws:
+            self._frame = self.render()
+        return {"image": self._frame}, float(success), success, truncated, {"success": success}
 
     def render(self) -> np.ndarray:  # type: ignore[override]
         """[S, S, 3] uint8: x grows to the right and y downwards, both from -1 to 1; the target lies on top."""

@@ -159,10 +159,15 @@ class TabletopEnv(SingleSuiteEnv):
         )
         self._task_id, self._initial_state, self._num_steps, self._was_picked = 0, 0, 0, False
         self._frame: np.ndarray | None = None
+        self._undrawn = np.zeros((spec.image_size, spec.image_size, 3), np.uint8)
 
     @property
     def max_steps(self) -> int:
         return self.env_spec.max_steps or HORIZONS[TASKS[self._task_id].verb]
+
+    @property
+    def steps_left(self) -> int:
+        return self.max_steps - self._num_steps
 
     @property
     def facts(self) -> TabletopFacts:
@@ -259,6 +264,9 @@ class TabletopEnv(SingleSuiteEnv):
         self._camera.close()
 
     def _observation(self) -> dict[str, np.ndarray]:
+        if not self.draws:
+            self._frame, self.render_seconds = None, 0.0
+            return {"image": self._undrawn}
         began = time.perf_counter()
         self._frame = self._draw()
         self.render_seconds = time.perf_counter() - began

@@ -5,8 +5,8 @@
         processes.send_reset(slot, task, initial_state=0, seed=slot)
     while playing:
         for event in processes.poll(timeout_seconds=1.0):
-            ...  # event.image -> an action, now or later
-            processes.send_step(event.slot, action)
+            ...  # event.image -> actions [k, 7], now or later
+            processes.send_actions(event.slot, actions)
     processes.close()
 
 A slot has at most one command under way. Frames travel in anonymous shared memory, which the kernel frees with the last
@@ -91,12 +91,16 @@ class SlotProcesses:
         self._send(slot, Reset(slot, task_id, initial_state, seed))
         self._workers[self._worker_of_slot[slot]].num_resets += 1
 
-    def send_step(self, slot: int, policy_action: np.ndarray) -> None:
-        """Act with an un-normalised policy action [7] (gripper 1 = open); returns at once. Answered by a `step` event.
+    def send_actions(self, slot: int, actions: np.ndarray, *, every_frame: bool = False) -> None:
+        """Play the environment's actions [k, 7] one after the other, until the episode ends; returns at once. They are
+        answered by one `step` event.
 
         An action that is not 7 finite numbers never reaches a simulator: it is answered by an `error` event.
+
+        Args:
+            every_frame: draw behind each action, for `SlotEvent.frames`. Else only what is seen next is drawn.
         """
-        self._send(slot, Step(slot, np.asarray(policy_action, dtype=np.float64)))
+        self._send(slot, Step(slot, np.asarray(actions, dtype=np.float64), every_frame))
 
     def poll(self, timeout_seconds: float) -> list[SlotEvent]:
         """What has happened since the last call; waits for the first event up to `timeout_seconds`, 0 = not at all.

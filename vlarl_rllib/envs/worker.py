@@ -59,18 +59,16 @@ def _serve(connection: Connection, frames_fd: int, setup: WorkerSetup) -> None:
     while not isinstance(command := connection.recv(), Stop):
         began = time.perf_counter()
         try:
-            observation, event = _play(table, command, starts)
+            image, event = _play(table, command, starts)
         except Exception:
             event = SlotEvent(slot=command.slot, kind="error", error=traceback.format_exc())
         else:
-            frames[command.slot] = observation["image"]
+            frames[command.slot] = image
         connection.send(replace(event, seconds=time.perf_counter() - began))
     table.close()
 
 
-def _play(
-    table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent]
-) -> tuple[dict[str, np.ndarray], SlotEvent]:
+def _play(table: SlotTable, command: Reset | Step, starts: dict[int, SlotEvent]) -> tuple[np.ndarray, SlotEvent]:
     """Run one command; the parent fills in the frame. `starts` keeps the facts of each slot's last reset."""
     slot = command.slot
     if isinstance(command, Reset):
@@ -83,15 +81,16 @@ def _play(
             initial_state=info["initial_state"],
             render_seconds=table.render_seconds,
         )
-        return observation, starts[slot]
-    observation, reward, terminated, truncated, info = table.step(slot, command.action)
-    return observation, replace(
+        return observation["image"], starts[slot]
+    played = table.play(slot, command.actions, every_frame=command.every_frame)
+    return played.image, replace(
         starts[slot],
         kind="step",
-        reward=float(reward),
-        terminated=terminated,
-        truncated=truncated,
-        success=info["success"],
+        rewards=played.rewards,
+        frames=played.frames,
+        terminated=played.terminated,
+        truncated=played.truncated,
+        success=played.success,
         render_seconds=table.render_seconds,
     )
 

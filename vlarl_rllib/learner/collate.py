@@ -1,7 +1,9 @@
 """From episodes to tensors, and which steps make up each minibatch on each rank.
 
-Letters: N = steps of a rank, K = its bootstrap frames, C = its fragments (a fragment is an uninterrupted piece of one
-episode), T = longest fragment, A = action tokens, S = image side.
+A step of a rollout is a decision: a reply of the policy, of which one action or several were played.
+
+Letters: N = decisions of a rank, E = its frames behind fragments that go on, F = its fragments (a fragment is an
+uninterrupted piece of one episode), T = longest fragment, A = tokens of a decision, S = image side.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarl_rllib.types import INSTRUCTION_KEY, LOG_PROBS_KEY
+from vlarl_rllib.models.family import ActionFormat
+from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY
 
 if TYPE_CHECKING:
     from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -23,53 +26,62 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """All steps that one rank owns, in host memory; images stay uint8."""
+    """All decisions that one rank owns, in host memory; images stay uint8."""
 
     frames: np.ndarray
-    """[N+K, S, S, 3] uint8: the frame of each step, then the frame behind each fragment that did not terminate."""
+    """[N+E, S, S, 3] uint8: the frame of each decision, then the frame behind each fragment that did not terminate."""
     frame_prompt: np.ndarray
-    """[N+K] int64 index into `prompts`."""
+    """[N+E] int64 index into `prompts`."""
     prompts: list[list[int]]
     """Token ids of each distinct prompt."""
     tokens: np.ndarray
     """[N, A] int64 action token ids."""
     behaviour_log_probs: Tensor
     """[N, A] float32"""
+    executed: Tensor
+    """[N, A] bool: tokens of actions that were played."""
+    durations: Tensor
+    """[N] int64: environment steps of each decision."""
     rewards: Tensor
-    """[N] float32"""
+    """[N] float32: the discounted sum of those of its environment steps."""
     fragment: np.ndarray
-    """[N] int64: the fragment of each step."""
+    """[N] int64: the fragment of each decision."""
     column: np.ndarray
-    """[N] int64: the place of each step in its fragment."""
+    """[N] int64: the place of each decision in its fragment."""
     fragment_contribution: np.ndarray
-    """[C] int64: the contribution that each fragment came in."""
+    """[F] int64: the contribution that each fragment came in."""
     fragment_terminated: np.ndarray
-    """[C] bool"""
+    """[F] bool"""
     fragment_bootstrap: np.ndarray
-    """[C] int64: index into `frames` of the frame behind the fragment; -1 after termination."""
+    """[F] int64: index into `frames` of the frame behind the fragment; -1 after termination."""
     contribution_steps: tuple[int, ...]
-    """Steps of each contribution, in order; they sum to N."""
+    """Decisions of each contribution, in order; they sum to N."""
 
     @property
-    def num_steps(self) -> int:
+    def num_decisions(self) -> int:
         return len(self.tokens)
 
     def rows(self, flat: Tensor) -> Tensor:
-        """[N] -> [C, T], zero behind the end of a fragment."""
+        """[N] -> [F, T], zero behind the end of a fragment."""
         num_columns = int(self.column.max()) + 1 if len(self.column) else 0
         rows = torch.zeros(len(self.fragment_terminated), num_columns, dtype=flat.dtype)
         rows[self.fragment, self.column] = flat
         return rows
 
     def flat(self, rows: Tensor) -> Tensor:
-        """[C, T] -> [N]."""
+        """[F, T] -> [N]."""
         return rows[self.fragment, self.column]
+
+    def decisions_at(self, frames: np.ndarray) -> np.ndarray:
+        """The decision that was made on each of these frames; of one behind a fragment, on which none was made, the
+        first of all."""
+        return np.where(frames < self.num_decisions, frames, 0)
 
     def model_inputs(self, frames: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """What the model needs for the frames with these indices: input_ids, attention_mask, pixel_values (uint8),
         action_tokens.
 
-        A bootstrap frame has no action; it gets the first step's tokens, whose logits nobody reads.
+        A frame behind a fragment has no tokens; it gets those of another one, whose logits nobody reads.
         """
         prompts = [self.prompts[i] for i in self.frame_prompt[frames]]
         length = max(map(len, prompts))
@@ -78,24 +90,26 @@ class RolloutBatch:
         for row, prompt in enumerate(prompts):
             input_ids[row, : len(prompt)] = torch.tensor(prompt)
             attention_mask[row, : len(prompt)] = 1
-        steps = np.where(frames < self.num_steps, frames, 0)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "pixel_values": torch.from_numpy(self.frames[frames]).permute(0, 3, 1, 2).contiguous(),
-            "action_tokens": torch.from_numpy(self.tokens[steps]),
+            "action_tokens": torch.from_numpy(self.tokens[self.decisions_at(frames)]),
         }
         return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
 def collate(
-    contributions: Sequence[Sequence[SingleAgentEpisode]], prompt_ids: Callable[[str], list[int]]
+    contributions: Sequence[Sequence[SingleAgentEpisode]],
+    prompt_ids: Callable[[str], list[int]],
+    actions: ActionFormat,
 ) -> RolloutBatch:
     """Put the fragments of all contributions one after the other.
 
     Args:
         contributions: for each slot, or group of episodes, its fragments in the order they were played.
         prompt_ids: instruction -> token ids.
+        actions: how a decision is written.
 
     Raises:
         ValueError: for no contributions at all, or a fragment without steps.
@@ -103,20 +117,21 @@ def collate(
     fragments = [episode for contribution in contributions for episode in contribution]
     if not fragments or any(len(episode) == 0 for episode in fragments):
         raise ValueError(
-            "contributions: every learner needs at least one fragment, and a fragment at least one step; got an "
+            "contributions: every learner needs at least one fragment, and a fragment at least one decision; got an "
             "empty one"
         )
-    frames, rewards, tokens, log_probs = [], [], [], []
+    frames, rewards, tokens, log_probs, durations = [], [], [], [], []
     for episode in fragments:
         images = np.asarray(episode.get_observations())
         frames.append(images)
         rewards.append(np.asarray(episode.get_rewards(), dtype=np.float32))
         tokens.append(np.asarray(episode.get_actions(), dtype=np.int64))
         log_probs.append(np.asarray(episode.get_extra_model_outputs(LOG_PROBS_KEY), dtype=np.float32))
+        durations.append(np.asarray(episode.get_extra_model_outputs(DURATION_KEY), dtype=np.int64))
     lengths = np.array([len(episode) for episode in fragments])
     terminated = np.array([bool(episode.is_terminated) for episode in fragments])
-    num_steps = int(lengths.sum())
-    bootstrap = np.where(terminated, -1, num_steps + np.cumsum(~terminated) - 1)
+    num_decisions = int(lengths.sum())
+    bootstrap = np.where(terminated, -1, num_decisions + np.cumsum(~terminated) - 1)
 
     prompts: dict[str, int] = {}
     fragment_prompt = np.array(
@@ -132,6 +147,8 @@ def collate(
         prompts=[prompt_ids(instruction) for instruction in prompts],
         tokens=np.concatenate(tokens),
         behaviour_log_probs=torch.from_numpy(np.concatenate(log_probs)),
+        executed=torch.from_numpy(actions.executed_tokens(np.concatenate(durations))),
+        durations=torch.from_numpy(np.concatenate(durations)),
         rewards=torch.from_numpy(np.concatenate(rewards)),
         fragment=fragment,
         column=np.concatenate([np.arange(length) for length in lengths]),
@@ -149,9 +166,9 @@ class Minibatch:
     """One optimiser step as one rank sees it."""
 
     forwards: tuple[np.ndarray, ...]
-    """Local step indices of each forward pass; as many passes on every rank, so some may be empty."""
+    """Local indices of decisions of each forward pass; as many passes on every rank, so some may be empty."""
     num_valid: int
-    """Steps of the minibatch on all ranks together."""
+    """Decisions of the minibatch on all ranks together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +176,7 @@ class UpdatePlan:
     """Who owns which contribution. Every rank derives the same minibatches from it without communication."""
 
     steps: tuple[int, ...]
-    """Steps of each contribution, in the order that defines the global step index."""
+    """Decisions of each contribution, in the order that defines their global index."""
     owners: tuple[int, ...]
     """Rank that holds each contribution."""
     num_ranks: int
@@ -169,7 +186,7 @@ class UpdatePlan:
     def minibatches(
         self, rank: int, num_epochs: int, minibatch_size: int, micro_batch_size: int
     ) -> Iterator[Minibatch]:
-        """Minibatches of near-equal size, drawn from one permutation of all steps per epoch; no step is left out or
+        """Minibatches of near-equal size, drawn from one permutation of all decisions per epoch; none is left out or
         repeated.
 
         The permutation does not depend on the number of ranks, so 1 learner and 2 make the same optimiser steps.

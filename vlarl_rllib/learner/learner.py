@@ -1,4 +1,4 @@
-"""PPO on an FSDP2-sharded OpenVLA, as an RLlib Learner.
+"""PPO on an FSDP2-sharded policy, as an RLlib Learner.
 
 RLlib's own update loop forwards a whole batch at once, shards episodes unevenly and steps per minibatch without
 accumulation. Here `update` keeps RLlib's place and hooks but runs: one pass in parts for values and log-probs, GAE,
@@ -39,6 +39,7 @@ from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
 from vlarl_rllib.learner.loss import LossInputs, LossSettings, ppo_loss
 from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, Scores, ShardedPolicy
+from vlarl_rllib.models.family import family_of
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.types import WeightManifest
 
@@ -75,13 +76,15 @@ class VLALearner(Rank, PPOTorchLearner):
 
     def _make_module(self) -> Any:
         """Sharding comes before the optimisers, which RLlib keys by parameter identity."""
-        from vlarl_rllib.models.openvla import OpenVLAProcessor
-
-        module, training = super()._make_module(), self.settings.training
-        self._processor = OpenVLAProcessor.from_pretrained(self.settings.model.path)
+        module, training, model = super()._make_module(), self.settings.training, self.settings.model
+        family = family_of(model.path, model.family)
+        self._processor = family.processor(model.path)
+        self._actions = family.read_facts(model.path).actions
         self.sharded = ShardedPolicy(
             module[DEFAULT_MODULE_ID].policy,
             module[DEFAULT_MODULE_ID].critic,
+            family,
+            self._actions,
             self.settings,
             device=self._device,
             rank=self._rank,
@@ -109,7 +112,8 @@ class VLALearner(Rank, PPOTorchLearner):
     # One iteration
 
     def receive(self, refs: list[Any]) -> list[int | None]:
-        """Fetch this rank's contributions one by one; their steps, or None where the data was lost with its runner."""
+        """Fetch this rank's contributions one by one; their decisions, or None where the data was lost with its
+        runner."""
         contributions: list[Any] = []
         for ref in refs:
             try:
@@ -118,7 +122,7 @@ class VLALearner(Rank, PPOTorchLearner):
                 logger.warning("a contribution of a slot was lost: %s", error)
                 contributions.append(None)
         kept = [contribution for contribution in contributions if contribution]
-        self._batch = collate(kept, self._processor.prompt_ids) if kept else None
+        self._batch = collate(kept, self._processor.prompt_ids, self._actions) if kept else None
         return [sum(map(len, contribution)) if contribution else None for contribution in contributions]
 
     def update(
@@ -133,7 +137,7 @@ class VLALearner(Rank, PPOTorchLearner):
         """One PPO iteration on the contributions that `receive` fetched.
 
         Args:
-            plan: the owners and steps of all ranks' contributions, the same on every rank.
+            plan: the owners and decisions of all ranks' contributions, the same on every rank.
             iteration: counts from 0; decides about critic warm-up.
         """
         self._check_is_built()
@@ -144,7 +148,7 @@ class VLALearner(Rank, PPOTorchLearner):
         targets = self._targets(batch)
         self._optimize(batch, targets, plan, warm_up=iteration < self.settings.training.critic_warmup_iterations)
         self.sharded.require_finite_weights()
-        self._log_steps(sum(plan.steps))
+        self._log_steps(batch)
         self.after_gradient_based_update(timesteps=timesteps or {})
         return self.metrics.reduce()
 
@@ -152,7 +156,7 @@ class VLALearner(Rank, PPOTorchLearner):
         """Values, advantages and old log-probs before the first optimiser step; everything [N], log-probs [N, A]."""
         training = self.settings.training
         values, log_probs = self._score(batch)
-        old_values = values[: batch.num_steps]
+        old_values = values[: batch.num_decisions]
         advantages, value_targets = advantages_and_targets(batch, values, self.settings)
         self._log_targets(batch, old_values, value_targets, advantages, log_probs)
         return {
@@ -166,7 +170,7 @@ class VLALearner(Rank, PPOTorchLearner):
 
     @torch.no_grad()
     def _score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """Values [N+K] of all frames and log-probs [N, A] of the tokens taken, in passes of `micro_batch_size`."""
+        """Values [N+E] of all frames and log-probs [N, A] of the tokens taken, in passes of `micro_batch_size`."""
         size = self.settings.learners.micro_batch_size
         num_passes = int(fsdp.all_reduce_max(-(-len(batch.frames) // size)))
         values, log_probs = [], []
@@ -175,17 +179,22 @@ class VLALearner(Rank, PPOTorchLearner):
             out = self._forward(batch, frames)
             values.append(out.values.cpu()[: len(frames)])
             log_probs.append(out.log_probs.cpu()[: len(frames)])
-        return torch.cat(values).float(), torch.cat(log_probs)[: batch.num_steps]
+        return torch.cat(values).float(), torch.cat(log_probs)[: batch.num_decisions]
 
     def _forward(self, batch: RolloutBatch, frames: np.ndarray) -> Scores:
         """One pass through the sharded policy. Without frames a dummy row runs, so that no rank misses a collective."""
-        inputs = batch.model_inputs(frames if len(frames) else np.zeros(1, dtype=np.int64), self._device)
-        return self.sharded.score(inputs, self.settings.temperature)
+        frames = frames if len(frames) else np.zeros(1, dtype=np.int64)
+        executed = batch.executed[batch.decisions_at(frames)].to(self._device)
+        return self.sharded.score(batch.model_inputs(frames, self._device), executed, self.settings.temperature)
 
     def _optimize(self, batch: RolloutBatch, targets: dict[str, Tensor], plan: UpdatePlan, *, warm_up: bool) -> None:
         training = self.settings.training
-        keys = {name: getattr(training, name) for name in LossSettings.__dataclass_fields__ if name != "train_policy"}
-        loss_settings = LossSettings(**keys, train_policy=not warm_up)
+        of_training = LossSettings.__dataclass_fields__.keys() - {"train_policy", "num_actions"}
+        loss_settings = LossSettings(
+            **{name: getattr(training, name) for name in of_training},
+            num_actions=self._actions.num_actions,
+            train_policy=not warm_up,
+        )
         if training.advantages != "gae":  # nothing reads a critic
             loss_settings = replace(loss_settings, vf_coeff=0.0)
         history: list[dict[str, float]] = []
@@ -221,13 +230,14 @@ class VLALearner(Rank, PPOTorchLearner):
                 if self.settings.training.old_log_probs == "behaviour"
                 else batch.behaviour_log_probs
             )[rows].to(self._device),
+            executed=batch.executed[rows].to(self._device),
             mask=torch.full((len(rows),), len(steps) > 0, device=self._device),
             num_valid=float(num_valid),
             **on_device,
         )
 
     def _finish_minibatch(self, sums: dict[str, float], num_valid: int, *, warm_up: bool) -> dict[str, float]:
-        """Clip, check, step; the minibatch's metrics averaged over the steps of all ranks."""
+        """Clip, check, step; the minibatch's metrics averaged over the decisions of all ranks."""
         norms, finite = self.sharded.step((CRITIC,) if warm_up else (POLICY, CRITIC))
         deviation = fsdp.all_reduce_max(sums.pop("ratio_deviation"))
         means = {name: total / num_valid for name, total in fsdp.all_reduce_sums(sums).items()}
@@ -269,12 +279,12 @@ class VLALearner(Rank, PPOTorchLearner):
     def _log_targets(
         self, batch: RolloutBatch, values: Tensor, targets: Tensor, advantages: Tensor, log_probs: Tensor
     ) -> None:
-        gap = (log_probs - batch.behaviour_log_probs).abs()
+        gap = torch.where(batch.executed, (log_probs - batch.behaviour_log_probs).abs(), 0.0)
         error, centred = (targets - values).double(), targets.double()
         sums = fsdp.all_reduce_sums(
             {
-                "n": float(batch.num_steps),
-                "gap": gap.mean(1).sum().item(),
+                "n": float(batch.num_decisions),
+                "gap": (gap.sum(1) / batch.executed.sum(1)).sum().item(),
                 "advantage": advantages.abs().sum().item(),
                 "reward": batch.rewards.sum().item(),
                 "value": values.sum().item(),
@@ -324,8 +334,9 @@ class VLALearner(Rank, PPOTorchLearner):
         for name, value in values.items():
             self.metrics.log_value((DEFAULT_MODULE_ID, name), value, reduce="mean", window=1)
 
-    def _log_steps(self, num_steps: int) -> None:
-        share = num_steps / self._world_size  # RLlib adds up the learners
-        self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_TRAINED), share, reduce="sum")
-        self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_TRAINED_LIFETIME), share, reduce="lifetime_sum")
-        self.metrics.log_value((ALL_MODULES, NUM_MODULE_STEPS_TRAINED_LIFETIME), share, reduce="lifetime_sum")
+    def _log_steps(self, batch: RolloutBatch) -> None:
+        """Of this rank: RLlib adds up the learners. A step of a module is a decision."""
+        env_steps, decisions = int(batch.durations.sum()), batch.num_decisions
+        self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_TRAINED), env_steps, reduce="sum")
+        self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_TRAINED_LIFETIME), env_steps, reduce="lifetime_sum")
+        self.metrics.log_value((ALL_MODULES, NUM_MODULE_STEPS_TRAINED_LIFETIME), decisions, reduce="lifetime_sum")

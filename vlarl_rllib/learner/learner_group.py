@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray.rllib.core import COMPONENT_LEARNER
+from ray.rllib.core import COMPONENT_LEARNER, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.utils.actor_manager import RemoteCallResults, ResultOrError
 
@@ -63,18 +63,18 @@ class VLALearnerGroup(LearnerGroup):
 
     # An iteration
 
-    def receive(self, refs: Sequence[Any], num_steps: Sequence[int]) -> list[int]:
+    def receive(self, refs: Sequence[Any], num_decisions: Sequence[int]) -> list[int]:
         """Have each rank fetch its share of an iteration's contributions.
 
         Args:
             refs: one ref (or, for a local learner, list) per contribution: the fragments that a slot played.
-            num_steps: the steps behind each ref.
+            num_decisions: behind each ref.
 
         Returns:
             The contributions that were lost with their runners; `update` does without them.
         """
         ranks = self.ranks.num_ranks
-        owners = assign_owners(num_steps, ranks)
+        owners = assign_owners(num_decisions, ranks)
         per_rank = [([ref for ref, owner in zip(refs, owners, strict=True) if owner == rank],) for rank in range(ranks)]
         iterators = [iter(steps) for steps in self.call("receive", per_rank=per_rank)]
         arrived = [next(iterators[owner]) for owner in owners]
@@ -106,6 +106,11 @@ class VLALearnerGroup(LearnerGroup):
             seed=self.ranks.settings.run.seed * 1_000_003 + iteration,
         )
         return self.call("update", plan=plan, iteration=iteration, timesteps=timesteps)
+
+    @property
+    def local_module(self) -> Any:
+        """The module of a learner in this process, with its weights; None where learners are actors."""
+        return self._learner.module[DEFAULT_MODULE_ID] if self.is_local else None
 
     def publish_weights(self, version: int) -> WeightManifest:
         """Gather the policy from all ranks and make it readable to engines as `version`."""

@@ -1,6 +1,6 @@
 """The PPO loss of one micro-batch. Pure torch.
 
-Letters: N = steps, A = action tokens of a step (7).
+Letters: N = decisions, K = actions of a decision, A = its tokens, U = units that have a ratio each: 1, K or A.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What the loss of N steps is made of."""
+    """What the loss of N decisions is made of."""
 
     log_probs: Tensor
     """[N, A] log-probabilities of the tokens under the policy being trained (carries gradient)."""
     entropy: Tensor
-    """[N] entropy of the A token distributions together, in nats (carries gradient)."""
+    """[N] entropy of the distributions of the executed tokens together, in nats (carries gradient)."""
     values: Tensor
     """[N] values of the critic being trained (carries gradient)."""
     old_log_probs: Tensor
@@ -31,10 +31,12 @@ class LossInputs:
     """[N]"""
     value_targets: Tensor
     """[N]"""
+    executed: Tensor
+    """[N, A] bool: tokens of actions that were played; the others do not count. A decision has at least one."""
     mask: Tensor
     """[N] bool, False for padding."""
     num_valid: float
-    """Valid steps of the whole minibatch on all learners: what sums are divided by."""
+    """Valid decisions of the whole minibatch on all learners: what sums are divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,9 @@ class LossSettings:
     entropy_coeff: float
     kl_coeff: float
     ratio: str
+    """`decision`, `action` or `token`."""
+    num_actions: int
+    """K"""
     importance_cap: float
     train_policy: bool = True
     """False during critic warm-up: the loss is the value loss alone."""
@@ -55,10 +60,10 @@ class LossSettings:
 
 @dataclass(frozen=True, slots=True)
 class LossOutputs:
-    """`loss` to run backward on, and sums over this micro-batch's valid steps for the metrics."""
+    """`loss` to run backward on, and sums over this micro-batch's valid decisions for the metrics."""
 
     loss: Tensor
-    """Scalar: summed over valid steps, divided by `num_valid`."""
+    """Scalar: summed over valid decisions, divided by `num_valid`."""
     sums: dict[str, Tensor]
     """Detached scalars: policy_loss, value_loss, entropy, approx_kl, clip_fraction (sums), ratio_deviation (largest
     |ratio - 1|)."""
@@ -68,29 +73,30 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
     """Clipped surrogate, clipped value loss, entropy bonus and k3 KL (Schulman et al., arXiv 1707.06347; k3: Schulman
     2020).
 
-    With `ratio: action` the ratio is that of the joint probability of a step's A tokens; with `token` each token is
-    clipped on its own and a step's loss is the mean over its tokens. Where old log-probs were recomputed, the surrogate
-    is weighted with min(old / behaviour, importance_cap), the truncated importance weight of the gap between sampler
-    and learner.
+    With `ratio: action` the ratio is that of the joint probability of an action's tokens, with `token` of each token,
+    with `decision` of all; each is clipped on its own and a decision's loss is the mean over those that were played.
+    Where old log-probs were recomputed, the surrogate is weighted with min(old / behaviour, importance_cap), the
+    truncated importance weight of the gap between sampler and learner.
     """
     mask = inputs.mask
-    log_ratio = _per_unit(inputs.log_probs - inputs.old_log_probs, settings.ratio)
+    played = _units(inputs.executed, settings).any(2)
+    log_ratio = _joint(inputs.log_probs - inputs.old_log_probs, inputs.executed, settings)
     ratio = log_ratio.exp()
     correction = (
-        _per_unit(inputs.old_log_probs - inputs.behaviour_log_probs, settings.ratio)
+        _joint(inputs.old_log_probs - inputs.behaviour_log_probs, inputs.executed, settings)
         .exp()
         .clamp(max=settings.importance_cap)
     )
     advantages = inputs.advantages[:, None] * correction
     clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
-    policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean(1)
-    kl = (ratio - 1.0 - log_ratio).mean(1)
+    policy_loss = -_mean_of_played(torch.minimum(ratio * advantages, clipped * advantages), played)
+    kl = _mean_of_played(ratio - 1.0 - log_ratio, played)
     value_loss = _value_loss(inputs, settings.vf_clip)
 
-    per_step = settings.vf_coeff * value_loss
+    per_decision = settings.vf_coeff * value_loss
     if settings.train_policy:
-        per_step = per_step + policy_loss - settings.entropy_coeff * inputs.entropy + settings.kl_coeff * kl
-    outside = ((ratio < 1.0 - settings.clip_low) | (ratio > 1.0 + settings.clip_high)).float().mean(1)
+        per_decision = per_decision + policy_loss - settings.entropy_coeff * inputs.entropy + settings.kl_coeff * kl
+    outside = _mean_of_played(((ratio < 1.0 - settings.clip_low) | (ratio > 1.0 + settings.clip_high)).float(), played)
     deviation = torch.where(mask[:, None], (ratio - 1.0).abs(), 0.0)
     sums = {
         "policy_loss": _masked_sum(policy_loss, mask),
@@ -101,13 +107,24 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
         "ratio_deviation": deviation.max() if len(mask) else deviation.sum(),
     }
     return LossOutputs(
-        _masked_sum(per_step, mask) / inputs.num_valid, {name: value.detach() for name, value in sums.items()}
+        _masked_sum(per_decision, mask) / inputs.num_valid, {name: value.detach() for name, value in sums.items()}
     )
 
 
-def _per_unit(log_ratio: Tensor, ratio: str) -> Tensor:
-    """[N, A] -> [N, 1] for one ratio per action, [N, A] for one per token."""
-    return log_ratio.sum(1, keepdim=True) if ratio == "action" else log_ratio
+def _units(tokens: Tensor, settings: LossSettings) -> Tensor:
+    """[N, A] -> [N, U, A/U]: the tokens of each unit that has a ratio."""
+    count = {"decision": 1, "action": settings.num_actions, "token": tokens.shape[1]}[settings.ratio]
+    return tokens.unflatten(1, (count, -1))
+
+
+def _joint(log_ratio: Tensor, executed: Tensor, settings: LossSettings) -> Tensor:
+    """[N, A] -> [N, U]: summed over the executed tokens of each unit."""
+    return _units(torch.where(executed, log_ratio, 0.0), settings).sum(2)
+
+
+def _mean_of_played(x: Tensor, played: Tensor) -> Tensor:
+    """[N, U] -> [N]: over the units that were played."""
+    return torch.where(played, x, 0.0).sum(1) / played.sum(1)
 
 
 def _value_loss(inputs: LossInputs, clip: float | None) -> Tensor:
@@ -121,5 +138,5 @@ def _value_loss(inputs: LossInputs, clip: float | None) -> Tensor:
 
 
 def _masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum over valid steps; `where` keeps a non-finite value at a padded step out of the sum and of its gradient."""
+    """Sum over valid decisions; `where` keeps a non-finite value at a padded one out of the sum and of its gradient."""
     return torch.where(mask, x, 0.0).sum()

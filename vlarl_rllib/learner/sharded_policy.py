@@ -1,6 +1,6 @@
 """A policy that is sharded over ranks and trained: forward, step, publish, save. Plain torch, for every way to learn.
 
-N = rows of a forward pass, A = action tokens of a row, V = action ids.
+N = rows of a forward pass, A = tokens of a row's decision, V = action ids.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.nn.utils import get_total_norm
 from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
+from vlarl_rllib.models.family import ActionFormat, PolicyFamily
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import WeightManifest
 from vlarl_rllib.weights import find_transport
@@ -42,7 +43,7 @@ class Scores:
     log_probs: Tensor
     """[N, A] of the tokens taken, in the tempered distribution over the action ids."""
     entropy: Tensor
-    """[N] of the A distributions together, in nats."""
+    """[N] of the distributions of the executed tokens together, in nats."""
     values: Tensor
     """[N]"""
 
@@ -53,6 +54,8 @@ class ShardedPolicy:
 
     Args:
         policy: with its value head, where it has one.
+        family: of both.
+        actions: how the policy writes a decision.
         critic: a separate one, or None.
         settings: of the run.
         lr, weight_decay: of the policy; the critic's are `training.value_lr` and none.
@@ -63,6 +66,8 @@ class ShardedPolicy:
         self,
         policy: nn.Module,
         critic: nn.Module | None,
+        family: PolicyFamily,
+        actions: ActionFormat,
         settings: Settings,
         *,
         device: torch.device,
@@ -72,12 +77,13 @@ class ShardedPolicy:
         weight_decay: float,
         if_diverged: str,
     ) -> None:
-        self.policy, self.critic = policy, critic
+        self.policy, self.critic, self._family = policy, critic, family
+        self._action_ids = actions.token_ids
         self._settings, self._device, self._rank, self._world_size = settings, device, rank, world_size
         self._if_diverged = if_diverged
         self._publisher: Any = None
         self._skipped_in_a_row = 0
-        self._few_patches = device.type == "cpu" and bool(policy.config.num_patches <= FEW_PATCHES)  # type: ignore[union-attr, operator]
+        self._few_patches = device.type == "cpu" and bool(policy.num_image_tokens <= FEW_PATCHES)  # type: ignore[operator]
         self._shard()
         self.optimizers = self._make_optimizers(lr, weight_decay)
         """AdamW for the policy and, where something of it is trained, with its own learning rate for value head or
@@ -89,6 +95,7 @@ class ShardedPolicy:
         for sharded in self.trained_modules().values():
             fsdp.shard_model(
                 sharded,
+                self._family,
                 device=self._device,
                 mesh_shape=calculate_runtime_args(self._settings).mesh if ranks == max(1, learners.num) else (1, ranks),
                 compute_dtype=None if model.lora else getattr(torch, model.dtype),
@@ -115,11 +122,12 @@ class ShardedPolicy:
 
     # Forward and backward
 
-    def score(self, inputs: dict[str, Tensor], temperature: float) -> Scores:
+    def score(self, inputs: dict[str, Tensor], executed: Tensor, temperature: float) -> Scores:
         """One teacher-forced pass. Collective.
 
         Args:
             inputs: input_ids, attention_mask, pixel_values and action_tokens [N, A], on this rank's device.
+            executed: [N, A] bool, there too: tokens of actions that were played.
         """
         output = self.forward(**inputs)
         values = output.values
@@ -128,10 +136,10 @@ class ShardedPolicy:
             with self._attention():
                 values = self.critic(**frames).values
         distribution = torch.log_softmax(output.action_logits / temperature, dim=-1)
-        chosen = inputs["action_tokens"] - cast(range, self.policy.action_token_ids)[0]
+        chosen = inputs["action_tokens"] - self._action_ids[0]
         return Scores(
             log_probs=distribution.gather(-1, chosen[..., None])[..., 0],
-            entropy=-(distribution.exp() * distribution).sum((-2, -1)),
+            entropy=-torch.where(executed[..., None], distribution.exp() * distribution, 0.0).sum((-2, -1)),
             values=values,
         )
 

@@ -2,10 +2,11 @@
 fine-tuning).
 
 Each rank reads its share of the episodes and goes through them in an order of its own. The loss is the mean
-cross-entropy of the seven action tokens and the end of sequence, over the full vocabulary. What a step learns from
-follows from its number and the run's seed: so a checkpoint needs the number alone.
+cross-entropy of a decision's action tokens and, where they are sampled one after the other, of the end of sequence,
+over the full vocabulary. What a step learns from follows from its number and the run's seed: so a checkpoint needs the
+number alone.
 
-b = demonstrated steps of one rank, S = image side in pixels, A = 8 targets.
+b = demonstrated steps of one rank, S = image side in pixels, K = actions of a decision, A = its tokens, G = targets.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +31,9 @@ from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.learner.sharded_policy import POLICY, ShardedPolicy
-from vlarl_rllib.models.openvla.actions import ActionTokenizer
+from vlarl_rllib.models.family import family_of
 from vlarl_rllib.settings import Settings, SFTSettings
-from vlarl_rllib.types import NUM_ACTION_TOKENS
 
-NUM_TARGETS = NUM_ACTION_TOKENS + 1
 DECODING_THREADS = 4
 """Beside a GPU."""
 
@@ -46,9 +45,9 @@ class DemonstrationBatch:
     inputs: dict[str, Tensor]
     """input_ids and attention_mask [b, L], pixel_values [b, 3, S, S] uint8."""
     targets: Tensor
-    """[b, A] int64: action tokens, then the end of sequence."""
+    """[b, G] int64: action tokens, then the end of sequence where it is learned."""
     actions: Tensor
-    """[b, 7] float32, normalised."""
+    """[b, K, 7] float32, normalised."""
 
 
 class SupervisedLearner(Rank):
@@ -64,7 +63,6 @@ class SupervisedLearner(Rank):
     def build(self) -> None:
         """Load the policy and the list of episodes. Collective."""
         from vlarl_rllib.models.build import build_policy
-        from vlarl_rllib.models.openvla import OpenVLAProcessor
 
         model, sft = self.settings.model, self.settings.sft
         with ThreadPoolExecutor(
@@ -76,10 +74,15 @@ class SupervisedLearner(Rank):
             torch.manual_seed(
                 self.settings.run.seed
             )  # fresh adapters; the same on every rank, which keeps its own shard of them
-            self._processor = OpenVLAProcessor.from_pretrained(model.path)
+            self._family = family_of(model.path, model.family)
+            self._processor = self._family.processor(model.path)
+            self._facts = self._family.read_facts(model.path)
+            self._num_targets = self._facts.actions.num_tokens + (not self._facts.actions.parallel)
             self.sharded = ShardedPolicy(
                 build_policy(model, self._device),
                 None,
+                self._family,
+                self._facts.actions,
                 self.settings,
                 device=self._device,
                 rank=self._rank,
@@ -132,9 +135,7 @@ class SupervisedLearner(Rank):
                 f"sft.data: rank {self._rank} of {self._world_size} gets no episode of {sft.split}; use fewer "
                 "learners or more data"
             )
-        config: Any = self.sharded.policy.config
-        self._tokenizer = ActionTokenizer(config.action_vocab_size, config.n_action_bins)
-        self._statistics = statistics
+        self._codec = self._family.codec(self._facts, statistics)
         self._generator = torch.Generator()
         self._num_steps = step
         epoch, position = divmod(step * self._share, len(self._data))
@@ -151,9 +152,9 @@ class SupervisedLearner(Rank):
         """Make that many optimiser steps; sums over their demonstrations, the same on every rank. See `means`.
 
         Returns:
-            samples, steps, loss (nats), correct (action tokens), l1 (between the most likely action and the
-            demonstrated one, normalised to
-            [-1, 1]), grad_norm, skipped (steps with a non-finite gradient).
+            samples, steps, loss (nats per target), correct (share of the action tokens), l1 (between the most likely
+            actions and the demonstrated ones, normalised to [-1, 1], per number), grad_norm, skipped (steps with a
+            non-finite gradient).
         """
         sums = dict.fromkeys(("loss", "correct", "l1"), 0.0)
         norms, skipped = 0.0, 0
@@ -174,7 +175,8 @@ class SupervisedLearner(Rank):
     def _accumulate(self, batch: DemonstrationBatch) -> dict[str, float]:
         """Forward and backward passes of one optimiser step; sums over this rank's demonstrations."""
         sums = dict.fromkeys(("loss", "correct", "l1"), 0.0)
-        size, first_id = self.settings.learners.micro_batch_size, cast(range, self.sharded.policy.action_token_ids)[0]
+        size, actions = self.settings.learners.micro_batch_size, self._facts.actions
+        ids, tokens, numbers = actions.token_ids, actions.num_tokens, batch.actions[0].numel()
         starts = range(0, len(batch.targets), size)
         for start in starts:
             self.sharded.reduce_gradients(in_this_pass=start == starts[-1])
@@ -187,12 +189,12 @@ class SupervisedLearner(Rank):
             targets = batch.targets[rows].to(self._device)
             logits = self.sharded.forward(**inputs, action_tokens=targets, full_vocabulary=True).action_logits
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            self.sharded.backward(loss / (self.settings.sft.batch_size * NUM_TARGETS))
-            likely = logits[:, :NUM_ACTION_TOKENS].argmax(-1).cpu()
-            sums["loss"] += float(loss.detach())
-            sums["correct"] += float((likely == batch.targets[rows, :NUM_ACTION_TOKENS]).sum())
-            predicted = self._tokenizer.decode(likely.numpy().clip(first_id, None))
-            sums["l1"] += float(np.abs(predicted - batch.actions[rows].numpy()).sum())
+            self.sharded.backward(loss / (self.settings.sft.batch_size * self._num_targets))
+            likely = logits[:, :tokens].argmax(-1).cpu()
+            sums["loss"] += float(loss.detach()) / self._num_targets
+            sums["correct"] += float((likely == batch.targets[rows, :tokens]).sum()) / tokens
+            predicted = self._codec.normalized(likely.numpy().clip(ids[0], ids[-1]))
+            sums["l1"] += float(np.abs(predicted - batch.actions[rows].numpy()).sum()) / numbers
         return sums
 
     # Data
@@ -221,19 +223,18 @@ class SupervisedLearner(Rank):
     def _make_batch(self, indices: Iterator[int], each: Callable[..., Iterator[dict[str, Any]]]) -> DemonstrationBatch:
         chosen = list(each(self._example, islice(indices, self._share)))
         images = [example["image"] for example in chosen]
-        inputs = self._processor(
-            images=images, instructions=[example["instruction"] for example in chosen], raw_images=True
-        )
-        actions = self._tokenizer.normalize(np.stack([example["action"] for example in chosen]), self._statistics)
-        targets = np.full((len(chosen), NUM_TARGETS), self._processor.tokenizer.eos_token_id, dtype=np.int64)
-        targets[:, :NUM_ACTION_TOKENS] = self._tokenizer.encode(actions)
-        return DemonstrationBatch(dict(inputs), torch.from_numpy(targets), torch.from_numpy(actions).float())
+        inputs = self._processor.raw_inputs(images, [example["instruction"] for example in chosen])
+        tokens, actions = self._codec.encode(np.stack([example["actions"] for example in chosen]))
+        targets = np.full((len(chosen), self._num_targets), self._processor.end_token_id, dtype=np.int64)
+        targets[:, : tokens.shape[1]] = tokens
+        return DemonstrationBatch(inputs, torch.from_numpy(targets), torch.from_numpy(actions).float())
 
     def _example(self, index: int) -> dict[str, Any]:
-        """A demonstrated step, its frame as the policy sees it before a crop."""
+        """A demonstrated step, its frame as the policy sees it before a crop, and as many actions as a decision has."""
         example = self._data[index]
-        image = _resized(example["image"], self._processor.image_processor.image_size)
-        return example | {"image": self._processor.image_processor.resize_uint8(image)}
+        image = _resized(example["image"], self._processor.image_size)
+        actions = self._data.actions_from(index, self._facts.actions.num_actions)
+        return example | {"image": self._processor.resize(image), "actions": actions}
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
@@ -245,9 +246,9 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     """
     samples = sums["samples"]
     return {
-        "loss": sums["loss"] / (samples * NUM_TARGETS),
-        "token_accuracy": sums["correct"] / (samples * NUM_ACTION_TOKENS),
-        "l1": sums["l1"] / (samples * NUM_ACTION_TOKENS),
+        "loss": sums["loss"] / samples,
+        "token_accuracy": sums["correct"] / samples,
+        "l1": sums["l1"] / samples,
         "grad_norm": sums["grad_norm"] / sums["steps"],
         "skipped": sums["skipped"],
     }

@@ -15,6 +15,7 @@ from typing import Any
 from vlarl_rllib.process.json_files import read_json_object
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+CONFIG_FILE, STATISTICS_FILE = "config.json", "dataset_statistics.json"
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 OTHER_FORMATS = "weights in another format (*.bin, *.pt) are not read"
 AGAIN = "copy it again"
@@ -140,3 +141,36 @@ def refuse_foreign_code(config: Mapping[str, Any], where: str) -> None:
             f"{where}: transformers_weights is {config['transformers_weights']!r}; weights are read from "
             f"{WEIGHTS_FILE} alone, remove it"
         )
+
+
+def read_config(checkpoint: str) -> tuple[dict[str, Any], Path]:
+    """`config.json` of a directory or hub id, and where it lies.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON object, in one line.
+    """
+    file = find_file(checkpoint, CONFIG_FILE)
+    if file is None:
+        raise FileNotFoundError(
+            f"{checkpoint}: has no config.json; give a checkpoint directory, a hub id, or a preset such as tiny"
+        )
+    return read_json_object(file, AGAIN), file
+
+
+def find_file(checkpoint: str, name: str) -> Path | None:
+    """A file of a directory or hub id; None where there is none. Raises FileNotFoundError: the hub is not reached."""
+    directory = Path(checkpoint)
+    if directory.is_dir():
+        return directory / name if (directory / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(checkpoint, name))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{checkpoint}: cannot be fetched from the hub and is not in the local cache; download it first"
+        ) from error
+    except EntryNotFoundError:
+        return None

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlarl_rllib.models.presets import HUB_MODELS, PRESETS, cache_name
+from vlarl_rllib.models.presets import HUB_MODELS, cache_name, presets
 
 if TYPE_CHECKING:
     from vlarl_rllib.settings import Settings
@@ -21,10 +21,10 @@ def fingerprint(model: str) -> str:
     A preset and a hub id stand for themselves. Reads config.json and 1 MB of each safetensors file, so that 15 GB take
     milliseconds.
     """
-    if model in PRESETS:
+    if model in presets():
         return cache_name(model)
     directory = Path(model)
-    if any(directory.name == cache_name(preset) for preset in PRESETS):
+    if any(directory.name == cache_name(preset) for preset in presets()):
         return directory.name
     if not directory.is_dir():
         return HUB_MODELS.get(model, model)

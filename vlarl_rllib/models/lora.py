@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,19 +36,6 @@ ADAPTER_NAME = "default"
 PEFT_PREFIX = "base_model.model."
 """In front of every name of an adapter file."""
 
-PUBLISHED_TARGETS = (
-    "q", "kv", "qkv", "proj", "fc1", "fc2", "fc3",
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
-)  # fmt: skip
-"""Module names of the adapters published with OpenVLA's fine-tuning code (PEFT 0.11's `all-linear`): both towers with
-their patch embeddings, the projector, the language model and its head; 439 modules of the 7B model."""
-TARGETS: dict[str, str | tuple[str, ...]] = {
-    "published": PUBLISHED_TARGETS,
-    "frozen_vision": r"projector\.fc[123]|language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-    r"|language_model\.lm_head",
-    "language_model": r"language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
-}
-"""What `model.lora.targets` stands for; a pattern must match a whole module name."""
 USED_KEYS = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern", "use_rslora",
@@ -147,17 +134,22 @@ class _MergedProduct(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None
 
 
-def add_lora(model: nn.Module, settings: LoraSettings) -> LoraConfig:
+def add_lora(
+    model: nn.Module, settings: LoraSettings, targets: Mapping[str, str | tuple[str, ...]] | None = None
+) -> LoraConfig:
     """Put adapters into `model` in place: float32, B = 0 and A drawn from torch's global generator, or those of
     `settings.adapter`.
 
     Everything else is frozen.
 
+    Args:
+        targets: what the words of `settings.targets` stand for, see `PolicyFamily.lora_targets`.
+
     Raises:
         FileNotFoundError: no adapter in `settings.adapter`.
         ValueError: an adapter of another kind or for another model, or targets that match nothing.
     """
-    config = read_adapter_config(settings.adapter) if settings.adapter else _new_config(settings)
+    config = read_adapter_config(settings.adapter) if settings.adapter else _new_config(settings, targets or {})
     config._register_custom_module({nn.Linear: MergedLinear, nn.Conv2d: MergedConv2d})
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -256,8 +248,13 @@ def save_adapter(model: nn.Module, config: LoraConfig, directory: str | Path, ba
     save_file(tensors, directory / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def _new_config(settings: LoraSettings) -> LoraConfig:
-    targets = TARGETS[settings.targets] if isinstance(settings.targets, str) else settings.targets
+def _new_config(settings: LoraSettings, known: Mapping[str, str | tuple[str, ...]]) -> LoraConfig:
+    if isinstance(settings.targets, str) and settings.targets not in known:
+        raise ValueError(
+            f"model.lora.targets: {settings.targets!r} means nothing for this policy; choose from {', '.join(known)}, "
+            "or list modules"
+        )
+    targets = known[settings.targets] if isinstance(settings.targets, str) else settings.targets
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or min(settings.rank, MAX_ALPHA),

@@ -1,13 +1,14 @@
 """Frozen weights in 8 or 4 bits with bitsandbytes, as transformers loads them.
 
-The language model's decoder layers are quantised; towers, projector, embeddings and head stay as they are. A layer's
-product uses the dequantised weight (`lora._Merged.base_weight`), which is also what the sampler receives, so both run
-on the same numbers.
+Linear layers are quantised but for what the family excepts (`PolicyFamily.never_quantized`). A layer's product uses the
+dequantised weight (`lora._Merged.base_weight`), which is also what the sampler receives, so both run on the same
+numbers.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,10 +17,10 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
-NOT_QUANTIZED = ["vision_backbone", "projector", "lm_head"]
 
-
-def quantization_config(kind: Literal["8bit", "4bit"], dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(
+    kind: Literal["8bit", "4bit"], dtype: torch.dtype, never_quantized: Sequence[str]
+) -> BitsAndBytesConfig:
     """What `from_pretrained(quantization_config=...)` takes: LLM.int8 (arXiv 2208.07339) or NF4 (QLoRA, arXiv
     2305.14314).
 
@@ -37,7 +38,7 @@ def quantization_config(kind: Literal["8bit", "4bit"], dtype: torch.dtype) -> Bi
         load_in_4bit=kind == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=NOT_QUANTIZED,
+        llm_int8_skip_modules=list(never_quantized),
     )
 
 

@@ -51,6 +51,7 @@ LEARNER_METRICS = (
 APPLIED = ("lr", "value_lr", "weight_decay", "clip_low", "clip_high", "minibatch_size", "temperature")
 """What the update was made with, as the learner's optimisers and loss had it; logged as `applied_...`."""
 RUNNER_SUMS = (
+    "decisions",
     "env_seconds",
     "sampler_seconds",
     "rollout_seconds",

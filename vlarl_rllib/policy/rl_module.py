@@ -1,4 +1,4 @@
-"""OpenVLA as an RLModule.
+"""The policy as an RLModule.
 
 RLlib reads weights from one learner and ships them as numpy, which a sharded bfloat16 policy cannot survive. So the
 state that travels through RLlib is a token naming the weights' version; the weights themselves go from the learners to
@@ -13,6 +13,7 @@ import torch
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vlarl_rllib.settings import ModelSettings
 
@@ -21,9 +22,9 @@ VALUES = "values"
 WEIGHTS_VERSION = "weights_version"
 
 
-class OpenVLARLModule(TorchRLModule, ValueFunctionAPI):
-    """Holds the policy as `self.policy` in learners, and a separate critic as `self.critic` where there is one; nothing
-    in runners.
+class VLARLModule(TorchRLModule, ValueFunctionAPI):
+    """Holds the policy as `self.policy` in learners, None in runners, and a separate critic as `self.critic` where
+    there is one.
 
     `model_config` is `{"model": the settings' model section, "seed": the run's, "device": where quantised weights go}`.
     """
@@ -32,6 +33,7 @@ class OpenVLARLModule(TorchRLModule, ValueFunctionAPI):
 
     def setup(self) -> None:
         self.weights_version = 0
+        self.policy: Any = None
         self.critic: nn.Module | None = None
         if self.inference_only:
             return
@@ -54,24 +56,38 @@ class OpenVLARLModule(TorchRLModule, ValueFunctionAPI):
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         """Teacher-forced pass over `input_ids, attention_mask, pixel_values, action_tokens`.
 
-        Returns `action_logits` [N, A, 256] float32 and `values` [N] float32.
+        Returns `action_logits` [N, A, V] float32 and `values` [N] float32.
         """
-        output = self.policy(**batch)
+        output = self._ask(self.policy, batch)
         return {
             ACTION_LOGITS: output.action_logits,
             VALUES: output.values if self.critic is None else self.compute_values(batch),
         }
 
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
-        """[N] float32 values of the observations in `batch` (keys as in training)."""
+        """[N] float32 values of the observations in `batch` (keys as in training).
+
+        Raises RuntimeError in runners, which have no weights.
+        """
         if self.critic is None:
-            return self.policy(**batch).values
-        return self.critic(**{name: tensor for name, tensor in batch.items() if name != "action_tokens"}).values
+            return self._ask(self.policy, batch).values
+        return self._ask(self.critic, {name: batch[name] for name in batch if name != "action_tokens"}).values
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         raise RuntimeError(
-            f"OpenVLARLModule got {sorted(batch)} to act on; actions come from the engines, through VLAEnvRunner"
+            f"VLARLModule got {sorted(batch)} to act on; actions come from the engines, through VLAEnvRunner"
         )
+
+    def _ask(self, model: Any, batch: dict[str, Any]) -> Any:
+        if model is None:
+            raise RuntimeError(
+                "this module has no weights, they are in the learners' processes; build the algorithm with "
+                "learners.num 0, or load what vlarl export writes"
+            )
+        output = model(**batch)
+        if isinstance(model, FSDPModule):  # without a backward pass it would stay gathered, and be saved so
+            model.reshard()
+        return output
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {WEIGHTS_VERSION: self.weights_version}
@@ -80,4 +96,4 @@ class OpenVLARLModule(TorchRLModule, ValueFunctionAPI):
         self.weights_version = int(state[WEIGHTS_VERSION])
 
 
-__all__ = ["ACTION_LOGITS", "VALUES", "WEIGHTS_VERSION", "OpenVLARLModule"]
+__all__ = ["ACTION_LOGITS", "VALUES", "WEIGHTS_VERSION", "VLARLModule"]

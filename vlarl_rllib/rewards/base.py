@@ -1,6 +1,7 @@
 """What a reward is, and calling one that may fail: it never ends a run.
 
-T = steps of a fragment of an episode, S = image side in pixels.
+T = decisions of a fragment of an episode, N = environment steps of it (T, where a decision is one action), A = tokens
+of a decision, S = image side in pixels.
 """
 
 from __future__ import annotations
@@ -39,22 +40,37 @@ class RewardEpisode:
     """What a reward sees: an uninterrupted piece of one episode."""
 
     images: np.ndarray
-    """[T+1, S, S, 3] uint8: the frame before each step, and the one behind the last."""
+    """[T+1, S, S, 3] uint8: the frame that each decision was made on, and the one behind the last."""
     tokens: np.ndarray
-    """[T, 7] int64 action token ids."""
+    """[T, A] int64 action token ids."""
+    durations: np.ndarray
+    """[T] int64: actions of each decision that were played; they sum to N."""
     actions: np.ndarray
-    """[T, 7] float64, normalised to [-1, 1]."""
+    """[N, 7] float64: those that were played, normalised to [-1, 1]."""
     env_rewards: np.ndarray
-    """[T] float32: 1 at the step that solved the task, else 0."""
+    """[N] float32: 1 at the step that solved the task, else 0."""
     instruction: str
     terminated: bool
     """Whether the last step solved the task."""
+    gamma: float = 1.0
+    """Discount of the rewards within a decision."""
+    frames: np.ndarray | None = None
+    """[N+1, S, S, 3] uint8: also the frames between the actions of a decision, where some `Reward.every_frame`."""
+
+    def per_decision(self, step_rewards: np.ndarray) -> np.ndarray:
+        """[N] rewards of environment steps -> [T] float32: the discounted sum of each decision's."""
+        first = np.cumsum(self.durations) - self.durations
+        place = np.arange(len(step_rewards)) - np.repeat(first, self.durations)
+        return np.add.reduceat(np.asarray(step_rewards) * self.gamma**place, first).astype(np.float32)
 
 
 class Reward(ABC):
-    """A number for each step of a fragment."""
+    """A number for each decision of a fragment; see `RewardEpisode.per_decision` for what is worth something at each
+    environment step."""
 
     name: str
+    every_frame: bool = False
+    """Whether it looks at `RewardEpisode.frames`, which costs their drawing."""
 
     def __init__(self) -> None:
         self.hung: list[threading.Thread] = []
@@ -101,7 +117,7 @@ def safe_get_reward(
             first_error = first_error or _one_line(error)
             _write_traceback(attempt, episode, error, traceback_dir)
         attempt, source = (_cpu_copy(reward, episode, traceback_dir), "cpu_retry") if source == "ok" else (None, source)
-    return RewardResult(np.zeros(len(episode.actions), np.float32), "zero", first_error)
+    return RewardResult(np.zeros(len(episode.tokens), np.float32), "zero", first_error)
 
 
 def _call(reward: Reward, episode: RewardEpisode, timeout_seconds: float) -> np.ndarray:
@@ -129,14 +145,14 @@ def _call(reward: Reward, episode: RewardEpisode, timeout_seconds: float) -> np.
     (value,) = outcome
     if isinstance(value, BaseException):
         raise value if isinstance(value, Exception) else RuntimeError(f"{type(value).__name__}: {value}")
-    return _checked(value, len(episode.actions))
+    return _checked(value, len(episode.tokens))
 
 
 def _checked(value: np.ndarray, length: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         array = np.asarray(value, dtype=np.float32)
     if array.shape != (length,):
-        raise ValueError(f"a reward of {length} steps has shape ({length},), got {array.shape}")
+        raise ValueError(f"a reward of {length} decisions has shape ({length},), got {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{int((~np.isfinite(array)).sum())} of {length} rewards are not finite")
     return array
@@ -167,7 +183,7 @@ def _write_traceback(reward: Reward, episode: RewardEpisode, error: Exception, d
     number = next(_numbers)
     text = "".join(traceback.format_exception(error))
     facts = (
-        f"reward {name}, {len(episode.actions)} steps, instruction {episode.instruction!r}, "
+        f"reward {name}, {len(episode.tokens)} decisions, instruction {episode.instruction!r}, "
         f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
     )
     try:

@@ -10,13 +10,13 @@ ARM = slice(0, 6)
 
 
 class MalformedReply(Reward):
-    """-1 at a step whose reply is not seven action tokens (a stop token in between, another id).
+    """-1 at a decision whose reply is not action tokens alone (a stop token in between, another id).
 
     The samplers of this package choose among the action ids alone, and runners take no other reply: in a run it is
     always 0. It is for scoring episodes from elsewhere.
 
     Args:
-        action_token_ids: the 256 ids.
+        action_token_ids: the ids that a reply may hold.
     """
 
     name = "malformed"
@@ -31,20 +31,20 @@ class MalformedReply(Reward):
 
 
 class Length(Reward):
-    """-1 at every step: the sooner the better."""
+    """-1 at every environment step: the sooner the better."""
 
     name = "length"
 
     def __call__(self, episode: RewardEpisode) -> np.ndarray:
-        return -np.ones(len(episode.actions), np.float32)
+        return episode.per_decision(-np.ones(len(episode.actions), np.float32))
 
 
 class Smoothness(Reward):
-    """Minus the mean squared change of the arm's six normalised numbers since the step before; in [-4, 0], 0 at a
-    fragment's first step."""
+    """Minus the mean squared change of the arm's six normalised numbers since the environment step before; in [-4, 0],
+    0 at a fragment's first one."""
 
     name = "smoothness"
 
     def __call__(self, episode: RewardEpisode) -> np.ndarray:
         change = np.diff(episode.actions[:, ARM], axis=0, prepend=episode.actions[:1, ARM])
-        return -np.square(change).mean(axis=1).astype(np.float32)
+        return episode.per_decision(-np.square(change).mean(axis=1))

@@ -1,6 +1,6 @@
-"""The learned process reward: what a step does to a judge's score.
+"""The learned process reward: what a decision does to a judge's score.
 
-T = steps of a fragment of an episode, S = image side in pixels.
+T = decisions of a fragment of an episode, S = image side in pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WAIT_SHARE = 0.9
 
 
 class ProcessReward(Reward):
-    """Score of the frame behind a step minus score of the frame before it, by the run's reward worker.
+    """Score of the frame behind a decision minus score of the frame before it, by the run's reward worker.
 
     The differences of an episode add up to its last score minus its first, at most 1, in however many fragments it is
     handed over.
@@ -66,7 +66,7 @@ class ProcessReward(Reward):
         except ray.exceptions.GetTimeoutError as error:
             self._was_late = True
             raise TimeoutError(f"the reward worker gave no answer within {self._wait_seconds:g} s") from error
-        return differences(scores, len(episode.actions))
+        return differences(scores, len(episode.tokens))
 
     def on_cpu(self) -> Reward | None:
         """The same judge in this process, loaded at its first call; None where it is too large for that.
@@ -94,7 +94,7 @@ class LocalProcessReward(Reward):
 
     def __call__(self, episode: RewardEpisode) -> np.ndarray:
         """[T] float32. Raises RuntimeError where the judge cannot be loaded here, else what it raises."""
-        return differences(self._load().score(episode.images, episode.instruction), len(episode.actions))
+        return differences(self._load().score(episode.images, episode.instruction), len(episode.tokens))
 
     def _load(self) -> Judge:
         with (
@@ -110,11 +110,13 @@ class LocalProcessReward(Reward):
             return self._judge
 
 
-def differences(scores: np.ndarray, num_steps: int) -> np.ndarray:
+def differences(scores: np.ndarray, num_decisions: int) -> np.ndarray:
     """[T+1] scores -> [T] float32 changes. Raises ValueError for another shape, or scores outside [0, 1]."""
     array = np.asarray(scores, dtype=np.float32)
-    if array.shape != (num_steps + 1,):
-        raise ValueError(f"a judge's scores of {num_steps} steps have shape ({num_steps + 1},), got {array.shape}")
+    if array.shape != (num_decisions + 1,):
+        raise ValueError(
+            f"a judge's scores of {num_decisions} decisions have shape ({num_decisions + 1},), got {array.shape}"
+        )
     if not ((array >= 0.0) & (array <= 1.0)).all():
         raise ValueError(f"a judge's scores lie in [0, 1], got {array.min():g} to {array.max():g}")
     return np.diff(array)

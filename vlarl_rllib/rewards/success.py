@@ -8,9 +8,9 @@ from vlarl_rllib.rewards.base import Reward, RewardEpisode
 
 
 class Success(Reward):
-    """1 at the step that solves the task, else 0."""
+    """1 at the environment step that solves the task, else 0."""
 
     name = "success"
 
     def __call__(self, episode: RewardEpisode) -> np.ndarray:
-        return episode.env_rewards
+        return episode.per_decision(episode.env_rewards)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlarl_rllib.process.plugins import added_by_packages, load_class
 from vlarl_rllib.rewards.base import Reward, RewardEpisode, safe_get_reward
 from vlarl_rllib.rewards.heuristics import Length, MalformedReply, Smoothness
 from vlarl_rllib.rewards.process import ProcessReward
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from vlarl_rllib.settings import RewardSettings
 
 
+GROUP = "vlarl_rllib.rewards"
+"""Entry points of other packages."""
 LARGEST = 1e30
 """Absolute value of a weighted reward: a sum of larger ones may be infinite, and its square in a loss is."""
 
@@ -36,6 +39,11 @@ class WeightedRewards:
         self.failures: Counter[str] = Counter()
         """`reward_zeros` and `reward_cpu_retries`, since they were last taken."""
 
+    @property
+    def every_frame(self) -> bool:
+        """Whether one of them looks at the frames between the actions of a decision."""
+        return any(reward.every_frame for _, reward in self._rewards)
+
     def attach(self, worker: Any) -> None:
         """Have the process reward, where there is one, ask this reward worker."""
         for _, reward in self._rewards:
@@ -44,7 +52,7 @@ class WeightedRewards:
 
     def __call__(self, episode: RewardEpisode) -> np.ndarray:
         """[T] float32."""
-        total = np.zeros(len(episode.actions), np.float32)
+        total = np.zeros(len(episode.tokens), np.float32)
         for weight, reward in self._rewards:
             result = safe_get_reward(
                 reward, episode, timeout_seconds=self._timeout_seconds, traceback_dir=self._traceback_dir
@@ -57,6 +65,22 @@ class WeightedRewards:
             self.failures["reward_zeros"] += result.source == "zero" or not fits
             self.failures["reward_cpu_retries"] += result.source == "cpu_retry"
         return total
+
+
+def reward_class(name: str) -> Callable[[], Reward]:
+    """The class that `rewards.others` names: what an installed package adds, or `module:Class`; made without arguments.
+
+    Raises ValueError: there is none such, in one line.
+    """
+    found = added_by_packages(GROUP)
+    if name not in found and ":" not in name:
+        known = f"choose one of {', '.join(found)}" if found else "no installed package adds one"
+        raise ValueError(f"rewards.others names {name!r}; {known}, or name it as module:Class")
+    try:
+        made: Callable[[], Reward] = load_class(found.get(name, name))
+    except ValueError as error:
+        raise ValueError(f"rewards.others names {name!r}, but {error}") from error
+    return made
 
 
 def make_rewards(settings: RewardSettings, action_token_ids: range, traceback_dir: Path) -> WeightedRewards:
@@ -73,4 +97,5 @@ def make_rewards(settings: RewardSettings, action_token_ids: range, traceback_di
         chosen.append(
             (settings.process, ProcessReward(settings.judge, settings.timeout_seconds, settings.judge_cpu_copy))
         )
+    chosen += [(weight, reward_class(name)()) for name, weight in settings.others.items() if weight]
     return WeightedRewards(chosen, timeout_seconds=settings.timeout_seconds, traceback_dir=traceback_dir)

@@ -1,4 +1,4 @@
-"""An iteration's steps from all runners."""
+"""An iteration's decisions from all runners."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from vlarl_rllib.types import EpisodeResult
 
 @dataclass
 class Rollout:
-    """An iteration's steps."""
+    """An iteration's decisions."""
 
     slots: list[tuple[int, Any, int, bool]] = field(default_factory=list)
-    """(runner, ref of its fragments, steps, whether they are a uniform group) of each slot, or group of episodes, in an
-    order that does not depend on who was faster."""
+    """(runner, ref of its fragments, decisions, whether they are a uniform group) of each slot, or group of episodes,
+    in an order that does not depend on who was faster."""
     metrics: list[Any] = field(default_factory=list)
     results: list[EpisodeResult] = field(default_factory=list)
     """Episodes that ended, in the order of the runners."""
     lost_steps: int = 0
-    """Steps that were played and died with their runner before the learners had them."""
+    """Decisions that were played and died with their runner before the learners had them."""
     pids: dict[int, Any] = field(default_factory=dict)
     """By runner, its process and those of its environments."""
 
     def add(self, contribution: Contribution) -> None:
         runner = contribution.runner
-        self.slots += zip(repeat(runner), contribution.refs, contribution.num_steps, contribution.uniform, strict=False)
+        self.slots += zip(
+            repeat(runner), contribution.refs, contribution.num_decisions, contribution.uniform, strict=False
+        )
         self.slots.sort(key=lambda slot: slot[0])
         self.results += contribution.results
         self.metrics.append(contribution.metrics)
@@ -40,11 +42,11 @@ class Rollout:
         return [slot[1] for slot in self.slots]
 
     @property
-    def num_steps(self) -> list[int]:
+    def num_decisions(self) -> list[int]:
         return [slot[2] for slot in self.slots]
 
     def drop(self, indices: Sequence[int]) -> None:
-        """Forget these slots' steps, which are lost."""
+        """Forget these slots' decisions, which are lost."""
         self.lost_steps += sum(self.slots[index][2] for index in indices)
         self.slots = [slot for index, slot in enumerate(self.slots) if index not in indices]
 
@@ -56,8 +58,8 @@ class Rollout:
 
 
 class RolloutCollector(RunnerCalls):
-    """Has the runners sample until an iteration's steps are there, through failures of engines and runners; they stay
-    with the runners.
+    """Has the runners sample until an iteration's decisions are there, through failures of engines and runners; they
+    stay with the runners.
 
     Args:
         runners, sync, pool, calls: see `RunnerCalls`.
@@ -72,10 +74,10 @@ class RolloutCollector(RunnerCalls):
     def collect(
         self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float], rollout: Rollout | None = None
     ) -> Rollout:
-        """All slots' steps of `iteration`; `quota` is of each slot, in steps or whole episodes, `weights` the
+        """All slots' decisions of `iteration`; `quota` is of each slot, in decisions or whole episodes, `weights` the
         curriculum's.
 
-        A runner that dies takes what only it has with it: the iteration goes on with the others' steps, or waits for
+        A runner that dies takes what only it has with it: the iteration goes on with the others', or waits for
         the runner where there are no others.
 
         Args:
@@ -97,5 +99,5 @@ class RolloutCollector(RunnerCalls):
                 if self._filter_groups:
                     rollout.filter_groups(self._enough)
                 return rollout
-            fruitless = 0 if any(contribution.played_steps for contribution in contributions) else fruitless + 1
+            fruitless = 0 if any(contribution.played for contribution in contributions) else fruitless + 1
             self._check(fruitless, [contribution.engine_error for contribution in contributions])

@@ -17,21 +17,24 @@ class Contribution:
 
     refs: list[Any] = field(default_factory=list)
     """One ref per slot that has new fragments, or per group of episodes; each a list of SingleAgentEpisode."""
-    num_steps: list[int] = field(default_factory=list)
+    num_decisions: list[int] = field(default_factory=list)
+    """Behind each ref."""
+    env_steps: int = 0
+    """Environment steps behind all refs."""
     uniform: list[bool] = field(default_factory=list)
     """Of each ref, whether all episodes of the group succeed or all fail, so that nothing tells what made the
     difference."""
-    played_steps: int = 0
-    """Steps that this call played, handed over or not."""
+    played: int = 0
+    """Decisions that this call played, handed over or not."""
     missing: int = 0
-    """Steps or episodes that the iteration still lacks, because an engine failed. Nothing is handed over then: a
+    """Decisions or episodes that the iteration still lacks, because an engine failed. Nothing is handed over then: a
     fragment that is cut there has other advantages, and the runner's objects are no safer than the runner."""
     engine_error: str | None = None
     metrics: Any = None
     results: list[EpisodeResult] = field(default_factory=list)
     """Episodes that ended in this call, by slot."""
     token_checksum: int = 0
-    """Sum of the CRC-32 of each step's action tokens: equal in two runs that took the same actions, in whatever order.
+    """Sum of the CRC-32 of each decision's tokens: equal in two runs that took the same actions, in whatever order.
     """
     runner: int = 0
     """Number of the runner, from 1."""

@@ -27,24 +27,27 @@ with without_tensorflow():
     from ray.rllib.env.env_context import EnvContext
     from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
     from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.metrics import NUM_MODULE_STEPS_SAMPLED, NUM_MODULE_STEPS_SAMPLED_LIFETIME
 
 from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.envs.registry import env_class, training_and_held_out_states
 from vlarl_rllib.envs.vector import SlotProcesses
-from vlarl_rllib.models.checkpoint_facts import read_checkpoint_facts
-from vlarl_rllib.models.openvla.actions import ActionTokenizer
+from vlarl_rllib.models.family import ActionCodec, ActionFormat, load_family
 from vlarl_rllib.rewards import make_rewards
 from vlarl_rllib.rollout.contribution import REWARD_FAULTS, Attached, Contribution
 from vlarl_rllib.rollout.curriculum import AdaptiveCurriculum, FixedCurriculum
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
-from vlarl_rllib.rollout.players import TrainingPlayer, is_uniform
+from vlarl_rllib.rollout.players import TrainingPlayer, is_uniform, num_env_steps
 from vlarl_rllib.rollout.slot_env import SlotVectorEnv, slot_spaces
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import EnvSpec, Start, WeightManifest
 
 logger = logging.getLogger(__name__)
+
+NO_ACTIONS = ActionFormat(1, 1, range(1))
+"""In place of a policy's, which is not known."""
 
 
 class VLAEnvRunner(SingleAgentEnvRunner):
@@ -81,7 +84,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
 
     def _make_env(self) -> None:
         self.stop()
-        model = read_checkpoint_facts(self._engine_spec.model_path)
+        family = load_family(self._engine_spec.family)
+        model = family.read_facts(self._engine_spec.model_path)
         env, settings = self.settings.env, self.settings
         plan = calculate_runtime_args(settings)
         runner = max(0, (self.worker_index or 1) - 1)
@@ -101,27 +105,27 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             models_per_process=env.models_per_process,
             max_resets=env.max_resets_per_process,
         )
-        self.env = SlotVectorEnv(processes, env.num_envs, model.image_size)
+        self.env = SlotVectorEnv(processes, env.num_envs, model.image_size, model.actions)
         self.num_envs = env.num_envs
-        tokenizer, stats = (
-            ActionTokenizer(model.action_vocab_size, model.num_bins),
-            model.action_statistics(settings.unnorm_key),
-        )
+        codec = family.codec(model, model.action_statistics(settings.unnorm_key))
         self._rewards = make_rewards(
-            settings.rewards, tokenizer.token_ids, Path(self.config.run_dir or tempfile.gettempdir()) / "reward_errors"
+            settings.rewards,
+            model.actions.token_ids,
+            Path(self.config.run_dir or tempfile.gettempdir()) / "reward_errors",
         )
-        self._make_players(spec, slot_tasks, runner * env.num_envs, tokenizer)
+        self._make_players(spec, slot_tasks, runner * env.num_envs, codec, model.actions.num_actions)
+        executed = settings.rollout.execute_actions
         self._loop = SlotLoop(
             processes,
             env.num_envs,
-            decode=lambda tokens: tokenizer.unnormalize(tokenizer.decode_checked(tokens), stats),
+            decode=lambda tokens: codec.decode(tokens)[:executed],
             completions=Completions(),
             request_timeout_seconds=settings.engines.request_timeout_seconds,
             env_timeout_seconds=env.timeout_seconds,
         )
 
     def _make_players(
-        self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int, tokenizer: ActionTokenizer
+        self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int, codec: ActionCodec, num_actions: int
     ) -> None:
         self._slot_tasks = slot_tasks
         self._curriculum = self._make_curriculum(spec, first_slot)
@@ -133,7 +137,9 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 spaces=(self.env.single_observation_space, self.env.single_action_space),
                 temperature=self.settings.temperature,
                 rewards=self._rewards,
-                decode=tokenizer.decode,
+                decode=codec.normalized,
+                num_actions=num_actions,
+                gamma=self.settings.gamma_within_decisions,
                 seed=self.settings.run.seed,
                 whole_episodes=self.settings.rollout.episodes_per_iteration is not None,
                 group_size=self.settings.rollout.group_size,
@@ -159,7 +165,9 @@ class VLAEnvRunner(SingleAgentEnvRunner):
 
     def get_spaces(self) -> Any:
         if self.env is None:
-            single = both = slot_spaces(1)  # of a runner that failed: RLlib asks before anybody hears of that
+            single = both = slot_spaces(
+                1, NO_ACTIONS
+            )  # of a runner that failed: RLlib asks before anybody hears of that
         else:
             single = (self.env.single_observation_space, self.env.single_action_space)
             both = (self.env.observation_space, self.env.action_space)
@@ -168,6 +176,10 @@ class VLAEnvRunner(SingleAgentEnvRunner):
     def make_module(self) -> None:
         if self._failure is None:
             super().make_module()
+
+    def set_state(self, state: Any) -> None:
+        if self._failure is None:  # RLlib would end a runner that raises here, and with it what it can tell
+            super().set_state(state)
 
     def sample(self, *, num_timesteps: int | None = None, **kwargs: Any) -> list[SingleAgentEpisode]:  # type: ignore[override]
         """Play an iteration's share and return the episodes themselves; `num_timesteps` divided over the slots where
@@ -221,7 +233,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
     def sample_slots(
         self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float] | None = None
     ) -> Contribution:
-        """Play until each slot has contributed `quota` steps, or whole episodes, to `iteration`, or an engine fails.
+        """Play until each slot has contributed `quota` decisions, or whole episodes, to `iteration`, or an engine
+        fails.
 
         Called again with the same `iteration` it goes on where the failure stopped it, and hands all of it over at the
         end.
@@ -240,7 +253,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self._loop.run(self._players, self._require_sampler(), self._version, self._groups(2))
         contribution = self._collect()
         # Below 0 where a death cost more than was played.
-        contribution.played_steps = max(0, sum(player.num_played for player in self._players.values()) - played)
+        contribution.played = max(0, sum(player.num_played for player in self._players.values()) - played)
         self._log_rollout(contribution, time.perf_counter() - began)
         contribution.metrics = self.get_metrics()
         return contribution
@@ -310,7 +323,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             for fragments in player.take():
                 self._tell_of(fragments, slot)
                 contribution.refs.append(ray.put(fragments))
-                contribution.num_steps.append(sum(map(len, fragments)))
+                contribution.num_decisions.append(sum(map(len, fragments)))
+                contribution.env_steps += sum(map(num_env_steps, fragments))
                 contribution.uniform.append(self.settings.rollout.group_size > 1 and is_uniform(fragments))
                 contribution.token_checksum += sum(
                     zlib.crc32(tokens.tobytes()) for fragment in fragments for tokens in fragment.get_actions()
@@ -332,6 +346,12 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             name, self._callbacks, functions, kwargs={"env_runner": self, "metrics_logger": self.metrics, **arguments}
         )
 
+    def _log_sampled(self, env_steps: int, decisions: int, episodes: int) -> None:
+        """RLlib's counters; of its module, whose steps are decisions, RLlib itself counts environment steps."""
+        self._increase_sampled_metrics(env_steps, episodes)
+        for name, reduce in ((NUM_MODULE_STEPS_SAMPLED, "sum"), (NUM_MODULE_STEPS_SAMPLED_LIFETIME, "lifetime_sum")):
+            self.metrics.log_value((name, DEFAULT_MODULE_ID), decisions - env_steps, reduce=reduce)
+
     def _log_rollout(self, contribution: Contribution, seconds: float) -> None:
         """Metrics since the last call; RLlib adds up or averages them over runners."""
         results = [result for player in self._players.values() for result in player.results]
@@ -339,7 +359,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         for player in self._players.values():
             player.results, player.dropped_steps = [], 0
         contribution.results = results
-        self._increase_sampled_metrics(sum(contribution.num_steps), len(results))
+        self._log_sampled(contribution.env_steps, sum(contribution.num_decisions), len(results))
         for result in results:
             self._log_episode_metrics(result.length, result.reward, 0.0)
         loop = self._loop
@@ -348,6 +368,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             "sampler_seconds": loop.sampler_seconds,
             "rollout_seconds": seconds,
             "env_deaths": float(loop.env_deaths),
+            "decisions": float(sum(contribution.num_decisions)),
             "dropped_steps": float(dropped),
             "engine_failures": float(contribution.engine_error is not None),
             "token_checksum": float(contribution.token_checksum),

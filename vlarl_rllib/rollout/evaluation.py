@@ -139,6 +139,11 @@ class EvaluationPlayer:
         self._image: np.ndarray | None = None
         self._frames: list[np.ndarray] | None = None
 
+    @property
+    def every_frame(self) -> bool:
+        """Of an episode that is filmed."""
+        return self._frames is not None
+
     def next_start(self) -> Start | None:
         self._image = self._frames = None
         return self._evaluation.queue.take(self._slot)
@@ -158,12 +163,12 @@ class EvaluationPlayer:
 
     def stepped(self, reply: SampleReply, event: SlotEvent) -> None:
         self._image = event.image
-        self._length += 1
-        self._reward += event.reward
-        self._evaluation.round.num_steps += 1
+        self._length += event.num_steps
+        self._reward += sum(event.rewards)
+        self._evaluation.round.num_steps += event.num_steps
         if self._frames is not None and event.image is not None:
-            self._frames.append(event.image)
-        if event.terminated or event.truncated:
+            self._frames += (*event.frames, event.image)
+        if event.ended:
             start = self._evaluation.queue.finish(self._slot)
             result = EpisodeResult(
                 event.task_id, event.initial_state, self._length, event.success, self._reward, self._film(start)

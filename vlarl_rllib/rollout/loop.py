@@ -75,7 +75,7 @@ class SlotState(enum.Enum):
     EMPTY = "no episode"
     RESETTING = "waits for its environment to reset"
     READY = "has a frame"
-    SAMPLING = "waits for an action"
+    SAMPLING = "waits for a decision"
     STEPPING = "waits for its environment to step"
 
 
@@ -84,8 +84,8 @@ class SlotLoop:
 
     Args:
         processes: the environments.
-        decode: action token ids [A] -> un-normalised policy action [7]; raises ValueError for anything else.
-        request_timeout_seconds: an action that takes longer counts as an engine failure.
+        decode: a reply's token ids [A] -> the actions [k, 7] to play; raises ValueError for anything else.
+        request_timeout_seconds: a reply that takes longer counts as an engine failure.
         env_timeout_seconds: a reset or step that takes longer ends its environment process, which is then started anew.
     """
 
@@ -234,7 +234,8 @@ class SlotLoop:
         self._replies[slot] = outcome
         self._state[slot] = SlotState.STEPPING
         self._env_calls[slot] = time.monotonic()
-        self._processes.send_step(slot, self._decode(outcome.tokens))
+        actions = self._decode(outcome.tokens)
+        self._processes.send_actions(slot, actions, every_frame=self._players[slot].every_frame)
 
     def _fail(self, slot: int, error: Exception) -> None:
         """No further requests in this run; the slot keeps its frame and goes on when an engine is back."""
@@ -267,7 +268,7 @@ class SlotLoop:
         else:
             self._state[slot] = SlotState.READY
             self._players[slot].stepped(self._replies.pop(slot), event)
-            if event.terminated or event.truncated:
+            if event.ended:
                 self._state[slot] = SlotState.EMPTY
                 # others too: the end of an episode may be what one that had nothing to do has waited for
                 self._begin_idle()

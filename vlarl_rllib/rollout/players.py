@@ -1,7 +1,10 @@
-"""What a slot does with its frames: here, collect training steps; `rollout/evaluation.py` has the greedy episodes.
+"""What a slot does with its frames: here, collect decisions to train on; `rollout/evaluation.py` has the greedy
+episodes.
 
 The event loop (`loop.SlotLoop`) asks a player what comes next and tells it what happened; it knows nothing about
 episodes itself.
+
+T = decisions of a fragment, A = tokens of a decision, K = its actions.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from vlarl_rllib.envs.vector import SlotEvent
 from vlarl_rllib.rewards import RewardEpisode, WeightedRewards
 from vlarl_rllib.rollout.curriculum import FixedCurriculum
 from vlarl_rllib.types import (
+    DURATION_KEY,
     INSTRUCTION_KEY,
     LOG_PROBS_KEY,
+    STEP_REWARDS_KEY,
     EpisodeResult,
     SampleReply,
     SampleRequest,
@@ -29,6 +34,11 @@ from vlarl_rllib.types import (
 
 class Player(Protocol):
     """One slot's purpose."""
+
+    @property
+    def every_frame(self) -> bool:
+        """Whether the frame behind each action is wanted, not only those that are acted on."""
+        ...
 
     def next_start(self) -> Start | None:
         """Where the next episode begins; None = this slot has nothing more to do."""
@@ -47,7 +57,7 @@ class Player(Protocol):
         ...
 
     def stepped(self, reply: SampleReply, event: SlotEvent) -> None:
-        """The action of `reply` was played."""
+        """The actions of `reply` were played, until the episode ended."""
         ...
 
     def dropped(self) -> None:
@@ -56,7 +66,7 @@ class Player(Protocol):
 
 
 class TrainingPlayer:
-    """Contributes a fixed number of steps per iteration, where an episode may go on in the next one, or of whole
+    """Contributes a fixed number of decisions per iteration, where an episode may go on in the next one, or of whole
     episodes.
 
     Args:
@@ -64,8 +74,10 @@ class TrainingPlayer:
         whole_episodes: what is counted.
         group_size: so many whole episodes, one after the other, have the same start.
         spaces: (observation, action) of one slot.
-        rewards: what steps are worth, asked when they are handed over.
-        decode: action token ids [T, 7] -> normalised actions.
+        rewards: what decisions are worth, asked when they are handed over.
+        decode: action token ids [T, A] -> normalised actions [T, K, 7].
+        num_actions: K
+        gamma: of the rewards within a decision.
     """
 
     def __init__(
@@ -78,6 +90,8 @@ class TrainingPlayer:
         temperature: float,
         rewards: WeightedRewards,
         decode: Callable[[np.ndarray], np.ndarray],
+        num_actions: int,
+        gamma: float,
         seed: int,
         whole_episodes: bool = False,
         group_size: int = 1,
@@ -87,6 +101,7 @@ class TrainingPlayer:
         self._slot, self._global_slot, self._seed = slot, global_slot, seed
         self._curriculum, self._spaces = curriculum, spaces
         self._temperature, self._rewards, self._decode = temperature, rewards, decode
+        self._num_actions, self._gamma = num_actions, gamma
         self._whole_episodes, self._group_size = whole_episodes, group_size
         self._iteration, self.missing, self.num_played = 0, 0, 0
         self._episodes_begun = self._episodes_ended = 0
@@ -96,11 +111,17 @@ class TrainingPlayer:
         self._done_fragments: list[SingleAgentEpisode] = []
         self._instruction = ""
         self._image: np.ndarray | None = None
+        self._frames: dict[str, list[np.ndarray]] = {}
+        """By fragment, the frames behind its actions, where a reward asks for them."""
+
+    @property
+    def every_frame(self) -> bool:
+        return self._rewards.every_frame
 
     def begin_iteration(self, iteration: int, quota: int) -> None:
-        """Ask for so many steps, or whole episodes; call it once per iteration.
+        """Ask for so many decisions, or whole episodes; call it once per iteration.
 
-        From then on `missing` of them are still to be played, and `num_played` counts steps.
+        From then on `missing` of them are still to be played, and `num_played` counts decisions.
         """
         self._iteration, self.missing, self.num_played = iteration, quota, 0
         self._episodes_begun = self._episodes_ended = 0
@@ -136,22 +157,31 @@ class TrainingPlayer:
 
     def stepped(self, reply: SampleReply, event: SlotEvent) -> None:
         fragment = self._fragment
-        assert fragment is not None, "a step without an episode"
+        assert fragment is not None, "a decision without an episode"
+        step_rewards = np.zeros(self._num_actions, np.float32)
+        step_rewards[: event.num_steps] = event.rewards
         fragment.add_env_step(
             event.image,
             reply.tokens,
-            event.reward,
+            sum(event.rewards),
             terminated=event.terminated,
             truncated=event.truncated,
-            extra_model_outputs={LOG_PROBS_KEY: reply.log_probs, "policy_version": reply.policy_version},
+            extra_model_outputs={
+                LOG_PROBS_KEY: reply.log_probs,
+                STEP_REWARDS_KEY: step_rewards,
+                DURATION_KEY: event.num_steps,
+                "policy_version": reply.policy_version,
+            },
         )
-        fragment.custom_data["length"] += 1
-        fragment.custom_data["reward"] += event.reward
+        if self.every_frame:
+            assert event.image is not None, "a step event has a frame"
+            self._frames.setdefault(fragment.id_, []).extend((*event.frames, event.image))
+        fragment.custom_data["length"] += event.num_steps
+        fragment.custom_data["reward"] += sum(event.rewards)
         self._image = event.image
         self.num_played += 1
-        ended = event.terminated or event.truncated
-        self.missing -= ended if self._whole_episodes else 1
-        if ended:
+        self.missing -= event.ended if self._whole_episodes else 1
+        if event.ended:
             self._episodes_ended += 1
             length, total = fragment.custom_data["length"], fragment.custom_data["reward"]
             fragment.custom_data["success"] = event.success
@@ -163,7 +193,8 @@ class TrainingPlayer:
         if self._fragment is not None:
             self.missing += 0 if self._whole_episodes else len(self._fragment)
             self.num_played -= len(self._fragment)
-            self.dropped_steps += len(self._fragment)
+            self.dropped_steps += num_env_steps(self._fragment)
+            self._frames.pop(self._fragment.id_, None)
         self._fragment = None
 
     def take(self) -> list[list[SingleAgentEpisode]]:
@@ -178,14 +209,20 @@ class TrainingPlayer:
         return [rewarded[first : first + size] for first in range(0, len(rewarded), size)]
 
     def _rewarded(self, fragment: SingleAgentEpisode) -> SingleAgentEpisode:
-        tokens = np.asarray(fragment.get_actions())
+        tokens, images = np.asarray(fragment.get_actions()), np.asarray(fragment.get_observations())
+        durations = np.asarray(fragment.get_extra_model_outputs(DURATION_KEY), dtype=np.int64)
+        played = np.arange(self._num_actions) < durations[:, None]
+        frames = self._frames.pop(fragment.id_, None)
         seen = RewardEpisode(
-            images=np.asarray(fragment.get_observations()),
+            images=images,
             tokens=tokens,
-            actions=self._decode(tokens),
-            env_rewards=np.asarray(fragment.get_rewards(), dtype=np.float32),
+            durations=durations,
+            actions=self._decode(tokens)[played],
+            env_rewards=np.asarray(fragment.get_extra_model_outputs(STEP_REWARDS_KEY), dtype=np.float32)[played],
+            frames=None if frames is None else np.stack([images[0], *frames]),
             instruction=fragment.custom_data[INSTRUCTION_KEY],
             terminated=bool(fragment.is_terminated),
+            gamma=self._gamma,
         )
         fragment.set_rewards(new_data=self._rewards(seen))
         return fragment
@@ -193,10 +230,16 @@ class TrainingPlayer:
     def abandon(self) -> None:
         """Forget the running episode and what was not taken, so that the next iteration begins anew."""
         self._fragment, self._done_fragments, self._group_start = None, [], None
+        self._frames.clear()
 
     @property
     def playing(self) -> bool:
         return self._fragment is not None
+
+
+def num_env_steps(fragment: SingleAgentEpisode) -> int:
+    """Environment steps of its decisions."""
+    return int(sum(fragment.get_extra_model_outputs(DURATION_KEY))) if len(fragment) else 0
 
 
 def success_by_task(results: list[EpisodeResult]) -> Mapping[int, float]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlarl_rllib.models.checkpoint_facts import action_statistics
+from vlarl_rllib.models.family import PolicyFamily, family_of
 from vlarl_rllib.models.files import AGAIN
+from vlarl_rllib.models.statistics import action_statistics
 from vlarl_rllib.process.json_files import read_json_object
-from vlarl_rllib.process.own_files import own_folder, replace_file
+from vlarl_rllib.process.own_files import own_folder
 from vlarl_rllib.runs.checkpoints import FACTS_FILE, POINTER_FILE, CheckpointStore
 from vlarl_rllib.runs.sealing import FILES_FILE, file_digest
 from vlarl_rllib.settings import Settings, SettingsError
@@ -25,27 +26,8 @@ from vlarl_rllib.settings import Settings, SettingsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
-
 logger = logging.getLogger(__name__)
 
-HUB_CODE = "openvla/openvla-7b"
-"""Repository with the published model code; exported files refer to it, for tools that run remote code. Ours do not."""
-AUTO_MAP = {
-    "AutoConfig": f"{HUB_CODE}--configuration_prismatic.OpenVLAConfig",
-    "AutoModelForVision2Seq": f"{HUB_CODE}--modeling_prismatic.OpenVLAForActionPrediction",
-}
-PROCESSOR_MAP = {
-    "AutoImageProcessor": f"{HUB_CODE}--processing_prismatic.PrismaticImageProcessor",
-    "AutoProcessor": f"{HUB_CODE}--processing_prismatic.PrismaticProcessor",
-}
-"""The same in the processor's files, whatever the base checkpoint's refer to."""
-COPIED_FILES = (
-    "preprocessor_config.json", "dataset_statistics.json",
-    "generation_config.json", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
-"""Files of the base checkpoint that training does not change, as far as it has them."""
 MAX_SHARD_SIZE = "5GB"
 PROVENANCE_FILE = "vlarl_export.json"
 MAX_REASON = 300
@@ -133,12 +115,20 @@ def export_merged(checkpoint: TrainingCheckpoint, out: Path, dtype: str | None =
 
     dtype = dtype or checkpoint.settings.engines.dtype
     tensors = dict(iterate_weights(load_policy(checkpoint), getattr(torch, dtype)))
-    write_model(tensors, checkpoint.settings.model.path, out, dtype)
+    model = checkpoint.settings.model
+    family = family_of(model.path, model.family)
+    write_model(tensors, family=family, base=model.path, out=out, dtype=dtype)
     _write_provenance(checkpoint, out, "merged")
 
 
 def write_model(
-    tensors: dict[str, Tensor], base: str, out: Path, dtype: str, norm_stats: dict[str, Any] | None = None
+    tensors: dict[str, Tensor],
+    *,
+    family: PolicyFamily,
+    base: str,
+    out: Path,
+    dtype: str,
+    norm_stats: dict[str, Any] | None = None,
 ) -> None:
     """Write weights under their published names as a Hugging Face checkpoint; everything else is the base checkpoint's.
 
@@ -151,20 +141,12 @@ def write_model(
     """
     from huggingface_hub import save_torch_state_dict
 
-    from vlarl_rllib.models.openvla import OpenVLAConfig
-
     if norm_stats:
         for key, entry in norm_stats.items():
             action_statistics(entry, key)
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(tensors, out, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
-    config = OpenVLAConfig.from_pretrained(base)
-    if norm_stats:
-        config.norm_stats = norm_stats
-    _write_config(config, out, dtype)
-    _copy_files(base, out)
-    if norm_stats:  # this file lies over the config's statistics wherever a checkpoint is read
-        (out / "dataset_statistics.json").write_text(json.dumps(norm_stats, indent=2) + "\n")
+    family.write_files(base, out, dtype, norm_stats)
 
 
 def export_adapter(checkpoint: TrainingCheckpoint, out: Path) -> None:
@@ -180,7 +162,7 @@ def export_adapter(checkpoint: TrainingCheckpoint, out: Path) -> None:
     _write_provenance(checkpoint, out, "adapter")
 
 
-def load_policy(checkpoint: TrainingCheckpoint) -> OpenVLAForActionPrediction:
+def load_policy(checkpoint: TrainingCheckpoint) -> Any:
     """The policy of a training checkpoint, adapters not yet merged, without its value head; on the CPU unless it is
     quantised.
 
@@ -216,30 +198,6 @@ def load_policy(checkpoint: TrainingCheckpoint) -> OpenVLAForActionPrediction:
             "model.path"
         ) from error
     return policy.eval()
-
-
-def _write_config(loaded: OpenVLAConfig, out: Path, dtype: str) -> None:
-    config: dict[str, Any] = loaded.to_dict()
-    for name in ("quantization_config", "_name_or_path", "dtype"):  # the last under its published name
-        config.pop(name, None)
-    config |= {"architectures": ["OpenVLAForActionPrediction"], "auto_map": AUTO_MAP, "torch_dtype": dtype}
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _copy_files(base: str, out: Path) -> None:
-    from vlarl_rllib.models.openvla.configuration import find_checkpoint_file
-
-    for name in COPIED_FILES:
-        source = find_checkpoint_file(base, name)
-        if source is None:
-            continue
-        if name.endswith("_config.json") and "auto_map" in (values := read_json_object(source, AGAIN)):
-            values["auto_map"] = {
-                key: reference for key, reference in PROCESSOR_MAP.items() if key in (values["auto_map"] or ())
-            }
-            replace_file(out / name, json.dumps(values, indent=2) + "\n")
-        else:
-            shutil.copyfile(source, out / name)
 
 
 def _write_provenance(checkpoint: TrainingCheckpoint, out: Path, kind: str) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from vlarl_rllib.envs import registry
 from vlarl_rllib.envs.registry import ENVIRONMENTS, expert_class, experts
-from vlarl_rllib.models.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
+from vlarl_rllib.models.family import PolicyFacts, family_name, load_family, read_facts
 from vlarl_rllib.models.files import check_adapter
-from vlarl_rllib.models.presets import HUB_MODELS, PRESETS
+from vlarl_rllib.models.presets import HUB_MODELS, preset_facts, presets
 from vlarl_rllib.process.surroundings import (
     check_ray,
     check_wandb,
@@ -19,6 +19,7 @@ from vlarl_rllib.process.surroundings import (
     forgo_the_hub_where_it_is_not_reached,
 )
 from vlarl_rllib.rewards.judge import check_judge
+from vlarl_rllib.rewards.weighted import reward_class
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
 from vlarl_rllib.settings.plan import num_training_starts
 from vlarl_rllib.settings.published import absolute_unless_name, is_model_name
@@ -31,8 +32,9 @@ DEMONSTRATIONS = "demonstrations"
 
 def check(settings: Settings) -> None:
     """Raise `SettingsError` for what would fail later anyway."""
-    check_model(settings.model.path, settings.unnorm_key)
+    check_model(settings.model.path, settings.unnorm_key, settings.model.family)
     _check_additions(settings.model)
+    _check_decisions(settings)
     _check_rewards(settings)
     check_environment(settings.env.name)
     plan = calculate_runtime_args(settings)
@@ -47,7 +49,22 @@ def check(settings: Settings) -> None:
         )
 
 
+def _check_decisions(settings: Settings) -> None:
+    model, executed = settings.model, settings.rollout.execute_actions
+    actions = _facts(model.path, "model.path", model.family).actions
+    if executed and executed > actions.num_actions:
+        raise SettingsError(
+            f"rollout.execute_actions: {executed} is more than the {actions.num_actions} action(s) of a decision of "
+            f"{model.path}; use at most that"
+        )
+
+
 def _check_rewards(settings: Settings) -> None:
+    for name in settings.rewards.others:
+        try:
+            reward_class(name)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
     if settings.rewards.judge:
         try:
             check_judge(settings.rewards.judge)
@@ -67,8 +84,7 @@ def check_collect(settings: Settings, out: Path) -> None:
         except ValueError as error:
             raise SettingsError(str(error)) from error
     check_tensorflow_datasets("vlarl collect")
-    if settings.model.path not in PRESETS:
-        _read_facts(settings.model.path, "model.path")
+    _facts(settings.model.path, "model.path", settings.model.family)
     if (out / env).exists():
         raise SettingsError(f"--out: {out / env} exists; give another directory, or remove it")
     check_environment(env)
@@ -94,8 +110,7 @@ def check_quickstart(settings: Settings, run: Path) -> None:
 
 def check_sft(settings: Settings, *, data_to_come: bool = False) -> None:
     """The same for supervised fine-tuning, also where `sft.data` is still to be collected."""
-    if settings.model.path not in PRESETS:
-        _read_facts(settings.model.path, "model.path")
+    _facts(settings.model.path, "model.path", settings.model.family)
     _check_additions(settings.model)
     if settings.sft.batch_size % max(1, settings.learners.num):
         raise SettingsError(
@@ -207,43 +222,55 @@ def sft_doubts(settings: Settings) -> list[str]:
 
 
 def check_model(
-    path: str, unnorm_key: str, *, path_name: str = "model.path", key_name: str = "model.unnorm_key"
+    path: str,
+    unnorm_key: str,
+    family: str | None = None,
+    *,
+    path_name: str = "model.path",
+    key_name: str = "model.unnorm_key",
 ) -> None:
     """Raise `SettingsError` unless `path` is a model with statistics under `unnorm_key`; the names are what the user
-    calls the two."""
-    if path in PRESETS:
-        from vlarl_rllib.models.presets import action_statistics
+    calls the two.
 
-        if unnorm_key not in action_statistics():
-            raise SettingsError(
-                f"{key_name}: {unnorm_key!r} is not in preset {path!r}; choose from "
-                f"{', '.join(sorted(action_statistics()))}"
-            )
-        return
-    facts = _read_facts(path, path_name)
+    Args:
+        family: `model.family`.
+    """
+    facts = _facts(path, path_name, family)
     try:
         facts.action_statistics(unnorm_key)
     except ValueError as error:
-        raise SettingsError(f"{key_name}: {error}") from error
+        raise SettingsError(
+            f"{key_name}: {unnorm_key!r} is not in preset {path!r}; choose from {', '.join(sorted(facts.norm_stats))}"
+            if path in presets()
+            else f"{key_name}: {error}"
+        ) from error
 
 
-def _read_facts(path: str, path_name: str) -> CheckpointFacts:
-    """Of a directory or hub id. Raises `SettingsError` where it is no OpenVLA checkpoint."""
+def _facts(path: str, path_name: str, family: str | None) -> PolicyFacts:
+    """Of a preset, directory or hub id. Raises `SettingsError` where it is no checkpoint of a family that we know."""
+    if family:
+        try:
+            load_family(family)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+    return preset_facts(path) if path in presets() else _read_facts(path, path_name, family)
+
+
+def _read_facts(path: str, path_name: str, family: str | None) -> PolicyFacts:
     path = absolute_unless_name(path)
     local = not is_model_name(path) and Path(path).is_dir()
-    presets = f"presets are {', '.join([*PRESETS, *HUB_MODELS])}"
+    known = f"presets are {', '.join([*presets(), *HUB_MODELS])}"
     if not local and path.startswith("/"):
         raise SettingsError(
-            f"{path_name}: no such {'run or directory' if path_name == 'CHECKPOINT' else 'directory'} {path!r}; "
-            f"{presets}"
+            f"{path_name}: no such {'run or directory' if path_name == 'CHECKPOINT' else 'directory'} {path!r}; {known}"
         )
     if not local and path not in HUB_MODELS and path.count("/") != 1:
-        raise SettingsError(f"{path_name}: {path!r} is no directory, preset or hub id; {presets}")
+        raise SettingsError(f"{path_name}: {path!r} is no directory, preset or hub id; {known}")
     offline = not local and not forgo_the_hub_where_it_is_not_reached()
     try:
-        return read_checkpoint_facts(HUB_MODELS.get(path, path))
+        return read_facts(HUB_MODELS.get(path, path), family)
     except KeyError as error:
-        raise SettingsError(f"{path_name}: config.json of {path} has no {error}; give an OpenVLA checkpoint") from error
+        raise SettingsError(f"{path_name}: config.json of {path} has no {error}; give a whole checkpoint") from error
     except (OSError, ValueError) as error:  # missing, not to be fetched, or another kind of model
         raise SettingsError(
             f"{path_name}: {path}: {_hub_problem(error)}" if not local and not offline else f"{path_name}: {error}"
@@ -273,17 +300,23 @@ def _check_additions(model: ModelSettings) -> None:
             f"model.quantization: {model.quantization} needs bitsandbytes, which is not installed; run: pip "
             "install bitsandbytes"
         )
-    if model.critic_path and (critic := _image_size(model.critic_path, "model.critic_path")) != (
-        policy := _image_size(model.path, "model.path")
+    if model.critic_path and (critic := _facts(model.critic_path, "model.critic_path", model.family).image_size) != (
+        policy := _facts(model.path, "model.path", model.family).image_size
     ):
         raise SettingsError(
             f"model.critic_path: {model.critic_path} sees {critic} pixels, the policy {policy}, and both get the "
             "same frames; choose one of that size"
         )
+    if model.critic_path and (other := _kind(model.critic_path, model)) != (kind := _kind(model.path, model)):
+        raise SettingsError(
+            f"model.critic_path: {model.critic_path} is of the family {other}, the policy of {kind}; choose one of the "
+            "same family"
+        )
 
 
-def _image_size(path: str, name: str) -> int:
-    return PRESETS[path].image_size if path in PRESETS else _read_facts(path, name).image_size
+def _kind(path: str, model: ModelSettings) -> str:
+    """Name of the family of a model that was found readable."""
+    return presets()[path].name if path in presets() else family_name(HUB_MODELS.get(path, path), model.family)
 
 
 def check_environment(name: str) -> None:

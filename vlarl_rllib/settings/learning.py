@@ -40,10 +40,12 @@ class TrainingSettings(Section):
     entropy_coeff: Weight = Field(0.0, description="Weight of the entropy bonus.")
     kl_coeff: Weight = Field(0.0, description="Weight of the k3 estimate of KL(old, new).")
     grad_clip: PositiveFloat = Field(1.0, description="Largest global gradient norm.")
-    minibatch_size: PositiveInt = Field(64, description="Steps per optimiser step, over all learners.")
+    minibatch_size: PositiveInt = Field(64, description="Decisions per optimiser step, over all learners.")
     num_epochs: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="Passes over an iteration's steps.")
-    ratio: Literal["action", "token"] = Field(
-        "action", description="Importance ratio per action (product over its 7 tokens) or per token."
+    ratio: Literal["decision", "action", "token"] = Field(
+        "action",
+        description="Importance ratio per action (product over its tokens), per token, or per decision (over all "
+        "that were played: where a decision is one action, the same as action).",
     )
     old_log_probs: Literal["behaviour", "recompute"] = Field(
         "behaviour",
@@ -85,8 +87,8 @@ class RewardSettings(Section):
     success: float = Field(
         1.0, ge=-1e6, le=1e6, allow_inf_nan=False, description="Reward of the step that solves the task."
     )
-    malformed: Weight = Field(0.0, description="Penalty of a reply that is not seven action tokens.")
-    length: Weight = Field(0.0, description="Penalty of every step.")
+    malformed: Weight = Field(0.0, description="Penalty of a reply that is not action tokens alone.")
+    length: Weight = Field(0.0, description="Penalty of every environment step.")
     smoothness: Weight = Field(
         0.0, description="Penalty per mean squared change of the normalised arm action from step to step."
     )
@@ -95,6 +97,9 @@ class RewardSettings(Section):
     )
     process: Weight = Field(
         0.0, description="Weight of what a step adds to the score that rewards.judge gives the frame, in [0, 1]."
+    )
+    others: dict[str, Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]] = Field(
+        {}, description="Weights of further rewards, by the name that an installed package gives one, or module:Class."
     )
     judge: DirectoryPath | None = Field(
         None,

@@ -54,6 +54,12 @@ class ModelSettings(Section):
         description="Preset name (tiny, small, mini), checkpoint directory (as all paths: relative to the working "
         "directory), or hub id.",
     )
+    family: str | None = Field(
+        None,
+        min_length=1,
+        description="Kind of policy: a name that the package or an installed one has, or module:Class; null = what the "
+        "checkpoint's config.json says.",
+    )
     unnorm_key: str | None = Field(
         None,
         min_length=1,
@@ -116,7 +122,7 @@ class EnvSettings(Section):
         "of each.",
     )
     max_steps: PositiveInt | None = Field(
-        None, description="Steps after which an episode is cut off; null = the suite's published horizon."
+        None, description="Environment steps after which an episode is cut off; null = the suite's published horizon."
     )
     timeout_seconds: Seconds = Field(
         600.0, description="A reset or step that takes longer ends its subprocess, which is then started anew."
@@ -143,7 +149,9 @@ class EnvSettings(Section):
 class RolloutSettings(Section):
     num_runners: Processes = Field(1, description="EnvRunner actors.")
     steps_per_iteration: Annotated[int, Field(ge=1, le=100_000)] = Field(
-        128, description="Environment steps that each slot contributes to an iteration."
+        128,
+        description="Decisions that each slot contributes to an iteration: environment steps, where a decision is one "
+        "action.",
     )
     episodes_per_iteration: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
         None,
@@ -158,11 +166,15 @@ class RolloutSettings(Section):
         description="Leave out groups whose episodes all succeed or all fail: they do not say what made the difference "
         "(arXiv 2503.14476).",
     )
+    execute_actions: PositiveInt | None = Field(
+        None,
+        description="Actions of each decision that are played before the next one, from the first on; null = all.",
+    )
     temperature: PositiveFloat | None = Field(
         None,
         ge=0.01,
         le=2.0,
-        description="Softmax temperature over the 256 action ids (vLLM: 0.01 to 2); null = 1.5 for the published "
+        description="Softmax temperature over the action ids (vLLM: 0.01 to 2); null = 1.5 for the published "
         "LIBERO "
         "checkpoints, else 1.",
     )
@@ -339,6 +351,11 @@ class Sections(Section):
     def lockstep(self) -> bool:
         """`rollout.lockstep`, or what it is by default."""
         return not self.engines.gpus if self.rollout.lockstep is None else self.rollout.lockstep
+
+    @property
+    def gamma_within_decisions(self) -> float:
+        """Discount of the rewards within a decision: as between decisions, where there is one."""
+        return self.training.gamma if self.training.advantages == "gae" else 1.0
 
     @property
     def unnorm_key(self) -> str:

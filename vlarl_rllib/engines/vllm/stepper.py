@@ -14,19 +14,24 @@ from vllm.sampling_params import RequestOutputKind
 from vlarl_rllib.engines.protocol import EngineError, EngineSpec
 from vlarl_rllib.engines.step_loop import Sampled
 from vlarl_rllib.engines.vllm import compat as vllm_compat
-from vlarl_rllib.engines.vllm.plugin import ARCHITECTURE, TRANSFER_BACKEND, register
-from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAProcessor
-from vlarl_rllib.types import NUM_ACTION_TOKENS, SampleRequest, WeightManifest
+from vlarl_rllib.engines.vllm.plugin import TRANSFER_BACKEND, architecture_of, register
+from vlarl_rllib.models.family import load_family
+from vlarl_rllib.types import SampleRequest, WeightManifest
 
 
 class VLLMStepper:
     """Admits requests to vLLM and collects what has finished. After any exception the object is beyond use."""
 
-    def __init__(self, spec: EngineSpec, config: OpenVLAConfig, processor: OpenVLAProcessor) -> None:
-        register(in_process=True)
-        assert config.image_token_index is not None, "every checkpoint's configuration has one"
-        self._processor, self._image_ids = processor, [config.image_token_index] * config.num_patches
-        self._engine = vllm_compat.build_engine(spec, config, ARCHITECTURE, TRANSFER_BACKEND)
+    def __init__(self, spec: EngineSpec) -> None:
+        family = load_family(spec.family)
+        assert family.vllm_model is not None, "asked for by `make_stepper`"
+        register(in_process=family.vllm_model)
+        config = family.load_config(spec.model_path)
+        self._num_tokens = family.read_facts(spec.model_path).actions.num_tokens
+        self._processor = family.processor(spec.model_path)
+        self._image_ids = [config.image_token_index] * config.num_patches
+        architecture = architecture_of(family.vllm_model)
+        self._engine = vllm_compat.build_engine(spec, config, self._num_tokens, architecture, TRANSFER_BACKEND)
         self.device = vllm_compat.device_name()
         self.library = vllm_compat.library_version()
 
@@ -40,7 +45,7 @@ class VLLMStepper:
         params = SamplingParams(
             temperature=request.temperature,
             seed=request.seed,
-            max_tokens=NUM_ACTION_TOKENS,
+            max_tokens=self._num_tokens,
             ignore_eos=True,
             logprobs=0,
             detokenize=False,

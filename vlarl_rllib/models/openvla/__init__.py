@@ -1,25 +1,45 @@
 """OpenVLA without remote code: configuration, model, processor and action tokenizer.
 
-Importing this package registers them with transformers' AutoConfig, AutoProcessor and AutoModelForImageTextToText
-under `model_type: "openvla"`. It imports torch and transformers.
+The names below are looked up on first use, which imports torch and transformers and registers them with transformers'
+Auto classes (`auto.py`); `family.py` and what it needs load neither.
 """
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from typing import TYPE_CHECKING, Any
 
-from vlarl_rllib.models.openvla.actions import NUM_ACTION_TOKENS, ActionTokenizer
-from vlarl_rllib.models.openvla.configuration import OpenVLAConfig
-from vlarl_rllib.models.openvla.modeling import ActionPrediction, OpenVLAForActionPrediction, OpenVLAOutput
-from vlarl_rllib.models.openvla.processing import (
-    OpenVLAProcessor,
-    PrismaticImageProcessor,
-    PrismaticProcessor,
-    build_prompt,
-)
-from vlarl_rllib.models.openvla.vision import PrismaticVisionBackbone, normalize_pixels
-
-AutoConfig.register(OpenVLAConfig.model_type, OpenVLAConfig, exist_ok=True)
-AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)
-AutoProcessor.register(OpenVLAConfig, PrismaticProcessor, exist_ok=True)
+if TYPE_CHECKING:
+    from vlarl_rllib.models.openvla.auto import (
+        NUM_ACTION_TOKENS as NUM_ACTION_TOKENS,
+    )
+    from vlarl_rllib.models.openvla.auto import (
+        ActionPrediction as ActionPrediction,
+    )
+    from vlarl_rllib.models.openvla.auto import (
+        ActionTokenizer as ActionTokenizer,
+    )
+    from vlarl_rllib.models.openvla.auto import (
+        OpenVLAConfig as OpenVLAConfig,
+    )
+    from vlarl_rllib.models.openvla.auto import (
+        OpenVLAForActionPrediction as OpenVLAForActionPrediction,
+    )
+    from vlarl_rllib.models.openvla.auto import (
+        OpenVLAOutput as OpenVLAOutput,
+    )
+    from vlarl_rllib.models.openvla.auto import (
+        OpenVLAProcessor as OpenVLAProcessor,
+    )
+    from vlarl_rllib.models.openvla.auto import (
+        PrismaticImageProcessor as PrismaticImageProcessor,
+    )
+    from vlarl_rllib.models.openvla.auto import (
+        PrismaticVisionBackbone as PrismaticVisionBackbone,
+    )
+    from vlarl_rllib.models.openvla.auto import (
+        build_prompt as build_prompt,
+    )
+    from vlarl_rllib.models.openvla.auto import (
+        normalize_pixels as normalize_pixels,
+    )
 
 __all__ = [
     "NUM_ACTION_TOKENS",
@@ -34,3 +54,11 @@ __all__ = [
     "build_prompt",
     "normalize_pixels",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vlarl_rllib.models.openvla import auto
+
+    return getattr(auto, name)

@@ -1,8 +1,11 @@
 """Actions to token ids and back, in float64 NumPy.
 
-An action has 7 numbers: position (x, y, z) and rotation deltas, then the gripper (1 open, 0 closed in the data sets).
-Each is normalised to [-1, 1] by the data set's 1 % and 99 % quantiles and cut into bins; bin d has the id
-`vocab_size - d`. Source: OpenVLA (Kim et al. 2024), section 3.2.
+An action has 7 numbers: position (x, y, z) and rotation deltas, then the gripper, which the policy sees as 1 = open and
+0 = closed, whereas the environments and the data sets have -1 = open and +1 = close. Each is normalised to [-1, 1] by
+the data set's 1 % and 99 % quantiles and cut into bins; bin d has the id `vocab_size - d`. Source: OpenVLA (Kim et al.
+2024), section 3.2.
+
+N = actions.
 """
 
 from collections.abc import Mapping
@@ -11,8 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vlarl_rllib.types import NUM_ACTION_TOKENS
-
+NUM_ACTION_TOKENS = 7
+"""Tokens of one action: x, y, z, roll, pitch, yaw, gripper."""
+NUM_BINS = 256
+"""Values that a token can take in the published checkpoints."""
+GRIPPER = 6
+"""Its place among them."""
 QUANTILE_EPSILON = 1e-8
 """Keeps the division finite where q01 equals q99; the upstream training pipeline uses the same."""
 
@@ -95,3 +102,68 @@ def _quantiles(stats: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[n
     high = np.asarray(stats["q99"], dtype=np.float64)
     mask = np.asarray(stats["mask"], dtype=bool) if "mask" in stats else np.ones(low.shape, dtype=bool)
     return low, high, mask
+
+
+class OpenVLACodec:
+    """See `models.family.ActionCodec`; a decision is one action.
+
+    Args:
+        tokenizer: of the checkpoint.
+        statistics: `q01`, `q99`, `mask` of the data set.
+    """
+
+    def __init__(self, tokenizer: ActionTokenizer, statistics: Mapping[str, Any]) -> None:
+        self._tokenizer, self._statistics = tokenizer, statistics
+
+    def decode(self, tokens: ArrayLike) -> NDArray[np.float64]:
+        """[7] ids -> [1, 7]. Raises ValueError, see `ActionTokenizer.decode_checked`."""
+        normalized = self._tokenizer.decode_checked(tokens)
+        return to_environment(self._tokenizer.unnormalize(normalized, self._statistics))[None]
+
+    def normalized(self, tokens: ArrayLike) -> NDArray[np.float64]:
+        """[..., 7] ids -> [..., 1, 7]."""
+        return self._tokenizer.decode(tokens)[..., None, :]
+
+    def encode(self, actions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """[N, 1, 7] -> ([N, 7] ids, [N, 1, 7] normalised)."""
+        normalized = self._tokenizer.normalize(to_policy(actions), self._statistics)
+        return self._tokenizer.encode(normalized)[:, 0], normalized
+
+
+def to_environment(action: ArrayLike) -> NDArray[np.float64]:
+    """The policy's un-normalised action [7] -> the environment's.
+
+    The arm's six numbers stay. The gripper is stretched from [0, 1] to [-1, 1], reduced to its sign and negated, as
+    OpenVLA's LIBERO evaluation does.
+    """
+    converted = np.array(action, dtype=np.float64)
+    converted[GRIPPER] = -np.sign(2.0 * converted[GRIPPER] - 1.0)
+    return converted
+
+
+def to_policy(actions: ArrayLike) -> NDArray[np.float32]:
+    """The environment's actions [..., 7] -> the policy's, not yet normalised: the inverse of `to_environment`."""
+    converted = np.array(actions, dtype=np.float32)
+    converted[..., GRIPPER] = 1.0 - np.clip(converted[..., GRIPPER], 0.0, 1.0)
+    return converted
+
+
+def dataset_statistics(actions: ArrayLike, num_episodes: int) -> dict[str, Any]:
+    """`norm_stats` entry of the environment's actions [N, 7], in the published layout: 1 % and 99 % quantiles, the
+    gripper not normalised."""
+    seen = to_policy(actions)
+    values = {
+        "mean": seen.mean(0),
+        "std": seen.std(0),
+        "max": seen.max(0),
+        "min": seen.min(0),
+        "q01": np.quantile(seen, 0.01, axis=0),
+        "q99": np.quantile(seen, 0.99, axis=0),
+    }
+    return {
+        "action": {name: [float(number) for number in value] for name, value in values.items()}
+        | {"mask": [index != GRIPPER for index in range(NUM_ACTION_TOKENS)]},
+        "proprio": {name: [0.0] * NUM_ACTION_TOKENS for name in values},
+        "num_transitions": len(seen),
+        "num_trajectories": num_episodes,
+    }

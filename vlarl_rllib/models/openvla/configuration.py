@@ -8,12 +8,9 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from vlarl_rllib.models.checkpoint_facts import action_statistics
-from vlarl_rllib.models.files import AGAIN, refuse_foreign_code
+from vlarl_rllib.models.files import AGAIN, CONFIG_FILE, STATISTICS_FILE, refuse_foreign_code
+from vlarl_rllib.models.statistics import action_statistics
 from vlarl_rllib.process.json_files import read_json_object
-
-CONFIG_FILE = "config.json"
-DATASET_STATISTICS_FILE = "dataset_statistics.json"
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 """The `from_pretrained` keywords that say how a file is fetched from the Hugging Face Hub."""
@@ -135,7 +132,7 @@ def merge_dataset_statistics(norm_stats: Mapping[str, Any] | None, checkpoint: s
     data set in the separate file.
     """
     merged = dict(norm_stats or {})
-    path = find_checkpoint_file(checkpoint, DATASET_STATISTICS_FILE, **hub_options)
+    path = find_checkpoint_file(checkpoint, STATISTICS_FILE, **hub_options)
     if path is not None:
         merged.update(read_json_object(path, AGAIN))
     return merged

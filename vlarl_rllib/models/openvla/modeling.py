@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from vlarl_rllib.models.critic import ValueHead
-from vlarl_rllib.models.files import ADAPTER_CONFIG_FILE, check_weights
+from vlarl_rllib.models.family import SampledTokens
+from vlarl_rllib.models.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, check_weights
 from vlarl_rllib.models.openvla.actions import NUM_ACTION_TOKENS, ActionTokenizer
 from vlarl_rllib.models.openvla.configuration import (
-    CONFIG_FILE,
     OpenVLAConfig,
     find_checkpoint_file,
     hub_options_of,
@@ -145,6 +145,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """Ids to normalised actions and back."""
         return ActionTokenizer(self.config.action_vocab_size, self.config.n_action_bins)
 
+    @property
+    def num_image_tokens(self) -> int:
+        """P"""
+        return self.config.num_patches
+
     def add_value_head(self, seed: int = 0) -> ValueHead:
         """Attach a new float32 value head (all values 0); it stays out of `save_pretrained`."""
         self.value_head = ValueHead(self.config.text_config.hidden_size, seed).to(self.device)
@@ -226,7 +231,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         pixel_values: Tensor,
         temperatures: Tensor,
         seeds: Tensor | list[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> SampledTokens:
         """Sample one action for each row.
 
         Args:
@@ -241,7 +246,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         temperatures = temperatures.to(self.device, torch.float32)
         greedy = temperatures == 0
         temperatures = torch.where(greedy, torch.ones_like(temperatures), temperatures)
-        return self._decode(input_ids, attention_mask, pixel_values, temperatures, greedy, seeds)
+        return SampledTokens(*self._decode(input_ids, attention_mask, pixel_values, temperatures, greedy, seeds))
 
     @torch.no_grad()
     def predict_action(

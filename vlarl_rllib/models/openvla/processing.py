@@ -191,6 +191,24 @@ class OpenVLAProcessor:
         self.image_processor.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the model's input, in pixels."""
+        return self.image_processor.image_size
+
+    @property
+    def end_token_id(self) -> int:
+        """Of the end of sequence."""
+        return int(self.tokenizer.eos_token_id)
+
+    def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """See `PrismaticImageProcessor.resize_uint8`."""
+        return self.image_processor.resize_uint8(image)
+
+    def raw_inputs(self, images: Sequence[NDArray[np.uint8]], instructions: Sequence[str]) -> dict[str, Tensor]:
+        """Inputs with raw frames, which the model normalises itself."""
+        return dict(self(images=images, instructions=instructions, raw_images=True))
+
     def prompt_ids(self, instruction: str) -> list[int]:
         """Prompt of an instruction as ids: BOS, the prompt's text, and Llama's stand-alone space (29871). Cached."""
         ids = self._prompt_ids.get(instruction)

@@ -1,7 +1,8 @@
-"""vLLM as a sampler, made to be wrapped by `ray.remote`: all callers' requests share its batches.
+"""A sampler made to be wrapped by `ray.remote`: all callers' requests share its batches. It samples with vLLM, or with
+the model itself where the family has none for vLLM.
 
     options = {"runtime_env": {"env_vars": engine_env_vars(spec)}}
-    actor = ray.remote(VLLMEngine).options(**options).remote(spec, "vlarl-engine-0")
+    actor = ray.remote(EngineActor).options(**options).remote(spec, "vlarl-engine-0")
     replies = ray.get(actor.sample.remote(requests))
 
 Importing this imports neither vLLM nor torch. The process that runs it must not also train: vLLM for CPUs replaces
@@ -14,10 +15,12 @@ import asyncio
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vlarl_rllib.engines.protocol import MAX_PROMPT_TOKENS, EngineSpec, EngineStatus, check_requests
 from vlarl_rllib.engines.step_loop import StepLoop, Stepper
+from vlarl_rllib.models.family import load_family
 from vlarl_rllib.process.malloc import KEEP_FREED_MEMORY
 from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
 
@@ -45,7 +48,7 @@ def engine_env_vars(spec: EngineSpec) -> dict[str, str]:
     return variables
 
 
-class VLLMEngine:
+class EngineActor:
     """One engine. Its methods are coroutines; `EngineError` from any of them means that it is beyond use.
 
     Args:
@@ -53,31 +56,25 @@ class VLLMEngine:
         name: how logs and Ray's dashboard call it.
 
     Raises:
-        EngineError: vLLM did not start.
+        EngineError: the sampler did not start.
     """
 
     def __init__(self, spec: EngineSpec, name: str = "vlarl-engine") -> None:
-        from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAProcessor
         from vlarl_rllib.weights.source import expected_tensors
 
         self._name = name
-        config = OpenVLAConfig.from_pretrained(spec.model_path)
-        self._image_size: int = config.image_size
-        self._processor = OpenVLAProcessor.from_pretrained(spec.model_path)
-        self._expected: Shapes = expected_tensors(config)
-
-        def build() -> Stepper:
-            from vlarl_rllib.engines.vllm.stepper import VLLMStepper
-
-            return VLLMStepper(spec, config, self._processor)
-
-        self._loop = StepLoop(build, config.action_token_ids, name, mix_calls=spec.mix_calls)
+        family = load_family(spec.family)
+        facts = family.read_facts(spec.model_path)
+        self._image_size = facts.image_size
+        self._processor = family.processor(spec.model_path)
+        self._expected: Shapes = expected_tensors(family.without_memory(spec.model_path))
+        self._loop = StepLoop(partial(make_stepper, spec), facts.actions, name, mix_calls=spec.mix_calls)
 
     def __repr__(self) -> str:
         return self._name
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:
-        """See `Engine.sample`. Malformed requests never reach vLLM, where an exception is the engine's end."""
+        """See `Engine.sample`. Malformed requests never reach the model, where an exception is the engine's end."""
         check_requests(requests, self._image_size)
         for request in requests:
             length = len(self._processor.prompt_ids(request.instruction))
@@ -105,7 +102,7 @@ class VLLMEngine:
             device=self._loop.device,
             library=self._loop.library,
             num_parameters=sum(math.prod(shape) for shape in self._expected.values()),
-            num_actions=self._loop.num_actions,
+            num_decisions=self._loop.num_decisions,
             busy_seconds=self._loop.busy_seconds,
         )
 
@@ -114,3 +111,14 @@ class VLLMEngine:
         from vlarl_rllib.weights.source import check_names_and_shapes
 
         check_names_and_shapes(self._expected, make_reader(manifest.transport).verify(manifest))
+
+
+def make_stepper(spec: EngineSpec) -> Stepper:
+    """The model that an engine's thread drives."""
+    if load_family(spec.family).vllm_model is None:
+        from vlarl_rllib.engines.torch_engine import TorchStepper
+
+        return TorchStepper(spec)
+    from vlarl_rllib.engines.vllm.stepper import VLLMStepper
+
+    return VLLMStepper(spec)

@@ -1,0 +1,350 @@
+"""What the rest of the package knows of a kind of policy. Importing this loads no torch.
+
+A family is a class with the facts of its checkpoints and the ways to load, shard, sample and write one. It is found by
+`model.family`, else by the `model_type` of a checkpoint's config.json. The package's own lie in
+`models/<name>/family.py`; an installed package adds one through an entry point, which `model.family` then takes by
+name:
+
+    [project.entry-points."vlarl_rllib.families"]
+    pointer = "my_policies.pointer:PointerFamily"
+
+Letters: K = actions of a decision, D = tokens of an action, A = K D = tokens of a decision, V = action ids, B = batch,
+S = image side in pixels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from vlarl_rllib.models.files import read_config, refuse_foreign_code
+from vlarl_rllib.models.statistics import action_statistics
+from vlarl_rllib.process.plugins import added_by_packages, load_class
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+GROUP = "vlarl_rllib.families"
+"""Entry points of other packages."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActionFormat:
+    """How a policy writes a decision: K actions of D tokens each, action by action."""
+
+    num_actions: int
+    """K"""
+    tokens_per_action: int
+    """D"""
+    token_ids: range
+    """The V ids that a decision is made of, ascending."""
+    parallel: bool = False
+    """Whether one pass gives all A distributions; else each token is sampled after, and given, those before it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """A"""
+        return self.num_actions * self.tokens_per_action
+
+    def executed_tokens(self, durations: np.ndarray) -> np.ndarray:
+        """[N, A] bool: the tokens of actions that were played.
+
+        Args:
+            durations: [N] actions that were played of each decision, from its first one on.
+        """
+        action = np.arange(self.num_tokens) // self.tokens_per_action
+        return np.asarray(action[None, :] < np.asarray(durations)[:, None])
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """What can be said of a checkpoint from its JSON files."""
+
+    image_size: int
+    """S"""
+    actions: ActionFormat
+    norm_stats: dict[str, Any]
+    """Statistics by data set."""
+    origins: dict[str, str]
+    """By key of `norm_stats`, the file that it is from."""
+
+    def action_statistics(self, unnorm_key: str) -> dict[str, Any]:
+        """`q01`, `q99`, `mask` of a data set, checked.
+
+        Raises ValueError: an unknown key, naming the choices, or numbers that scale no action.
+        """
+        for key in (unnorm_key, f"{unnorm_key}_no_noops"):
+            if key in self.norm_stats:
+                return action_statistics(self.norm_stats[key], f"{self.origins[key]}: {key}")
+        raise ValueError(
+            f"{unnorm_key!r} is not in this checkpoint's norm_stats; choose from {', '.join(sorted(self.norm_stats))}"
+        )
+
+
+class ActionCodec(Protocol):
+    """Between a policy's tokens and the environment's actions (`envs.base.VLAEnv`), in NumPy."""
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """[A] token ids of a reply -> [K, 7] float64 environment actions.
+
+        Raises ValueError for anything else than one reply: a malformed one must never move a robot.
+        """
+        ...
+
+    def normalized(self, tokens: np.ndarray) -> np.ndarray:
+        """[..., A] token ids -> [..., K, 7] float64 as the policy sees actions: within [-1, 1]."""
+        ...
+
+    def encode(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[N, K, 7] environment actions -> their token ids [N, A] int64, and [N, K, 7] float64 as `normalized`."""
+        ...
+
+
+class PolicyOutput(Protocol):
+    """What a policy's forward pass returns, as a named tuple, so that FSDP2 finds the tensors in it."""
+
+    @property
+    def action_logits(self) -> Tensor:
+        """[B, A, V] float32, over the action ids in id order, or over all ids."""
+        ...
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B] float32; None without a value head."""
+        ...
+
+
+class SampledTokens(NamedTuple):
+    """What a policy samples."""
+
+    tokens: Tensor
+    """[B, A] int64 token ids."""
+    log_probs: Tensor
+    """[B, A] float32 over the V action ids, at the row's temperature; at 1 where that is 0."""
+
+
+class Policy(Protocol):
+    """What the package asks of a policy, a torch module; its tensors have their published names."""
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Of a sequence: where they are few, a CPU does without fused attention."""
+        ...
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor,
+        action_tokens: Tensor | None = None,
+        full_vocabulary: bool = False,
+    ) -> PolicyOutput:
+        """One pass with the gradient.
+
+        Args:
+            input_ids, attention_mask: [B, L] int64, right-padded prompts and 1 at their tokens.
+            pixel_values: [B, 3, S, S] uint8.
+            action_tokens: [B, A], or more where supervised learning has more targets; a parallel family does not
+                look at them. None where the values alone are wanted.
+            full_vocabulary: logits over all ids.
+        """
+        ...
+
+    def sample_action_tokens(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor,
+        temperatures: Tensor,
+        seeds: Sequence[int],
+    ) -> SampledTokens:
+        """One decision for each row; each depends on its own inputs, temperature [B] (0 = greedy) and seed alone."""
+        ...
+
+    def add_value_head(self, seed: int) -> Any:
+        """Attach `value_head`, all values 0."""
+        ...
+
+
+class PolicyProcessor(Protocol):
+    """Prompts and frames as a policy's model takes them."""
+
+    @property
+    def image_size(self) -> int:
+        """S"""
+        ...
+
+    @property
+    def end_token_id(self) -> int:
+        """Of the end of sequence."""
+        ...
+
+    def prompt_ids(self, instruction: str) -> list[int]:
+        """Token ids of an instruction's prompt."""
+        ...
+
+    def resize(self, image: np.ndarray) -> np.ndarray:
+        """A frame [H, W, 3] uint8 at the model's size: [S, S, 3] uint8."""
+        ...
+
+    def raw_inputs(self, images: Sequence[np.ndarray], instructions: Sequence[str]) -> dict[str, Tensor]:
+        """input_ids, attention_mask and pixel_values of a batch, as `Policy` takes them."""
+        ...
+
+
+class PolicyFamily(ABC):
+    """One kind of policy. Methods of the first part load no torch."""
+
+    name: ClassVar[str]
+    """What `model.family` calls it; a checkpoint's `model_type`, where no other family claims that."""
+    vllm_model: ClassVar[str | None] = None
+    """`module:Class` of the model as vLLM runs it; None = engines run the model itself, in torch."""
+    lora_targets: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+    """Modules that `model.lora.targets` stands for, by its words: names, or a pattern of whole names."""
+    never_quantized: ClassVar[tuple[str, ...]] = ()
+    """Modules that `model.quantization` leaves as they are."""
+
+    # Facts
+
+    @abstractmethod
+    def read_facts(self, checkpoint: str) -> PolicyFacts:
+        """Read the JSON files of a directory or hub id; see that a directory's weights are whole.
+
+        Raises:
+            FileNotFoundError: no `config.json`.
+            KeyError: one without the sizes.
+            ValueError: a checkpoint of another kind, or one with a damaged file, in one line.
+        """
+
+    @abstractmethod
+    def codec(self, facts: PolicyFacts, statistics: Mapping[str, Any]) -> ActionCodec:
+        """Of one data set, whose `q01`, `q99`, `mask` the statistics are."""
+
+    @abstractmethod
+    def dataset_statistics(self, actions: np.ndarray, num_episodes: int) -> dict[str, Any]:
+        """`norm_stats` entry of demonstrations: environment actions [N, 7]."""
+
+    def preset_facts(self) -> Mapping[str, PolicyFacts]:
+        """The small models that can be made from a seed, by name."""
+        return {}
+
+    def preset_digest(self, preset: str) -> str:
+        """Changes with what makes the preset, so that a checkpoint made by other code is not taken for the current
+        one."""
+        raise KeyError(preset)
+
+    # With torch
+
+    def write_preset(self, preset: str, directory: Path, seed: int) -> None:
+        """Write a whole checkpoint with random weights; the same seed gives the same bytes."""
+        raise KeyError(preset)
+
+    @abstractmethod
+    def load_config(self, checkpoint: str) -> Any:
+        """transformers' configuration of a checkpoint, for vLLM and export."""
+
+    @abstractmethod
+    def load(self, checkpoint: str, **options: Any) -> Any:
+        """The `Policy` of a checkpoint, in evaluation mode; options are those of transformers' `from_pretrained`."""
+
+    @abstractmethod
+    def without_memory(self, checkpoint: str) -> nn.Module:
+        """The model's shapes, on torch's meta device."""
+
+    @abstractmethod
+    def processor(self, checkpoint: str) -> PolicyProcessor:
+        """Of a checkpoint."""
+
+    @abstractmethod
+    def shard_units(self, policy: nn.Module) -> Iterable[nn.Module]:
+        """Modules that FSDP may gather each on its own; it gathers the rest at once."""
+
+    def checkpoint_activations(self, policy: nn.Module) -> None:
+        """Have the backward pass compute activations again. Raises ValueError where the family cannot."""
+        raise ValueError(
+            f"learners.fsdp.checkpoint_activations: true is not possible with the family {self.name}; set it to false"
+        )
+
+    @abstractmethod
+    def freeze_unused(self, policy: nn.Module) -> None:
+        """Freeze what no forward pass reads: it would never get a gradient."""
+
+    @abstractmethod
+    def freeze_token_head(self, critic: nn.Module) -> None:
+        """Freeze what turns hidden states into tokens, which a critic does not read."""
+
+    def write_files(self, base: str, out: Path, dtype: str, norm_stats: dict[str, Any] | None) -> None:
+        """Write what a checkpoint has beside its weights: the base's, with other action statistics where given."""
+        raise ValueError(f"the family {self.name} cannot be exported: it has no write_files")
+
+
+@cache
+def own_families() -> dict[str, str]:
+    """`module:Class` by name of what comes with the package: its folders here with a family.py."""
+    import vlarl_rllib.models as models
+
+    found = {}
+    for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
+        reference = f"{module.name}.family"
+        if module.ispkg and importlib.util.find_spec(reference) is not None:
+            found[module.name.rpartition(".")[2]] = f"{reference}:FAMILY"
+    return found
+
+
+def families() -> dict[str, str]:
+    """`module:Class` by name: what installed packages add, and the package's own, which win."""
+    return added_by_packages(GROUP) | own_families()
+
+
+@cache
+def load_family(name: str) -> PolicyFamily:
+    """The family of a name or `module:Class`. Raises ValueError: there is none, or it cannot be imported."""
+    reference = families().get(name, name)
+    if ":" not in reference:
+        raise ValueError(f"model.family is {name!r}; choose one of {', '.join(families())}, or name it as module:Class")
+    try:
+        found = load_class(reference)
+    except ValueError as error:
+        raise ValueError(f"model.family is {name!r}, but {error}") from error
+    family: PolicyFamily = found() if isinstance(found, type) else found
+    return family
+
+
+def family_name(checkpoint: str, name: str | None = None) -> str:
+    """What `load_family` takes for a directory or hub id.
+
+    Args:
+        name: `model.family`; None = what config.json says.
+
+    Raises:
+        FileNotFoundError: no `config.json`.
+        ValueError: it is damaged, or no family is of its `model_type`.
+    """
+    if name:
+        return name
+    config, file = read_config(checkpoint)
+    refuse_foreign_code(config, str(file))
+    if (kind := config.get("model_type")) not in families():
+        raise ValueError(
+            f"{checkpoint}: model_type is {kind!r}, must be {' or '.join(map(repr, families()))}; other policies are "
+            "not supported, unless model.family names a class for them"
+        )
+    return str(kind)
+
+
+def family_of(checkpoint: str, name: str | None = None) -> PolicyFamily:
+    """The family of a directory or hub id; see `family_name`."""
+    return load_family(family_name(checkpoint, name))
+
+
+def read_facts(checkpoint: str, name: str | None = None) -> PolicyFacts:
+    """`PolicyFamily.read_facts` of whatever family a checkpoint is of; raises as that and `family_name`."""
+    return family_of(checkpoint, name).read_facts(checkpoint)
