@@ -58,7 +58,7 @@ class Player:
 
     def step(self, slot: int) -> SlotEvent:
         arm = self._actions.uniform(-0.5, 0.5, 6)
-        self.processes.send_step(slot, np.append(arm, self._actions.integers(2)))
+        self.processes.send_actions(slot, np.append(arm, 1 - 2 * self._actions.integers(2))[None])
         event = self._answer()
         if event.terminated:
             self.reset(slot, event.task_id, event.initial_state)
