@@ -70,10 +70,11 @@ class VLAPPO(PPO):
     def from_checkpoint(cls, path: str | Path, **kwargs: Any) -> VLAPPO:
         """Build the algorithm that a checkpoint is of, and load it.
 
-        Nothing in the checkpoint is unpickled for the settings.
+        Nothing in the checkpoint is unpickled for the settings, and they name no code but installed packages'.
         """
         directory = CheckpointStore.resolve(Path(path))
-        config = VLAPPOConfig.from_settings(Settings.from_dict(CheckpointStore.read_facts(directory)["settings"]))
+        written = CheckpointStore.read_facts(directory)["settings"]
+        config = VLAPPOConfig.from_settings(Settings.from_checkpoint(written, str(directory)))
         config.restore_from = str(directory)
         return config.build_algo(**kwargs)
 

@@ -37,10 +37,7 @@ PATH: dict[str, Any] = {"parser": _expanded, "metavar": "PATH"}
 ConfigPath = Annotated[
     Path | None,
     typer.Argument(
-        help="YAML file, for example configs/libero_smoke_cpu.yaml.",
-        show_default=False,
-        parser=_expanded,
-        metavar="CONFIG",
+        help="YAML file, such as configs/libero_smoke_cpu.yaml.", show_default=False, parser=_expanded, metavar="CONFIG"
     ),
 ]
 NewRunDirectory = Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)]
@@ -224,6 +221,10 @@ def reward_model(
     raise typer.Exit(run_reward_model(data, out, split, image_size, steps, batch_size, lr, near, held_out, seed))
 
 
+Family = Annotated[
+    str | None,
+    typer.Option(help="Kind of policy, as model.family; default the run's, else the checkpoint's.", show_default=False),
+]
 PolicyName = Annotated[
     str,
     typer.Argument(
@@ -249,6 +250,7 @@ def evaluate(
     trials: Annotated[int, typer.Option(help="Initial states of each task, from the first.")] = 50,
     out: EvaluationDirectory = None,
     engine: Annotated[str, typer.Option(help="vllm, or torch = inside each runner.")] = "vllm",
+    family: Family = None,
     unnorm_key: Annotated[
         str | None, typer.Option(help="Action statistics; default the run's, else the suite's.", show_default=False)
     ] = None,
@@ -284,7 +286,7 @@ def evaluate(
 
     request = EvaluationRequest(
         checkpoint, suite=suite, env=env, tasks=_task_numbers(tasks), trials=trials, seed=seed, max_steps=max_steps,
-        unnorm_key=unnorm_key,
+        family=family, unnorm_key=unnorm_key,
         center_crop=center_crop, fast_render=fast_render, engine=engine, dtype=dtype, gpus=gpus,
         num_engines=num_engines, num_runners=num_runners, num_envs=num_envs, num_processes=num_processes, videos=videos,
     )  # fmt: skip
@@ -315,12 +317,13 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; default: the type that the run's engines used.")
     ] = None,
+    family: Family = None,
 ) -> None:
     """Write a run's policy as a Hugging Face checkpoint, or its adapter."""
     from vlarl_rllib.runs.export import find_training_checkpoint
 
     try:
-        checkpoint = find_training_checkpoint(source)
+        checkpoint = find_training_checkpoint(source, family)
     except (OSError, ValueError) as error:
         raise SettingsError(f"RUN_OR_CHECKPOINT: {error}") from None
     if checkpoint is None:

@@ -143,7 +143,7 @@ def test_libero_does_not_grow_in_two_thousand_resets() -> None:
     try:
         for i in range(2_000):
             play(processes.send_reset, 0, i % 40, i)
-            play(processes.send_step, np.array([0.1, 0, 0, 0, 0, 0, 1.0]))
+            play(processes.send_actions, np.array([[0.1, 0, 0, 0, 0, 0, -1.0]]))
             if i % 20 == 0:
                 gauge.read({"LIBERO": processes.pids()[0]})
     finally:

@@ -140,6 +140,7 @@ def test_a_success_ends_a_decision() -> None:
     env.reset(seed=5, options={"task_id": 0, "initial_state": 2})
     played = table.play(0, np.stack([env.target_action, ELSEWHERE, ELSEWHERE]))
     assert (played.rewards, played.terminated, played.success) == ((1.0,), True, True)
+    np.testing.assert_array_equal(played.image, env.step(env.target_action)[0]["image"], "rewards look at it")
     with pytest.raises(RuntimeError, match="slot 0 has no episode"):
         table.play(0, ELSEWHERE[None])
 

@@ -89,7 +89,7 @@ class PointerPolicy(nn.Module):
         log_probs = torch.log_softmax(logits / scale, dim=-1)
         noise = torch.stack(
             [torch.empty(logits.shape[1:]).exponential_(generator=torch.Generator().manual_seed(s)) for s in seeds]
-        )
+        ).to(logits.device)
         drawn = torch.where(temperatures[:, None, None] > 0, log_probs - noise.log(), logits)
         choice = drawn.argmax(-1)
         chosen = log_probs.gather(-1, choice[..., None])[..., 0]
@@ -166,6 +166,13 @@ class PointerFamily(PolicyFamily):
 
     def shard_units(self, policy: Any) -> Iterable[nn.Module]:
         return [policy.frame]
+
+    def checkpoint_activations(self, policy: nn.Module) -> None:
+        """Nothing: there are hardly any."""
+
+    def write_files(self, base: str, out: Path, dtype: str, norm_stats: dict[str, Any] | None) -> None:
+        config, _ = read_config(base)
+        (out / "config.json").write_text(json.dumps(config | {"norm_stats": norm_stats or config["norm_stats"]}))
 
     def freeze_unused(self, policy: nn.Module) -> None:
         """Nothing: all of it is read."""

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from tests.families.pointer_policy import ACTIONS, write_checkpoint
 from vlarl_rllib import VLAPPOConfig
+from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
+from vlarl_rllib.models.family import family_name
 from vlarl_rllib.process.plugins import added_by_packages
+from vlarl_rllib.runs.checkpoints import FACTS_FILE, CheckpointStore
+from vlarl_rllib.runs.export import find_training_checkpoint
 from vlarl_rllib.runs.preflight import check
 from vlarl_rllib.settings import Settings, SettingsError
 from vlarl_rllib.types import DURATION_KEY, LOG_PROBS_KEY, STEP_REWARDS_KEY
@@ -201,8 +206,17 @@ def test_an_installed_package_adds_a_family_and_a_reward_by_name(checkpoint: Pat
         (
             "model",
             {"critic": "separate", "critic_path": "tiny"},
-            "model.critic_path: tiny is of the family openvla, the policy of tests.families.pointer_policy",
+            "model.critic_path: preset tiny is of the family openvla, not of model.family tests.families",
         ),
+        ("model", {"family": "json:loads"}, "model.family is 'json:loads', but that is no vlarl_rllib.models.family"),
+        ("model", {"family": "pathlib:Path", "path": "tiny"}, "model.family is 'pathlib:Path', but that is no"),
+        ("model", {"path": "tiny"}, "model.path: preset tiny is of the family openvla, not of model.family tests."),
+        ("model", {"lora": {}}, "model.lora.targets: 'published' means nothing to the family pointer; choose one of"),
+        ("rewards", {"others": {"json:loads": 1.0}}, "rewards.others names 'json:loads', but it cannot be made"),
+        ("rewards", {"others": {"pathlib:Path": 1.0}}, "rewards.others names 'pathlib:Path', but that is no"),
+        ("weights", {"transport": "pigeons:Loft"}, "weights.transport: 'pigeons:Loft': no such class, since pigeons"),
+        ("weights", {"transport": "vlarl_rllib.types:Loft"}, "weights.transport: 'vlarl_rllib.types:Loft': no such"),
+        ("weights", {"transport": "vlarl_rllib.types:EnvSpec"}, "weights.transport: 'vlarl_rllib.types:EnvSpec': the"),
         ("rollout", {"execute_actions": 4}, "rollout.execute_actions: 4 is more than the 3 action(s) of a decision of"),
     ],
 )
@@ -217,3 +231,42 @@ def test_what_cannot_be_is_refused_in_one_line(
     finally:
         added_by_packages.cache_clear()
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("model", {"family": "no_such_module:Family"}),
+        ("weights", {"transport": "no_such_module:Transport"}),
+        ("rewards", {"others": {"no_such_module:Reward": 1.0}}),
+    ],
+)
+def test_a_checkpoint_names_no_code(section: str, values: dict[str, Any]) -> None:
+    written = Settings.from_dict({section: values}).to_dict()  # which imports nothing
+    with pytest.raises(SettingsError, match=r"^runs/x: its settings name .* a checkpoint chooses no code"):
+        Settings.from_checkpoint(written, "runs/x")
+
+
+def test_who_looks_at_a_runs_checkpoint_names_its_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / FACTS_FILE).write_text("{}")
+    written = Settings.from_dict({"model": {"family": POINTER}}).to_dict()
+    monkeypatch.setattr(CheckpointStore, "resolve", lambda path: path)
+    monkeypatch.setattr(CheckpointStore, "read_facts", lambda path: {"iteration": 3, "settings": written})
+    with pytest.raises(SettingsError, match=rf"chooses no code; say --family {POINTER}$"):
+        find_training_checkpoint(tmp_path)
+    found = find_training_checkpoint(tmp_path, POINTER)
+    assert found is not None and found.settings.model.family == POINTER
+
+
+def test_a_model_type_that_is_no_word_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": ["openvla"]}))
+    with pytest.raises(ValueError, match=r"model_type is \['openvla'\], must be 'openvla'"):
+        family_name(str(tmp_path))
+
+
+def test_an_evaluation_of_a_foreign_checkpoint_says_its_family(checkpoint: Path) -> None:
+    request = EvaluationRequest(str(checkpoint), env="synthetic", unnorm_key="pointing", family=POINTER, engine="torch")
+    request.check()
+    assert request.settings(request.starts()[:1]).model.family == POINTER and request.question()["family"] == POINTER
+    with pytest.raises(SettingsError, match=r"CHECKPOINT: .*model_type is 'pointer', must be 'openvla'"):
+        replace(request, family=None).check()

@@ -44,10 +44,6 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"model": {"lora": {}, "quantization": "2bit"}},
         ("model.quantization: '2bit'", "'8bit' or '4bit'"),
     ),
-    "unknown targets": (
-        {"model": {"lora": {"targets": "everything"}}},
-        ("model.lora.targets: 'everything'", "'frozen_vision'"),
-    ),
     "no task to show": ({"collect": {"tasks": []}}, ("collect.tasks: [] is not allowed", "at least 1 item")),
     "a critic's path without a critic": (
         {"model": {"critic_path": "mini"}},
@@ -94,18 +90,6 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "an unknown transport": (
         {"weights": {"transport": "pigeon"}},
         ("weights.transport: 'pigeon'", "choose one of auto, shared_memory, or name a class as module:Class"),
-    ),
-    "a transport of no module": (
-        {"weights": {"transport": "pigeons:Loft"}},
-        ("weights.transport: 'pigeons:Loft'", "pigeons cannot be imported (ModuleNotFoundError"),
-    ),
-    "a transport of no class": (
-        {"weights": {"transport": "vlarl_rllib.types:Loft"}},
-        ("weights.transport: 'vlarl_rllib.types:Loft'", "vlarl_rllib.types has no class Loft"),
-    ),
-    "a class that transports nothing": (
-        {"weights": {"transport": "vlarl_rllib.types:EnvSpec"}},
-        ("weights.transport: 'vlarl_rllib.types:EnvSpec'", "the class has no outlives_publisher"),
     ),
     "two dtypes": (
         {"engines": {"dtype": "bfloat16"}},

@@ -144,8 +144,14 @@ def _how_to_use(model: str, key: str, settings: Settings) -> str:
     in_train = (
         f"--set model.path={model} --set model.unnorm_key={key}" + " --set model.center_crop=false" * whole_frames
     )
+    family = settings.model.family
+    in_train += f" --set model.family={family}" if family else ""
     crops = env.name in ENVIRONMENTS and ENVIRONMENTS[env.name].crops
-    where = eval_options(env.name, env.suite) + " --no-center-crop" * (crops and whole_frames)
+    where = (
+        eval_options(env.name, env.suite)
+        + (f" --family {family}" if family else "")
+        + " --no-center-crop" * (crops and whole_frames)
+    )
     return f"use it with {in_train}, or vlarl eval {model} --unnorm-key {key} {where}"
 
 

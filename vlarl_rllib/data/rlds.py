@@ -236,13 +236,13 @@ def read_episodes(path: Path, split: str) -> Iterator[dict[str, Any]]:
 
 def read_statistics(directory: str | Path, family: PolicyFamily) -> tuple[str, dict[str, Any]]:
     """(name, `norm_stats` entry) of a data set: that of its folder, as published data have it;
-    `dataset_statistics.json`, else computed from all actions as this family's policies see them.
+    `dataset_statistics.json` where it means to the family what it says, else computed from all actions.
 
     Raises as `RLDSDataset`.
     """
     path = find_dataset(directory)
     name = path.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", path.name) else path.name
-    if (path / STATISTICS_FILE).is_file():
+    if family.published_statistics and (path / STATISTICS_FILE).is_file():
         return name, _stored_statistics(path / STATISTICS_FILE)
     episodes = [episode["action"] for episode in read_episodes(path, "train")]
     return name, family.dataset_statistics(np.concatenate(episodes), len(episodes))

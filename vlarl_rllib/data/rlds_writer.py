@@ -161,9 +161,13 @@ class RLDSWriter:
         finally:
             self._thread.shutdown()
             self._process.close()
+        if self._family.published_statistics:
+            self._write_statistics()
+        self._partial.rename(self.path)
+
+    def _write_statistics(self) -> None:
         statistics = self._family.dataset_statistics(np.concatenate(self._actions), len(self._actions))
         (self._partial / STATISTICS_FILE).write_text(json.dumps({self.path.parent.name: statistics}, indent=2) + "\n")
-        self._partial.rename(self.path)
 
     def _discard(self) -> None:
         self._process.close(patience_seconds=0.0)

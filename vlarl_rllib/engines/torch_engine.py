@@ -91,7 +91,7 @@ class TorchEngine:
         )
         tokens, log_probs = self._model.sample_action_tokens(
             **{name: tensor.to(self._device) for name, tensor in inputs.items()},
-            temperatures=torch.tensor([request.temperature for request in requests]),
+            temperatures=torch.tensor([request.temperature for request in requests], device=self._device),
             seeds=[request.seed for request in requests],
         )
         return [

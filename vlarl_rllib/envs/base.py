@@ -32,6 +32,11 @@ class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
         drawn then."""
         return None
 
+    def present_image(self) -> np.ndarray | None:
+        """[S, S, 3] uint8 of the present state, behind an undrawn step that ended the episode: rewards look at it. None
+        = what `step` returned is it, for environments that draw every step."""
+        return None
+
     @abstractmethod
     def __init__(self, spec: EnvSpec) -> None: ...
 

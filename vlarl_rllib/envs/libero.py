@@ -159,10 +159,12 @@ class LiberoEnv(VLAEnv):
         return self._observation(), float(success), success, truncated, {"success": success}
 
     def render(self) -> np.ndarray:  # type: ignore[override]
-        """[camera_size, camera_size, 3] uint8: the last frame that was drawn, upright but mirrored as the policy sees
-        it."""
-        frame: np.ndarray = self._frame_observable().obs[::-1, ::-1]
+        """[camera_size, camera_size, 3] uint8: the last frame, upright but mirrored as the policy sees it."""
+        frame: np.ndarray = self._raw_frame()[::-1, ::-1]
         return frame
+
+    def present_image(self) -> np.ndarray:
+        return self._processed(self._raw_frame())
 
     def snapshot(self) -> LiberoSnapshot:
         import mujoco
@@ -245,10 +247,18 @@ class LiberoEnv(VLAEnv):
     def _observation(self) -> dict[str, np.ndarray]:
         if not self._camera_on:
             return {"image": self._undrawn}
-        raw = self._frame_observable().obs
-        return {
-            "image": observation_image(raw, center_crop=self.env_spec.center_crop, image_size=self.env_spec.image_size)
-        }
+        return {"image": self._processed(self._raw_frame())}
+
+    def _raw_frame(self) -> np.ndarray:
+        """As robosuite sampled it in the last step; behind an undrawn one, of the present state."""
+        if self._camera_on:
+            sampled: np.ndarray = self._frame_observable().obs
+            return sampled
+        self._camera_on = True
+        return self._render_if_on()
+
+    def _processed(self, raw: np.ndarray) -> np.ndarray:
+        return observation_image(raw, center_crop=self.env_spec.center_crop, image_size=self.env_spec.image_size)
 
 
 _CLOCK_FIELDS = ("_time_since_last_sample", "_current_delay", "_current_observed_value", "_sampled")

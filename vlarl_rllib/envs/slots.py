@@ -30,8 +30,7 @@ class Played:
     """What came of a decision."""
 
     image: np.ndarray
-    """[S, S, 3] uint8: the frame behind the last action. Nobody looks at that of a terminated episode: it may be
-    any."""
+    """[S, S, 3] uint8: the frame behind the last action."""
     rewards: tuple[float, ...]
     """Of each action that was played."""
     frames: tuple[np.ndarray, ...]
@@ -127,6 +126,8 @@ class SlotTable:
             images.append(observation["image"].copy() if every_frame else observation["image"])
             self.render_seconds += env.render_seconds
             if terminated or truncated:
+                if not env.draws and (image := env.present_image()) is not None:
+                    images[-1] = image
                 break
         frames = tuple(images[:-1]) if every_frame else ()
         return Played(images[-1], tuple(rewards), frames, bool(terminated), bool(truncated), bool(info["success"]))

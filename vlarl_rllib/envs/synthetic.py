@@ -99,6 +99,9 @@ class SyntheticEnv(SingleSuiteEnv):
             image[max(0, y - half) : y + half + 1, max(0, x - half) : x + half + 1] = colors[color]
         return image
 
+    def present_image(self) -> np.ndarray:
+        return self.render()
+
     def snapshot(self) -> SyntheticState:
         return replace(self._state, random=self.np_random.bit_generator.state)
 

@@ -229,6 +229,9 @@ class TabletopEnv(SingleSuiteEnv):
             self._frame = self._draw()
         return self._frame
 
+    def present_image(self) -> np.ndarray:
+        return self.render()
+
     def _draw(self) -> np.ndarray:
         self._mujoco.mj_kinematics(self._model, self._data)
         self._mujoco.mj_camlight(self._model, self._data)

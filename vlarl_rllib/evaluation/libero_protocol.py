@@ -50,6 +50,8 @@ class EvaluationRequest:
     """Of the fixtures' poses; upstream's default."""
     max_steps: int | None = None
     """Policy steps after which an episode is cut off; None = the suite's horizon."""
+    family: str | None = None
+    """Kind of policy, as `model.family`; None = the run's that trained it, else what its config.json says."""
     unnorm_key: str | None = None
     """Action statistics of the checkpoint; None = those that the run trained with, else the suite's or environment's.
     """
@@ -88,7 +90,7 @@ class EvaluationRequest:
         """`unnorm_key`, or what it is by default: that of the run which trained the policy, else the environment's."""
         if self.unnorm_key:
             return self.unnorm_key
-        trained = _find_training_checkpoint(self.checkpoint)
+        trained = self._trained
         return trained.settings.unnorm_key if trained else registry.default_statistics(self.env, self.env_spec.suite)
 
     @property
@@ -99,11 +101,16 @@ class EvaluationRequest:
     @cached_property
     def policy_path(self) -> str:
         """What the engines load. A run or training checkpoint is exported here, once, with torch."""
-        return (
-            resolve_policy(self.checkpoint)
-            if _find_training_checkpoint(self.checkpoint)
-            else absolute_unless_name(self.checkpoint)
-        )
+        return resolve_policy(self.checkpoint, self.family) if self._trained else absolute_unless_name(self.checkpoint)
+
+    @property
+    def _trained(self) -> TrainingCheckpoint | None:
+        return _find_training_checkpoint(self.checkpoint, self.family)
+
+    @property
+    def _family(self) -> str | None:
+        """`family`, or what it is by default."""
+        return self.family or (self._trained.settings.model.family if self._trained else None)
 
     def starts(self) -> list[Start]:
         """Every episode of the evaluation, once."""
@@ -134,6 +141,7 @@ class EvaluationRequest:
             "trials": self.trials,
             "seed": self.seed,
             "max_steps": self.max_steps or registry.horizon(self.env_spec.suite, name=self.env),
+            "family": self._family,
             "unnorm_key": self.statistics,
             "center_crop": self.center_crop,
             "fast_render": self.fast_render,
@@ -170,6 +178,7 @@ class EvaluationRequest:
             {
                 "model": {
                     "path": self.policy_path,
+                    "family": self._family,
                     "unnorm_key": self.statistics,
                     "center_crop": self.center_crop,
                     "dtype": self.compute_type,
@@ -208,9 +217,9 @@ class EvaluationRequest:
         self._check_starts()
         self._check_sizes()
         check_environment(self.env)
-        trained = _find_training_checkpoint(self.checkpoint)
+        trained = self._trained
         model = trained.settings.model.path if trained else self.checkpoint  # which its export has the statistics of
-        check_model(model, self.statistics, path_name="CHECKPOINT", key_name="--unnorm-key")
+        check_model(model, self.statistics, self._family, path_name="CHECKPOINT", key_name="--unnorm-key")
         check_ray()
 
     def _check_choices(self) -> None:
@@ -280,12 +289,12 @@ def _check_choice(option: str, value: str, choices: Collection[str]) -> None:
         raise SettingsError(f"{option}: {value!r} does not exist, choose one of {', '.join(choices)}{hint}")
 
 
-def _find_training_checkpoint(checkpoint: str) -> TrainingCheckpoint | None:
+def _find_training_checkpoint(checkpoint: str, family: str | None) -> TrainingCheckpoint | None:
     """Of a run or of itself; None for a model. Raises `SettingsError`."""
     if is_model_name(checkpoint):
         return None
     try:
-        return find_training_checkpoint(Path(absolute_unless_name(checkpoint)))
+        return find_training_checkpoint(Path(absolute_unless_name(checkpoint)), family)
     except (OSError, ValueError) as error:
         raise SettingsError(f"CHECKPOINT: {error}") from None
 

@@ -43,7 +43,8 @@ class RolloutBatch:
     durations: Tensor
     """[N] int64: environment steps of each decision."""
     rewards: Tensor
-    """[N] float32: the discounted sum of those of its environment steps."""
+    """[N] float32: the discounted sum of those of its environment steps (the plain one where group advantages have no
+    discount)."""
     fragment: np.ndarray
     """[N] int64: the fragment of each decision."""
     column: np.ndarray

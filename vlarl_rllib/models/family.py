@@ -166,7 +166,9 @@ class Policy(Protocol):
         temperatures: Tensor,
         seeds: Sequence[int],
     ) -> SampledTokens:
-        """One decision for each row; each depends on its own inputs, temperature [B] (0 = greedy) and seed alone."""
+        """One decision for each row; each depends on its own inputs, temperature [B] (0 = greedy) and seed alone.
+
+        All tensors are on the model's device."""
         ...
 
     def add_value_head(self, seed: int) -> Any:
@@ -204,9 +206,17 @@ class PolicyFamily(ABC):
     """One kind of policy. Methods of the first part load no torch."""
 
     name: ClassVar[str]
-    """What `model.family` calls it; a checkpoint's `model_type`, where no other family claims that."""
+    """For messages: what `model.family` calls it."""
     vllm_model: ClassVar[str | None] = None
-    """`module:Class` of the model as vLLM runs it; None = engines run the model itself, in torch."""
+    """`module:Class` of the model as vLLM runs it; None = engines run the model itself, in torch.
+
+    vLLM knows it by the class's name, and needs tokens that are sampled one after the other, prompts that begin with
+    BOS, behind which the frame's tokens go, and a `load_config` with `text_config`, `image_token_index` and
+    `num_patches`.
+    """
+    published_statistics: ClassVar[bool] = False
+    """Whether its policies see actions as the `dataset_statistics.json` of published data sets has them; else those
+    files are neither read nor written."""
     lora_targets: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
     """Modules that `model.lora.targets` stands for, by its words: names, or a pattern of whole names."""
     never_quantized: ClassVar[tuple[str, ...]] = ()
@@ -233,7 +243,7 @@ class PolicyFamily(ABC):
         """`norm_stats` entry of demonstrations: environment actions [N, 7]."""
 
     def preset_facts(self) -> Mapping[str, PolicyFacts]:
-        """The small models that can be made from a seed, by name."""
+        """The small models that can be made from a seed, by name; only of the package's own families."""
         return {}
 
     def preset_digest(self, preset: str) -> str:
@@ -267,11 +277,9 @@ class PolicyFamily(ABC):
     def shard_units(self, policy: nn.Module) -> Iterable[nn.Module]:
         """Modules that FSDP may gather each on its own; it gathers the rest at once."""
 
+    @abstractmethod
     def checkpoint_activations(self, policy: nn.Module) -> None:
-        """Have the backward pass compute activations again. Raises ValueError where the family cannot."""
-        raise ValueError(
-            f"learners.fsdp.checkpoint_activations: true is not possible with the family {self.name}; set it to false"
-        )
+        """Have the backward pass compute activations again."""
 
     @abstractmethod
     def freeze_unused(self, policy: nn.Module) -> None:
@@ -281,9 +289,9 @@ class PolicyFamily(ABC):
     def freeze_token_head(self, critic: nn.Module) -> None:
         """Freeze what turns hidden states into tokens, which a critic does not read."""
 
+    @abstractmethod
     def write_files(self, base: str, out: Path, dtype: str, norm_stats: dict[str, Any] | None) -> None:
         """Write what a checkpoint has beside its weights: the base's, with other action statistics where given."""
-        raise ValueError(f"the family {self.name} cannot be exported: it has no write_files")
 
 
 @cache
@@ -314,7 +322,14 @@ def load_family(name: str) -> PolicyFamily:
         found = load_class(reference)
     except ValueError as error:
         raise ValueError(f"model.family is {name!r}, but {error}") from error
-    family: PolicyFamily = found() if isinstance(found, type) else found
+    try:
+        family = found() if isinstance(found, type) else found
+    except Exception as error:  # somebody else's class may raise anything
+        raise ValueError(
+            f"model.family is {name!r}, but it cannot be made ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(family, PolicyFamily):
+        raise ValueError(f"model.family is {name!r}, but that is no vlarl_rllib.models.family.PolicyFamily")
     return family
 
 
@@ -332,12 +347,12 @@ def family_name(checkpoint: str, name: str | None = None) -> str:
         return name
     config, file = read_config(checkpoint)
     refuse_foreign_code(config, str(file))
-    if (kind := config.get("model_type")) not in families():
+    if not isinstance(kind := config.get("model_type"), str) or kind not in families():
         raise ValueError(
             f"{checkpoint}: model_type is {kind!r}, must be {' or '.join(map(repr, families()))}; other policies are "
             "not supported, unless model.family names a class for them"
         )
-    return str(kind)
+    return kind
 
 
 def family_of(checkpoint: str, name: str | None = None) -> PolicyFamily:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,8 @@ class WeightedRewards:
         return total
 
 
-def reward_class(name: str) -> Callable[[], Reward]:
-    """The class that `rewards.others` names: what an installed package adds, or `module:Class`; made without arguments.
+def make_reward(name: str) -> Reward:
+    """What `rewards.others` names: what an installed package adds, or `module:Class`; made without arguments.
 
     Raises ValueError: there is none such, in one line.
     """
@@ -77,9 +77,12 @@ def reward_class(name: str) -> Callable[[], Reward]:
         known = f"choose one of {', '.join(found)}" if found else "no installed package adds one"
         raise ValueError(f"rewards.others names {name!r}; {known}, or name it as module:Class")
     try:
-        made: Callable[[], Reward] = load_class(found.get(name, name))
-    except ValueError as error:
-        raise ValueError(f"rewards.others names {name!r}, but {error}") from error
+        made = load_class(found.get(name, name))()
+    except Exception as error:  # somebody else's class may raise anything
+        reason = error if isinstance(error, ValueError) else f"it cannot be made ({type(error).__name__}: {error})"
+        raise ValueError(f"rewards.others names {name!r}, but {reason}") from error
+    if not isinstance(made, Reward):
+        raise ValueError(f"rewards.others names {name!r}, but that is no vlarl_rllib.rewards.Reward")
     return made
 
 
@@ -97,5 +100,5 @@ def make_rewards(settings: RewardSettings, action_token_ids: range, traceback_di
         chosen.append(
             (settings.process, ProcessReward(settings.judge, settings.timeout_seconds, settings.judge_cpu_copy))
         )
-    chosen += [(weight, reward_class(name)()) for name, weight in settings.others.items() if weight]
+    chosen += [(weight, make_reward(name)) for name, weight in settings.others.items() if weight]
     return WeightedRewards(chosen, timeout_seconds=settings.timeout_seconds, traceback_dir=traceback_dir)

@@ -16,22 +16,20 @@ from vlarl_rllib.types import EpisodeResult
 class Rollout:
     """An iteration's decisions."""
 
-    slots: list[tuple[int, Any, int, bool]] = field(default_factory=list)
-    """(runner, ref of its fragments, decisions, whether they are a uniform group) of each slot, or group of episodes,
-    in an order that does not depend on who was faster."""
+    slots: list[tuple[int, Any, int, bool, int]] = field(default_factory=list)
+    """(runner, ref of its fragments, decisions, whether they are a uniform group, environment steps) of each slot, or
+    group of episodes, in an order that does not depend on who was faster."""
     metrics: list[Any] = field(default_factory=list)
     results: list[EpisodeResult] = field(default_factory=list)
     """Episodes that ended, in the order of the runners."""
     lost_steps: int = 0
-    """Decisions that were played and died with their runner before the learners had them."""
+    """Environment steps that were played and died with their runner before the learners had them."""
     pids: dict[int, Any] = field(default_factory=dict)
     """By runner, its process and those of its environments."""
 
     def add(self, contribution: Contribution) -> None:
-        runner = contribution.runner
-        self.slots += zip(
-            repeat(runner), contribution.refs, contribution.num_decisions, contribution.uniform, strict=False
-        )
+        parts = contribution.refs, contribution.num_decisions, contribution.uniform, contribution.env_steps
+        self.slots += zip(repeat(contribution.runner), *parts, strict=False)
         self.slots.sort(key=lambda slot: slot[0])
         self.results += contribution.results
         self.metrics.append(contribution.metrics)
@@ -47,7 +45,7 @@ class Rollout:
 
     def drop(self, indices: Sequence[int]) -> None:
         """Forget these slots' decisions, which are lost."""
-        self.lost_steps += sum(self.slots[index][2] for index in indices)
+        self.lost_steps += sum(self.slots[index][4] for index in indices)
         self.slots = [slot for index, slot in enumerate(self.slots) if index not in indices]
 
     def filter_groups(self, enough: int) -> None:

@@ -19,8 +19,8 @@ class Contribution:
     """One ref per slot that has new fragments, or per group of episodes; each a list of SingleAgentEpisode."""
     num_decisions: list[int] = field(default_factory=list)
     """Behind each ref."""
-    env_steps: int = 0
-    """Environment steps behind all refs."""
+    env_steps: list[int] = field(default_factory=list)
+    """Environment steps behind each ref."""
     uniform: list[bool] = field(default_factory=list)
     """Of each ref, whether all episodes of the group succeed or all fail, so that nothing tells what made the
     difference."""

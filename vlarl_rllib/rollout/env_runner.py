@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from vlarl_rllib.rllib_compat import without_tensorflow
@@ -42,7 +43,7 @@ from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
 from vlarl_rllib.rollout.players import TrainingPlayer, is_uniform, num_env_steps
 from vlarl_rllib.rollout.slot_env import SlotVectorEnv, slot_spaces
 from vlarl_rllib.settings import Settings, calculate_runtime_args
-from vlarl_rllib.types import EnvSpec, Start, WeightManifest
+from vlarl_rllib.types import ACTION_SIZE, EnvSpec, Start, WeightManifest
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         )
         self._make_players(spec, slot_tasks, runner * env.num_envs, codec, model.actions.num_actions)
         executed = settings.rollout.execute_actions
+        self._check_decisions(model.actions, codec, executed)
         self._loop = SlotLoop(
             processes,
             env.num_envs,
@@ -123,6 +125,21 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             request_timeout_seconds=settings.engines.request_timeout_seconds,
             env_timeout_seconds=env.timeout_seconds,
         )
+
+    def _check_decisions(self, actions: ActionFormat, codec: ActionCodec, executed: int | None) -> None:
+        """Raise ValueError where not so many actions can be played, or the codec is not what `ActionCodec` says."""
+        if executed and executed > actions.num_actions:
+            raise ValueError(
+                f"rollout.execute_actions: {executed} is more than the {actions.num_actions} action(s) of a decision"
+            )
+        tokens = np.full(actions.num_tokens, actions.token_ids[0])
+        shape = (actions.num_actions, ACTION_SIZE)
+        for made in (codec.decode(tokens), codec.normalized(tokens)):
+            if np.shape(made) != shape:
+                raise ValueError(
+                    f"model.family: its codec makes {np.shape(made)} of a reply, must be {shape}: K actions of "
+                    f"{ACTION_SIZE} numbers"
+                )
 
     def _make_players(
         self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int, codec: ActionCodec, num_actions: int
@@ -324,7 +341,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 self._tell_of(fragments, slot)
                 contribution.refs.append(ray.put(fragments))
                 contribution.num_decisions.append(sum(map(len, fragments)))
-                contribution.env_steps += sum(map(num_env_steps, fragments))
+                contribution.env_steps.append(sum(map(num_env_steps, fragments)))
                 contribution.uniform.append(self.settings.rollout.group_size > 1 and is_uniform(fragments))
                 contribution.token_checksum += sum(
                     zlib.crc32(tokens.tobytes()) for fragment in fragments for tokens in fragment.get_actions()
@@ -359,7 +376,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         for player in self._players.values():
             player.results, player.dropped_steps = [], 0
         contribution.results = results
-        self._log_sampled(contribution.env_steps, sum(contribution.num_decisions), len(results))
+        self._log_sampled(sum(contribution.env_steps), sum(contribution.num_decisions), len(results))
         for result in results:
             self._log_episode_metrics(result.length, result.reward, 0.0)
         loop = self._loop

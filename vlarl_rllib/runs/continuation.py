@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlarl_rllib.models.family import family_name
 from vlarl_rllib.models.fingerprint import fingerprint
+from vlarl_rllib.models.presets import HUB_MODELS, presets
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings import Settings, SettingsError
 
@@ -21,7 +23,9 @@ LIMITS = (
 """What may be edited in a run's config.yaml before `--resume`: none of it changes what is learned."""
 MODELS = ("model.path", "model.critic_path")
 """Compared by content: a model may lie elsewhere now."""
-OF_THE_WEIGHTS = ("model.lora", "model.critic", *MODELS)
+FAMILY = "model.family"
+"""Compared by what it means: null is what the checkpoint says."""
+OF_THE_WEIGHTS = ("model.lora", "model.critic", FAMILY, *MODELS)
 """What the weights of a checkpoint only fit together with."""
 
 
@@ -62,12 +66,20 @@ def _changes(checkpoint: Path, settings: Settings) -> Iterator[tuple[str, Any, A
         before, after = old.get(key), new.get(key)
         # other machines have other numbers of cores
         derived = key == "env.num_processes" and settings.env.num_processes is None
+        if key == FAMILY and _meant(before, new) == _meant(after, new):
+            continue
         if before == after or derived or (key in MODELS and after and facts["models"].get(key) == fingerprint(after)):
             continue
         yield key, before, after
     for key in MODELS:
         if (path := new.get(key)) and path == old.get(key) and facts["models"].get(key) != fingerprint(path):
             yield key, f"{path} as it was then", f"{path} as it is now"
+
+
+def _meant(family: str | None, values: Mapping[str, Any]) -> str:
+    """The family that `model.family` stands for with the model that there is now."""
+    path = values["model.path"]
+    return family or (presets()[path].name if path in presets() else family_name(HUB_MODELS.get(path, path)))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

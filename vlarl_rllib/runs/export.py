@@ -43,11 +43,14 @@ class TrainingCheckpoint:
     settings: Settings
 
 
-def find_training_checkpoint(path: Path) -> TrainingCheckpoint | None:
+def find_training_checkpoint(path: Path, family: str | None = None) -> TrainingCheckpoint | None:
     """The checkpoint at `path`, or the newest one where `path` is a run's directory; None where it is neither.
 
+    Args:
+        family: of its policy; None = as its settings have it, unless they name code.
+
     Raises:
-        SettingsError: a pointer to no checkpoint, or damaged ones alone.
+        SettingsError: a pointer to no checkpoint, or damaged ones alone; settings that name code.
     """
     damages: list[str] = []
     if (path / FACTS_FILE).is_file() or (path / POINTER_FILE).is_file():
@@ -64,20 +67,30 @@ def find_training_checkpoint(path: Path) -> TrainingCheckpoint | None:
     for damage in damages:
         logger.warning("%s; %s is taken", damage, directory.name)
     facts = CheckpointStore.read_facts(directory)
-    return TrainingCheckpoint(directory, facts["iteration"], Settings.from_dict(facts["settings"]))
+    settings = Settings.from_dict(facts["settings"])
+    written = settings.model.family
+    if written and ":" in written and not family:
+        raise SettingsError(
+            f"{directory}: its settings name model.family {written!r}, and a checkpoint chooses no code; say --family "
+            f"{written}"
+        )
+    if family:
+        settings = settings.replaced(model={"family": family})
+    return TrainingCheckpoint(directory, facts["iteration"], settings)
 
 
-def resolve_policy(path: str) -> str:
+def resolve_policy(path: str, family: str | None = None) -> str:
     """What `from_pretrained` loads for a run's directory, training checkpoint, model directory, preset or hub id.
 
     A run or training checkpoint is exported once, into `exports/` of its run, or beside one that lies elsewhere.
+    `family` as in `find_training_checkpoint`.
 
     Raises:
         SettingsError: none of these.
     """
     from vlarl_rllib.models.presets import resolve_model
 
-    checkpoint = find_training_checkpoint(Path(path).expanduser())
+    checkpoint = find_training_checkpoint(Path(path).expanduser(), family)
     if checkpoint is None:
         try:
             return resolve_model(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlarl_rllib.envs import registry
 from vlarl_rllib.envs.registry import ENVIRONMENTS, expert_class, experts
-from vlarl_rllib.models.family import PolicyFacts, family_name, load_family, read_facts
+from vlarl_rllib.models.family import PolicyFacts, PolicyFamily, family_of, load_family, read_facts
 from vlarl_rllib.models.files import check_adapter
 from vlarl_rllib.models.presets import HUB_MODELS, preset_facts, presets
 from vlarl_rllib.process.surroundings import (
@@ -19,10 +19,11 @@ from vlarl_rllib.process.surroundings import (
     forgo_the_hub_where_it_is_not_reached,
 )
 from vlarl_rllib.rewards.judge import check_judge
-from vlarl_rllib.rewards.weighted import reward_class
+from vlarl_rllib.rewards.weighted import make_reward
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
 from vlarl_rllib.settings.plan import num_training_starts
 from vlarl_rllib.settings.published import absolute_unless_name, is_model_name
+from vlarl_rllib.settings.transports import AUTO, TRANSPORTS, transport_class
 
 MANY_STARTS = 1000
 """More than a run plays often enough to tell the hard ones."""
@@ -36,6 +37,7 @@ def check(settings: Settings) -> None:
     _check_additions(settings.model)
     _check_decisions(settings)
     _check_rewards(settings)
+    _check_transport(settings)
     check_environment(settings.env.name)
     plan = calculate_runtime_args(settings)
     if settings.run.wandb:
@@ -59,10 +61,20 @@ def _check_decisions(settings: Settings) -> None:
         )
 
 
+def _check_transport(settings: Settings) -> None:
+    name = settings.weights.transport
+    if name in (AUTO, *TRANSPORTS):
+        return
+    try:
+        transport_class(name)
+    except ValueError as error:
+        raise SettingsError(f"weights.transport: {name!r}: {error}") from error
+
+
 def _check_rewards(settings: Settings) -> None:
     for name in settings.rewards.others:
         try:
-            reward_class(name)
+            make_reward(name)
         except ValueError as error:
             raise SettingsError(str(error)) from error
     if settings.rewards.judge:
@@ -250,9 +262,14 @@ def _facts(path: str, path_name: str, family: str | None) -> PolicyFacts:
     """Of a preset, directory or hub id. Raises `SettingsError` where it is no checkpoint of a family that we know."""
     if family:
         try:
-            load_family(family)
+            loaded = load_family(family)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+        if path in presets() and loaded is not presets()[path]:
+            raise SettingsError(
+                f"{path_name}: preset {path} is of the family {presets()[path].name}, not of model.family {family}; "
+                "give a checkpoint of that"
+            )
     return preset_facts(path) if path in presets() else _read_facts(path, path_name, family)
 
 
@@ -307,16 +324,23 @@ def _check_additions(model: ModelSettings) -> None:
             f"model.critic_path: {model.critic_path} sees {critic} pixels, the policy {policy}, and both get the "
             "same frames; choose one of that size"
         )
-    if model.critic_path and (other := _kind(model.critic_path, model)) != (kind := _kind(model.path, model)):
+    family = _family(model.path, model)
+    if model.critic_path and (other := _family(model.critic_path, model)) is not family:
         raise SettingsError(
-            f"model.critic_path: {model.critic_path} is of the family {other}, the policy of {kind}; choose one of the "
-            "same family"
+            f"model.critic_path: {model.critic_path} is of the family {other.name}, the policy of {family.name}; "
+            "choose one of the same family"
+        )
+    lora = model.lora
+    if lora and not lora.adapter and isinstance(lora.targets, str) and lora.targets not in family.lora_targets:
+        raise SettingsError(
+            f"model.lora.targets: {lora.targets!r} means nothing to the family {family.name}; choose one of "
+            f"{', '.join(family.lora_targets) or '(none)'}, or list modules"
         )
 
 
-def _kind(path: str, model: ModelSettings) -> str:
-    """Name of the family of a model that was found readable."""
-    return presets()[path].name if path in presets() else family_name(HUB_MODELS.get(path, path), model.family)
+def _family(path: str, model: ModelSettings) -> PolicyFamily:
+    """Of a model that was found readable."""
+    return presets()[path] if path in presets() else family_of(HUB_MODELS.get(path, path), model.family)
 
 
 def check_environment(name: str) -> None:

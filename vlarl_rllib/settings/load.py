@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,6 +43,26 @@ class Settings(Sections):
             return cls.model_validate(_without_reserved(values))
         except ValidationError as error:
             raise SettingsError(messages.one_line(error, Settings)) from None
+
+    @classmethod
+    def from_checkpoint(cls, values: Mapping[str, Any], where: str) -> Settings:
+        """Those that a checkpoint was written with. They may name what installed packages add, and no other code.
+
+        Raises `SettingsError`, beginning with `where`.
+        """
+        settings = cls.from_dict(values)
+        for key, name in settings.named_classes():
+            raise SettingsError(
+                f"{where}: its settings name {key} {name!r}, and a checkpoint chooses no code; have a package add that "
+                "by an entry point, or build the config yourself"
+            )
+        return settings
+
+    def named_classes(self) -> Iterator[tuple[str, str]]:
+        """(key, `module:Class`) of what is named so."""
+        named = [("model.family", self.model.family or ""), ("weights.transport", self.weights.transport)]
+        named += [("rewards.others", name) for name in self.rewards.others]
+        yield from ((key, name) for key, name in named if ":" in name)
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

@@ -24,7 +24,7 @@ from vlarl_rllib.settings.fields import (
 )
 from vlarl_rllib.settings.learning import CurriculumSettings, RewardSettings, SFTSettings, TrainingSettings
 from vlarl_rllib.settings.published import published_model
-from vlarl_rllib.settings.transports import AUTO, DEFAULT_TRANSPORT, check_transport
+from vlarl_rllib.settings.transports import AUTO, DEFAULT_TRANSPORT, transport_reference
 
 
 class LoraSettings(Section):
@@ -32,14 +32,13 @@ class LoraSettings(Section):
     alpha: PositiveInt | None = Field(
         None, description="The update is scaled by alpha / rank; null = the rank, at most 16."
     )
-    targets: Literal["published", "frozen_vision", "language_model"] | Annotated[list[str], Field(min_length=1)] = (
-        Field(
-            "published",
-            description="Adapted modules: published = all that OpenVLA's fine-tuning adapts; frozen_vision = "
-            "projector, "
-            "language model and head; "
-            "language_model = its decoder layers; or a list of module names such as [q_proj, v_proj].",
-        )
+    targets: str | Annotated[list[str], Field(min_length=1)] = Field(
+        "published",
+        description="Adapted modules, by a word of the policy's family: published = all that OpenVLA's fine-tuning "
+        "adapts; frozen_vision = "
+        "projector, "
+        "language model and head; "
+        "language_model = its decoder layers; or a list of module names such as [q_proj, v_proj].",
     )
     adapter: DirectoryPath | None = Field(
         None,
@@ -125,7 +124,8 @@ class EnvSettings(Section):
         None, description="Environment steps after which an episode is cut off; null = the suite's published horizon."
     )
     timeout_seconds: Seconds = Field(
-        600.0, description="A reset or step that takes longer ends its subprocess, which is then started anew."
+        600.0,
+        description="A reset, or a decision's actions, that take longer end the subprocess; it is started anew.",
     )
     max_resets_per_process: PositiveInt | None = Field(
         1000,
@@ -256,7 +256,7 @@ class WeightSettings(Section):
     @field_validator("transport")
     @classmethod
     def _is_transport(cls, name: str) -> str:
-        check_transport(name)
+        transport_reference(name)
         return name
 
 

@@ -26,15 +26,24 @@ def transports() -> dict[str, str]:
     return added_by_packages("vlarl_rllib.transports") | TRANSPORTS
 
 
+def transport_reference(name: str) -> str:
+    """`module:Class` of what `weights.transport` means; nothing is imported.
+
+    Raises ValueError for what is neither a known name nor of that form. The text does not say of which key.
+    """
+    reference = transports().get(DEFAULT_TRANSPORT if name == AUTO else name, name)
+    if not all(reference.partition(":")):
+        raise ValueError(f"choose one of {', '.join((AUTO, *transports()))}, or name a class as module:Class")
+    return reference
+
+
 def transport_class(name: str) -> Any:
     """The class that `weights.transport` means; importing it may import torch or Ray.
 
     Raises:
         ValueError: there is none, or it is no transport. The text says what to do, and not of which key.
     """
-    reference = transports().get(DEFAULT_TRANSPORT if name == AUTO else name, name)
-    if not all(reference.partition(":")):
-        raise ValueError(f"choose one of {', '.join((AUTO, *transports()))}, or name a class as module:Class")
+    reference = transport_reference(name)
     try:
         found = load_class(reference)
     except ValueError as error:
@@ -42,9 +51,3 @@ def transport_class(name: str) -> Any:
     if missing := [part for part in PARTS if not hasattr(found, part)]:
         raise ValueError(f"the class has no {missing[0]}, so it is no vlarl_rllib.weights.protocol.WeightTransport")
     return found
-
-
-def check_transport(name: str) -> None:
-    """Raise ValueError, as `transport_class`, for what is no transport. Ours are not imported."""
-    if name != AUTO and name not in TRANSPORTS:
-        transport_class(name)

@@ -75,6 +75,7 @@ class OpenVLAFamily(PolicyFamily):
     name = "openvla"
     vllm_model = "vlarl_rllib.engines.vllm.openvla:VlarlOpenVLA"
     lora_targets = LORA_TARGETS
+    published_statistics = True
     never_quantized = ("vision_backbone", "projector", "lm_head")
 
     def read_facts(self, checkpoint: str) -> PolicyFacts:
