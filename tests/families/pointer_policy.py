@@ -179,3 +179,9 @@ class PointerFamily(PolicyFamily):
 
     def freeze_token_head(self, critic: Any) -> None:
         critic.heads.requires_grad_(False)
+
+
+class PointerFamilyInVLLM(PointerFamily):
+    """What cannot be: vLLM samples one token after the other."""
+
+    vllm_model = "pointer_policy:NeverImported"

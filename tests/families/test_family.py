@@ -210,6 +210,11 @@ def test_an_installed_package_adds_a_family_and_a_reward_by_name(checkpoint: Pat
         ),
         ("model", {"family": "json:loads"}, "model.family is 'json:loads', but that is no vlarl_rllib.models.family"),
         ("model", {"family": "pathlib:Path", "path": "tiny"}, "model.family is 'pathlib:Path', but that is no"),
+        (
+            "model",
+            {"family": f"{POINTER}InVLLM"},
+            "model.path: the family pointer has a `vllm_model`, and one pass gives",
+        ),
         ("model", {"path": "tiny"}, "model.path: preset tiny is of the family openvla, not of model.family tests."),
         ("model", {"lora": {}}, "model.lora.targets: 'published' means nothing to the family pointer; choose one of"),
         ("rewards", {"others": {"json:loads": 1.0}}, "rewards.others names 'json:loads', but it cannot be made"),

@@ -361,5 +361,13 @@ def family_of(checkpoint: str, name: str | None = None) -> PolicyFamily:
 
 
 def read_facts(checkpoint: str, name: str | None = None) -> PolicyFacts:
-    """`PolicyFamily.read_facts` of whatever family a checkpoint is of; raises as that and `family_name`."""
-    return family_of(checkpoint, name).read_facts(checkpoint)
+    """`PolicyFamily.read_facts` of whatever family a checkpoint is of; raises as that and `family_name`, and ValueError
+    where the family has a `vllm_model` and tokens that vLLM cannot sample."""
+    family = family_of(checkpoint, name)
+    facts = family.read_facts(checkpoint)
+    if family.vllm_model is not None and facts.actions.parallel:
+        raise ValueError(
+            f"the family {family.name} has a `vllm_model`, and one pass gives all tokens of a decision, whereas vLLM "
+            "samples them one after the other; leave `vllm_model` None"
+        )
+    return facts

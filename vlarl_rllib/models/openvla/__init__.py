@@ -7,39 +7,11 @@ Auto classes (`auto.py`); `family.py` and what it needs load neither.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlarl_rllib.models.openvla.auto import (
-        NUM_ACTION_TOKENS as NUM_ACTION_TOKENS,
-    )
-    from vlarl_rllib.models.openvla.auto import (
-        ActionPrediction as ActionPrediction,
-    )
-    from vlarl_rllib.models.openvla.auto import (
-        ActionTokenizer as ActionTokenizer,
-    )
-    from vlarl_rllib.models.openvla.auto import (
-        OpenVLAConfig as OpenVLAConfig,
-    )
-    from vlarl_rllib.models.openvla.auto import (
-        OpenVLAForActionPrediction as OpenVLAForActionPrediction,
-    )
-    from vlarl_rllib.models.openvla.auto import (
-        OpenVLAOutput as OpenVLAOutput,
-    )
-    from vlarl_rllib.models.openvla.auto import (
-        OpenVLAProcessor as OpenVLAProcessor,
-    )
-    from vlarl_rllib.models.openvla.auto import (
-        PrismaticImageProcessor as PrismaticImageProcessor,
-    )
-    from vlarl_rllib.models.openvla.auto import (
-        PrismaticVisionBackbone as PrismaticVisionBackbone,
-    )
-    from vlarl_rllib.models.openvla.auto import (
-        build_prompt as build_prompt,
-    )
-    from vlarl_rllib.models.openvla.auto import (
-        normalize_pixels as normalize_pixels,
-    )
+    from vlarl_rllib.models.openvla.actions import NUM_ACTION_TOKENS, ActionTokenizer
+    from vlarl_rllib.models.openvla.configuration import OpenVLAConfig
+    from vlarl_rllib.models.openvla.modeling import ActionPrediction, OpenVLAForActionPrediction, OpenVLAOutput
+    from vlarl_rllib.models.openvla.processing import OpenVLAProcessor, PrismaticImageProcessor, build_prompt
+    from vlarl_rllib.models.openvla.vision import PrismaticVisionBackbone, normalize_pixels
 
 __all__ = [
     "NUM_ACTION_TOKENS",

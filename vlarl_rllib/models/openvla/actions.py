@@ -19,7 +19,7 @@ NUM_ACTION_TOKENS = 7
 NUM_BINS = 256
 """Values that a token can take in the published checkpoints."""
 GRIPPER = 6
-"""Its place among them."""
+"""Place of the gripper among an action's numbers."""
 QUANTILE_EPSILON = 1e-8
 """Keeps the division finite where q01 equals q99; the upstream training pipeline uses the same."""
 

@@ -1,5 +1,9 @@
 """Everything of the package at once, and its registration with transformers' AutoConfig, AutoProcessor and
-AutoModelForImageTextToText under `model_type: "openvla"`."""
+AutoModelForImageTextToText under `model_type: "openvla"`.
+
+The package's `__all__` says which of these names are for others.
+"""
+# ruff: noqa: F401
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -17,17 +21,3 @@ from vlarl_rllib.models.openvla.vision import PrismaticVisionBackbone, normalize
 AutoConfig.register(OpenVLAConfig.model_type, OpenVLAConfig, exist_ok=True)
 AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)
 AutoProcessor.register(OpenVLAConfig, PrismaticProcessor, exist_ok=True)
-
-__all__ = [
-    "NUM_ACTION_TOKENS",
-    "ActionPrediction",
-    "ActionTokenizer",
-    "OpenVLAConfig",
-    "OpenVLAForActionPrediction",
-    "OpenVLAOutput",
-    "OpenVLAProcessor",
-    "PrismaticImageProcessor",
-    "PrismaticVisionBackbone",
-    "build_prompt",
-    "normalize_pixels",
-]
