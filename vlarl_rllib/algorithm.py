@@ -25,18 +25,17 @@ from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner.rank_group import LearnerGroupError
 from vlarl_rllib.models.fingerprint import model_fingerprints
 from vlarl_rllib.observability.ledger import Ledger
-from vlarl_rllib.observability.metrics import LastRates, evaluation_metrics, plain_state, rllib_evaluation
+from vlarl_rllib.observability.metrics import LastRates, plain_state, rllib_evaluation
 from vlarl_rllib.observability.processes import write_processes
 from vlarl_rllib.process.calls import EndRequested
 from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.rllib_compat import kill_runners, result_without_checkpoint, told_why_runners_fail, trial_directory
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
-from vlarl_rllib.rollout.evaluation import held_out_starts
 from vlarl_rllib.rollout.runner_pool import require_runners
 from vlarl_rllib.rollout.services import start_engines, start_reward_worker
-from vlarl_rllib.rollout.video import keep_videos
 from vlarl_rllib.runs.checkpoints import CheckpointStore
+from vlarl_rllib.runs.greedy_evaluation import GreedyEvaluation
 from vlarl_rllib.runs.pulse import Pulse
 from vlarl_rllib.runs.rllib_files import write_rllib_files
 from vlarl_rllib.runs.sealing import DamagedCheckpointError, replacing
@@ -93,6 +92,7 @@ class VLAPPO(PPO):
         self._failed_iteration = -1
         self._successes = SuccessRecord(self._vla.curriculum.rule, self._vla.curriculum.temperature)
         self._models = model_fingerprints(self._vla)
+        self._evaluation = GreedyEvaluation(self._vla, self._plan, self.config.run_dir, self.ledger, self._call_back)
         keep, origin = self._vla.run.keep_checkpoints, self.config.restore_from
         run_dir, trial = self.config.run_dir, trial_directory(self)
         self.checkpoints = TrialCheckpoints(run_dir, trial, keep, origin, self.ledger.faults)
@@ -148,13 +148,11 @@ class VLAPPO(PPO):
     def _iterate(self) -> dict[str, Any]:
         """An iteration with what belongs around it: evaluation when it is due, and the numbers of `result["vlarl"]`."""
         began = time.perf_counter()
-        if self.iteration == 0 and self.ledger.initial_evaluation is None:
-            self.ledger.initial_evaluation = self._evaluate(due=True, after=0)
+        if self.iteration == 0 and self.ledger.initial_evaluation is None and self._evaluation.is_due(0):
+            self.ledger.initial_evaluation = self._evaluation.play(self.collector, after=0)
         results = self._train_on_learners_that_live()
         done = self.iteration + 1
-        every = self._vla.evaluation.every
-        due = done >= self._vla.run.iterations or (every > 0 and done % every == 0)
-        evaluation = self._evaluate(due=due, after=done)
+        evaluation = self._evaluation.play(self.collector, after=done) if self._evaluation.is_due(done) else None
         self.ledger.close_iteration(
             results,
             iteration=done,
@@ -259,34 +257,13 @@ class VLAPPO(PPO):
         Raises:
             SettingsError: `evaluation.episodes` is 0.
         """
-        if not self._plan.evaluation_episodes:
+        if not self._evaluation.num_episodes:
             raise SettingsError(
                 "evaluation.episodes: 0, so there is nothing to play; set how many episodes an evaluation has"
             )
-        if (metrics := self._evaluate(due=True, after=self.iteration)) is None:
+        if (metrics := self._evaluation.play(self.collector, after=self.iteration)) is None:
             raise EndRequested
         return rllib_evaluation(metrics)
-
-    def _evaluate(self, *, due: bool, after: int) -> dict[str, Any] | None:
-        """The greedy evaluation behind so many iterations, where it is due."""
-        if not (due and self._plan.evaluation_episodes):
-            return None
-        self._call_back("on_evaluate_start")
-        starts = held_out_starts(self._vla, self._plan.evaluation_episodes)
-        record = frozenset(starts[: self._vla.evaluation.videos]) if self.config.run_dir else frozenset()
-        try:
-            with self.ledger.timed("evaluation"):
-                rounds = list(self.collector.evaluate(starts, record=record))
-        except EndRequested:
-            if after == 0:
-                raise
-            return None  # the iteration before it is whole, and counts
-        results = [result for played in rounds for result in played.results]
-        if self.config.run_dir:
-            keep_videos(Path(self.config.run_dir) / "videos", after, results)
-        metrics = evaluation_metrics(results)
-        self._call_back("on_evaluate_end", evaluation_metrics=metrics)
-        return metrics
 
     def _call_back(self, name: str, **arguments: Any) -> None:
         functions = getattr(self.config, f"callbacks_{name}")

@@ -1,1 +1,1 @@
-"""What the command line's commands do, one file each; `cli.py` has their options."""
+"""What the command line's commands do, one file each; `cli/` has their options."""

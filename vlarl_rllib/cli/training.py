@@ -1,0 +1,167 @@
+"""Commands that train something, or make what it is trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlarl_rllib.cli.app import app
+from vlarl_rllib.cli.options import (
+    PATH,
+    ConfigPath,
+    NewRunDirectory,
+    Overrides,
+    Resume,
+    load_settings,
+    preflight,
+    remark,
+    report_at_the_end,
+)
+from vlarl_rllib.process.signals import END
+from vlarl_rllib.settings import SettingsError
+
+
+@app.command()
+def train(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    run_dir: NewRunDirectory = None,
+    resume: Resume = False,
+    resume_from: Annotated[
+        Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.", **PATH)
+    ] = None,
+) -> None:
+    """Train a policy: one run through ray.tune.Tuner."""
+    from vlarl_rllib.runs.continuation import check_resume, check_resume_from
+    from vlarl_rllib.runs.directory import (
+        check_unfinished,
+        find_checkpoint,
+        how_to_go_on,
+        new_run_directory,
+        open_run_directory,
+    )
+
+    END.sigterm_code = 0  # a scheduler's way to end a run is no failure
+    if resume:
+        if run_dir is None or config is not None or resume_from is not None or overrides:
+            raise SettingsError(
+                "--resume: needs --run-dir, and takes no CONFIG, --set or --resume-from (a changed config is a "
+                "new run: use --resume-from)"
+            )
+        run = open_run_directory(run_dir)
+        settings = run.settings()
+    else:
+        settings, name = load_settings(config, overrides, "configs/libero_smoke_cpu.yaml")
+        run = new_run_directory(run_dir, name, resume_from)
+    END.words = lambda: how_to_go_on(run)
+    checkpoint = run.newest_checkpoint() if resume else resume_from and find_checkpoint(resume_from)
+    preflight(settings)
+    if checkpoint is not None:
+        (check_resume if resume else check_resume_from)(checkpoint, settings)
+        check_unfinished(checkpoint, settings)
+    with run.claimed(settings):
+        from vlarl_rllib.commands.train import run_training
+
+        code = run_training(settings, run, resume_from=checkpoint)
+        if run.read_rows():
+            report_at_the_end(run.path)
+    raise typer.Exit(code)
+
+
+@app.command()
+def sft(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    run_dir: NewRunDirectory = None,
+    resume: Resume = False,
+) -> None:
+    """Fine-tune a policy on demonstrations (RLDS); leaves a checkpoint that train and eval take."""
+    from vlarl_rllib.runs.directory import check_sft_unfinished, how_to_go_on, new_run_directory, open_run_directory
+    from vlarl_rllib.runs.preflight import check_sft, sft_doubts
+
+    if resume:
+        if run_dir is None or config is not None or overrides:
+            raise SettingsError(
+                "--resume: needs --run-dir, and takes no CONFIG or --set (a changed config is a new run)"
+            )
+        run = open_run_directory(run_dir, "step")
+        settings = run.settings()
+        check_sft_unfinished(run, settings)
+    else:
+        settings, name = load_settings(config, overrides, "configs/quickstart.yaml")
+        run = new_run_directory(run_dir, name, None)
+    END.words = lambda: how_to_go_on(run, "step")
+    check_sft(settings)
+    remark(sft_doubts(settings))
+    with run.claimed(settings):
+        from vlarl_rllib.commands.sft import run_sft
+
+        code = run_sft(settings, run, resume=resume)
+    raise typer.Exit(code)
+
+
+@app.command()
+def quickstart(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where everything goes; default runs/<config>-<time>.", **PATH)
+    ] = None,
+) -> None:
+    """Collect demonstrations, fine-tune on them and improve the policy with PPO, one after the other."""
+    from vlarl_rllib.runs.directory import new_run_directory
+    from vlarl_rllib.runs.preflight import check_quickstart, doubts, sft_doubts
+
+    settings, name = load_settings(config, overrides, "configs/quickstart.yaml")
+    run = new_run_directory(run_dir, name, None)
+    check_quickstart(settings, run.path)
+    remark([*doubts(settings), *sft_doubts(settings)])
+
+    from vlarl_rllib.commands.quickstart import run_quickstart
+
+    code = run_quickstart(settings, run)
+    if run.read_rows():
+        report_at_the_end(run.path)
+    raise typer.Exit(code)
+
+
+@app.command()
+def collect(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The data set goes into OUT/<environment>/1.0.0.", show_default=False, **PATH)
+    ] = None,
+) -> None:
+    """Have a scripted expert play, and keep what succeeds as an RLDS data set (env, collect)."""
+    settings, _ = load_settings(config, overrides, "configs/quickstart.yaml")
+    if out is None:
+        raise SettingsError("--out: missing; give a directory for the data set")
+    from vlarl_rllib.runs.preflight import check_collect
+
+    check_collect(settings, out)
+
+    from vlarl_rllib.commands.collect import run_collect
+
+    raise typer.Exit(run_collect(settings, out))
+
+
+@app.command(name="reward-model")
+def reward_model(
+    data: Annotated[Path, typer.Option(help="RLDS data set of successful demonstrations.", **PATH)],
+    out: Annotated[Path, typer.Option(help="A new directory, for rewards.judge.", **PATH)],
+    split: Annotated[str, typer.Option(help="TFDS split of the data, also a part such as train[:95%].")] = "train",
+    image_size: Annotated[int, typer.Option(help="Side that frames are brought to, in pixels.")] = 56,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
+    batch_size: Annotated[int, typer.Option(help="Frames per optimiser step.")] = 64,
+    lr: Annotated[float, typer.Option(help="AdamW learning rate.")] = 2e-3,
+    near: Annotated[int, typer.Option(help="Last frames of each episode that count as solved.")] = 2,
+    held_out: Annotated[float, typer.Option(help="Share of the episodes that measure and do not train.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of weights, batches and the choice of held-out episodes.")] = 0,
+) -> None:
+    """Train a classifier that tells solved frames from others: the learned process reward."""
+    from vlarl_rllib.commands.reward_model import run_reward_model
+
+    raise typer.Exit(run_reward_model(data, out, split, image_size, steps, batch_size, lr, near, held_out, seed))
