@@ -8,7 +8,7 @@ from it; what its setters or Tune write into them afterwards reaches `vla` when 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.family import family_name
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.settings import Role, Settings, calculate_runtime_args, rllib_fields
+from vlarl_rllib.settings.overrides import with_keys
 
 ENVIRONMENT_NAME = "vlarl_rllib"
 """What Tune calls the environment in a trial's name. RLlib makes none: `VLAEnvRunner` does, from the settings."""
@@ -66,6 +67,8 @@ class VLAPPOConfig(PPOConfig):
         """
         self.derived_from: dict[str, Any]
         """`vla` when RLlib's fields were last derived from it."""
+        self.sampled: dict[str, Any] = {}
+        """What Tune samples: values over `vla` by dotted key, or under one name a mapping of several such keys."""
         self.run_dir: str | None = None
         """Where checkpoints go; None = into the directory that Tune names."""
         self.restore_from: str | None = None
@@ -101,13 +104,26 @@ class VLAPPOConfig(PPOConfig):
         config._derive(resolved(settings))
         return config
 
+    def of_trial(self, directory: Path, last: Mapping[str, Any] | None) -> VLAPPOConfig:
+        """A frozen copy for a trial of a Tune experiment in this directory.
+
+        Args:
+            last: newest row of earlier starts of the trial.
+        """
+        config = self.copy(copy_frozen=False)
+        config.run_dir = str(directory)
+        if last is not None:
+            config.faults, config.policy_version = dict(last["faults"]), last["policy_version"]
+        config.freeze()
+        return config
+
     def settings(self) -> Settings:
         """The typed settings, with what RLlib's setters or Tune have written into RLlib's fields.
 
         Raises:
             SettingsError: that is impossible, or contradicts itself.
         """
-        settings = Settings.from_dict(self.vla)
+        settings = Settings.from_dict(with_keys(self.vla, self.sampled))
         if self._is_frozen:
             return settings
         return rllib_fields.honour(settings, self._written_fields(), Settings.from_dict(self.derived_from))
@@ -138,7 +154,7 @@ class VLAPPOConfig(PPOConfig):
             settings = self.settings()
             rllib_fields.refuse(self._written_fields(), self.derived_fields)
             rllib_fields.refuse_callbacks(force_list(self.callbacks_class))
-            self._derive(settings)
+            self._derive(resolved(settings))
         with quiet_about_the_new_api_stack():
             super().validate()
         if written_by_user:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlarl_rllib.models.family import PolicyFamily
 from vlarl_rllib.models.quantization import quantized_parameters
@@ -85,6 +85,14 @@ def _device_mesh(device: torch.device, shape: tuple[int, int]) -> DeviceMesh:
 def local_shard(parameter: Tensor) -> Tensor:
     """The part of a parameter that lies on this rank."""
     return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()  # type: ignore[attr-defined]
+
+
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Give a parameter, of which this rank may hold a part, the values of a whole tensor that every rank has."""
+    if isinstance(parameter, DTensor):
+        here = whole.to(parameter.to_local().device)  # type: ignore[attr-defined]
+        whole = distribute_tensor(here, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:

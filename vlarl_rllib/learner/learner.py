@@ -39,6 +39,7 @@ from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
 from vlarl_rllib.learner.loss import LossInputs, LossSettings, ppo_loss
 from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, Scores, ShardedPolicy
+from vlarl_rllib.models.build import build_models
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.types import WeightManifest
@@ -71,6 +72,26 @@ class VLALearner(Rank, PPOTorchLearner):
         if hasattr(self, "sharded"):
             self.sharded.close()
         self.leave()
+
+    def reconfigure(self, config: Any) -> None:
+        """Learn for another trial from now on, whose settings differ in what `in_place.IN_PLACE` names; its weights are
+        to come, by `begin_anew` or `load_sharded`."""
+        self.config, self.settings, self._batch = config, Settings.from_dict(config.vla), None
+        training = self.settings.training
+        self.sharded.reconfigure(
+            self.settings,
+            lr=training.lr,
+            weight_decay=training.weight_decay,
+            if_diverged=lower_the_rates(training.rates),
+        )
+        self.entropy_coeff_schedulers_per_module.clear()
+        self.metrics.reset()
+        self._weights_seq_no = 0
+
+    def begin_anew(self) -> None:
+        """Go back to the weights that the run begins with, fresh parts by its seed, and forget all moments. Reads the
+        model again."""
+        self.sharded.begin_anew(*build_models(self.settings.model, self.settings.run.seed, self._device))
 
     # What RLlib's build() asks for
 

@@ -61,6 +61,11 @@ class VLALearnerGroup(LearnerGroup):
         self._received = []
         self.ranks.rebuild()
 
+    def reconfigure(self, config: Any) -> None:
+        """See `VLALearner.reconfigure`."""
+        self.config, self._received = config, []
+        self.ranks.reconfigure(Settings.from_dict(config.vla), config=config)
+
     # An iteration
 
     def receive(self, refs: Sequence[Any], num_decisions: Sequence[int]) -> list[int]:

@@ -95,6 +95,13 @@ class RankGroup:
         self._kill_actors()
         self._start_actors()
 
+    def reconfigure(self, settings: Settings, **arguments: Any) -> None:
+        """Have all ranks `reconfigure` with these arguments, which also replace those of the constructor for whoever is
+        started later."""
+        self.settings = settings
+        self._arguments |= arguments
+        self.call("reconfigure", **arguments)
+
     # Calls
 
     def call(

@@ -116,9 +116,27 @@ class ShardedPolicy:
             if params
         }
 
+    def reconfigure(self, settings: Settings, *, lr: float, weight_decay: float, if_diverged: str) -> None:
+        """Learn with other settings from now on; arguments as the constructor's. Weights and moments stay."""
+        self._settings, self._if_diverged, self._skipped_in_a_row = settings, if_diverged, 0
+        for name, rates in ((POLICY, (lr, weight_decay)), (CRITIC, (settings.training.value_lr, 0.0))):
+            if name in self.optimizers:
+                for group in self.optimizers[name].param_groups:
+                    group["lr"], group["weight_decay"] = rates
+
+    @torch.no_grad()
+    def begin_anew(self, policy: nn.Module, critic: nn.Module | None) -> None:
+        """Take the trained weights of whole, unsharded models, the same on every rank, and forget all moments."""
+        fresh = dict(_in_one(policy, critic).named_parameters())
+        for name, parameter in self.trained_modules().named_parameters():
+            if parameter.requires_grad:
+                fsdp.fill(parameter, fresh[name])
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
+
     def trained_modules(self) -> nn.ModuleDict:
         """All that is trained: `policy` and, where it is separate, `critic`."""
-        return nn.ModuleDict({POLICY: self.policy} | ({CRITIC: self.critic} if self.critic is not None else {}))
+        return _in_one(self.policy, self.critic)
 
     # Forward and backward
 
@@ -257,6 +275,10 @@ class ShardedPolicy:
         if self._publisher is not None:
             self._publisher.close()
             self._publisher = None
+
+
+def _in_one(policy: nn.Module, critic: nn.Module | None) -> nn.ModuleDict:
+    return nn.ModuleDict({POLICY: policy} | ({CRITIC: critic} if critic is not None else {}))
 
 
 def _is_critics(name: str) -> bool:

@@ -12,6 +12,22 @@ if TYPE_CHECKING:
     from vlarl_rllib.settings import ModelSettings
 
 
+def build_models(settings: ModelSettings, seed: int, device: torch.device | str = "cpu") -> tuple[Any, Any]:
+    """The policy, with its value head where it has one, and the separate critic or None; the same on every rank, which
+    keeps its own shard of them.
+
+    Args:
+        seed: of fresh adapters and value heads. It seeds torch's global generator.
+        device: see `build_policy`.
+    """
+    torch.manual_seed(seed)
+    policy = build_policy(settings, device)
+    if settings.critic == "separate":
+        return policy, build_critic(settings, seed, device)
+    policy.add_value_head(seed)
+    return policy, None
+
+
 def build_policy(settings: ModelSettings, device: torch.device | str = "cpu") -> Any:
     """The policy with what is trained in float32 and what is frozen for good in `settings.dtype`, without a value head.
 

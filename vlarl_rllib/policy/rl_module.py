@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor, nn
@@ -37,16 +36,10 @@ class VLARLModule(TorchRLModule, ValueFunctionAPI):
         self.critic: nn.Module | None = None
         if self.inference_only:
             return
-        from vlarl_rllib.models.build import build_critic, build_policy
+        from vlarl_rllib.models.build import build_models
 
-        model, seed = ModelSettings.model_validate(self.model_config["model"]), self.model_config["seed"]
-        device = self.model_config["device"]
-        torch.manual_seed(seed)  # fresh adapters; the same on every rank, which keeps its own shard of them
-        self.policy = build_policy(model, device)
-        if model.critic == "separate":
-            self.critic = build_critic(model, seed, device)
-        else:
-            self.policy.add_value_head(seed)
+        model = ModelSettings.model_validate(self.model_config["model"])
+        self.policy, self.critic = build_models(model, self.model_config["seed"], self.model_config["device"])
 
     @property
     def sharded_models(self) -> list[nn.Module]:

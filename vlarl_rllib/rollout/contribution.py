@@ -52,3 +52,5 @@ class Attached(NamedTuple):
     """Starts of the evaluation episodes that go on here."""
     failure: str | None = None
     """Traceback of what kept it from making its environments; it cannot sample then."""
+    trial: int = 0
+    """Number of the trial that it plays for; 0 = the one that it was made for."""

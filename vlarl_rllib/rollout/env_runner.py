@@ -13,11 +13,10 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 
 from vlarl_rllib.rllib_compat import without_tensorflow
@@ -32,18 +31,19 @@ from ray.rllib.utils.metrics import NUM_MODULE_STEPS_SAMPLED, NUM_MODULE_STEPS_S
 
 from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec
-from vlarl_rllib.envs.registry import env_class, training_and_held_out_states
+from vlarl_rllib.envs.registry import env_class
 from vlarl_rllib.envs.vector import SlotProcesses
-from vlarl_rllib.models.family import ActionCodec, ActionFormat, load_family
+from vlarl_rllib.models.family import ActionFormat, load_family
 from vlarl_rllib.rewards import make_rewards
 from vlarl_rllib.rollout.contribution import REWARD_FAULTS, Attached, Contribution
-from vlarl_rllib.rollout.curriculum import AdaptiveCurriculum, FixedCurriculum
+from vlarl_rllib.rollout.curriculum import AdaptiveCurriculum
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
-from vlarl_rllib.rollout.players import TrainingPlayer, is_uniform, num_env_steps
+from vlarl_rllib.rollout.players import is_uniform, num_env_steps
 from vlarl_rllib.rollout.slot_env import SlotVectorEnv, slot_spaces
+from vlarl_rllib.rollout.training_players import RunnerSlots
 from vlarl_rllib.settings import Settings, calculate_runtime_args
-from vlarl_rllib.types import ACTION_SIZE, EnvSpec, Start, WeightManifest
+from vlarl_rllib.types import EnvSpec, Start, WeightManifest
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self._iteration = -1
         self._evaluation: Evaluation | None = None
         self._failure: str | None = None
+        self._trial = 0
         super().__init__(config=config, **kwargs)
 
     # RLlib's surface
@@ -109,14 +110,10 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self.env = SlotVectorEnv(processes, env.num_envs, model.image_size, model.actions)
         self.num_envs = env.num_envs
         codec = family.codec(model, model.action_statistics(settings.unnorm_key))
-        self._rewards = make_rewards(
-            settings.rewards,
-            model.actions.token_ids,
-            Path(self.config.run_dir or tempfile.gettempdir()) / "reward_errors",
-        )
-        self._make_players(spec, slot_tasks, runner * env.num_envs, codec, model.actions.num_actions)
+        self._slots = RunnerSlots(spec, self.env, slot_tasks, runner * env.num_envs, codec, model.actions)
         executed = settings.rollout.execute_actions
-        self._check_decisions(model.actions, codec, executed)
+        self._slots.check_decisions(executed)
+        self._make_players()
         self._loop = SlotLoop(
             processes,
             env.num_envs,
@@ -126,59 +123,10 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             env_timeout_seconds=env.timeout_seconds,
         )
 
-    def _check_decisions(self, actions: ActionFormat, codec: ActionCodec, executed: int | None) -> None:
-        """Raise ValueError where not so many actions can be played, or the codec is not what `ActionCodec` says."""
-        if executed and executed > actions.num_actions:
-            raise ValueError(
-                f"rollout.execute_actions: {executed} is more than the {actions.num_actions} action(s) of a decision"
-            )
-        tokens = np.full(actions.num_tokens, actions.token_ids[0])
-        shape = (actions.num_actions, ACTION_SIZE)
-        for made in (codec.decode(tokens), codec.normalized(tokens)):
-            if np.shape(made) != shape:
-                raise ValueError(
-                    f"model.family: its codec makes {np.shape(made)} of a reply, must be {shape}: K actions of "
-                    f"{ACTION_SIZE} numbers"
-                )
-
-    def _make_players(
-        self, spec: EnvSpec, slot_tasks: tuple[int, ...], first_slot: int, codec: ActionCodec, num_actions: int
-    ) -> None:
-        self._slot_tasks = slot_tasks
-        self._curriculum = self._make_curriculum(spec, first_slot)
-        self._players = {
-            slot: TrainingPlayer(
-                slot,
-                first_slot + slot,
-                curriculum=self._curriculum,
-                spaces=(self.env.single_observation_space, self.env.single_action_space),
-                temperature=self.settings.temperature,
-                rewards=self._rewards,
-                decode=codec.normalized,
-                num_actions=num_actions,
-                gamma=self.settings.gamma_within_decisions,
-                seed=self.settings.run.seed,
-                whole_episodes=self.settings.rollout.episodes_per_iteration is not None,
-                group_size=self.settings.rollout.group_size,
-            )
-            for slot in range(len(slot_tasks))
-        }
-
-    def _make_curriculum(self, spec: EnvSpec, first_slot: int) -> FixedCurriculum:
-        settings, seed = self.settings, self.settings.run.seed
-        tasks = settings.task_ids
-        states = {
-            task: training_and_held_out_states(spec, task)[0][: settings.curriculum.starts_per_task] for task in tasks
-        }
-        if settings.curriculum.kind == "fixed":
-            return FixedCurriculum(self._slot_tasks, states, first_slot=first_slot, seed=seed)
-        playable: dict[int, Sequence[int]] = {}
-        for slots in self.env.processes.slots_of_process():
-            models = list(dict.fromkeys(self._slot_tasks[slot] for slot in slots))
-            playable |= dict.fromkeys(slots, tasks if settings.env.models_per_process >= len(tasks) else models)
-        return AdaptiveCurriculum(
-            [playable[slot] for slot in range(len(playable))], states, first_slot=first_slot, seed=seed
-        )
+    def _make_players(self) -> None:
+        errors = Path(self.config.run_dir or tempfile.gettempdir()) / "reward_errors"
+        self._rewards = make_rewards(self.settings.rewards, self._slots.actions.token_ids, errors)
+        self._curriculum, self._players = self._slots.make_players(self.settings, self._rewards)
 
     def get_spaces(self) -> Any:
         if self.env is None:
@@ -223,13 +171,27 @@ class VLAEnvRunner(SingleAgentEnvRunner):
 
     # The Algorithm's calls
 
+    def reconfigure(self, config: Any, trial: int) -> None:
+        """Play for another trial from now on, in the same environments: with its settings and seeds, from new episodes.
+
+        Args:
+            trial: its number, for `Attached`.
+        """
+        if self._failure:
+            return
+        self.begin_new_episodes()
+        self.config, self.settings, self._trial = config, Settings.from_dict(config.vla), trial
+        self._make_players()
+        self._loop.forget_counts()
+        self.metrics.reset()
+
     def attach(
         self, engines: list[Any], version: int, manifest: WeightManifest | None, reward_worker: Any = None
     ) -> Attached:
         """Use these engine actors from now on, or an in-process sampler where there are none, at weights `version`; and
         this reward worker."""
         if self._failure:
-            return Attached(os.getpid(), (), (), self._failure)
+            return Attached(os.getpid(), (), (), self._failure, self._trial)
         self._rewards.attach(reward_worker)
         if self.settings.engines.num:
             if not isinstance(self._sampler, RemoteSampler):
@@ -245,7 +207,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self._version = version
         self.module.weights_version = version
         evaluating = self._evaluation.queue.playing.values() if self._evaluation else ()
-        return Attached(os.getpid(), self._slot_tasks, tuple(evaluating))
+        return Attached(os.getpid(), self._slots.tasks, tuple(evaluating), trial=self._trial)
 
     def sample_slots(
         self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float] | None = None
@@ -303,7 +265,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         if self._evaluation is None:
             self.begin_new_episodes()
             queue = StartQueue(
-                self._slot_tasks,
+                self._slots.tasks,
                 self.env.processes.slots_of_process(),
                 self.settings.env.models_per_process,
                 change_tasks=change_tasks,
@@ -393,6 +355,5 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             **{name: float(self._rewards.failures[name]) for name in REWARD_FAULTS},
         }.items():
             self.metrics.log_value(name, value, reduce="sum")
-        loop.env_seconds = loop.sampler_seconds = 0.0
-        loop.env_deaths = 0
+        loop.forget_counts()
         self._rewards.failures.clear()

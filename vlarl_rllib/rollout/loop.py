@@ -111,6 +111,10 @@ class SlotLoop:
         self._requests: dict[int, tuple[int, float]] = {}
         self._next_key = 0
         self.engine_error: EngineError | None = None
+        self.forget_counts()
+
+    def forget_counts(self) -> None:
+        """Begin anew to count."""
         self.env_deaths = 0
         self.env_seconds = 0.0
         self.sampler_seconds = 0.0

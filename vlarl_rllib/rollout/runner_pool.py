@@ -82,6 +82,8 @@ class RunnerCalls:
         restore_runners: brings restarted runners back into the group.
         timeout_seconds: a runner that takes longer for a call is frozen; it is killed and started anew.
         if_diverged: what to do where the weights give no finite numbers.
+        trial: number of the trial that the runners play for, and their config for it; runners that play for another one
+            are told. None = the one that they were made for.
         ended: where it is set, sampling and evaluating are broken off with `EndRequested`; the runners are of no use
             any more then.
     """
@@ -96,8 +98,10 @@ class RunnerCalls:
         restore_runners: Callable[[], Any],
         timeout_seconds: float,
         if_diverged: str = "check the model's weights",
+        trial: tuple[int, Any] = (0, None),
         ended: threading.Event | None = None,
     ) -> None:
+        self._trial, self._config = trial
         self._if_diverged, self._ended = if_diverged, ended or threading.Event()
         self._runners, self._sync, self._pool, self._reward_service = runners, sync, pool, reward_service
         self._restore_runners, self._timeout_seconds = restore_runners, timeout_seconds
@@ -176,9 +180,7 @@ class RunnerCalls:
         if self._reward_service is not None:
             self._reward_service.ensure_alive()
             attach["reward_worker"] = self._reward_service.handle
-        attached: dict[int, Attached] = self._foreach(
-            "attach", dict.fromkeys(self._runners.healthy_worker_ids(), attach)
-        )
+        attached = self._attach_for_this_trial(attach)
         for index in [
             index for index, runner in attached.items() if runner.failure
         ]:  # one that was started anew; it may work the next time
@@ -188,6 +190,15 @@ class RunnerCalls:
         self.num_restarts += sum(self._runner_pids.get(index, pid) != pid for index, pid in pids.items())
         self._runner_pids.update(pids)
         return attached
+
+    def _attach_for_this_trial(self, attach: dict[str, Any]) -> dict[int, Attached]:
+        """Attach; whoever plays for another trial, since it was made for that one, is told of this one."""
+        attached: dict[int, Attached] = self._foreach(
+            "attach", dict.fromkeys(self._runners.healthy_worker_ids(), attach)
+        )
+        others = [index for index, runner in attached.items() if not runner.failure and runner.trial != self._trial]
+        self._foreach("reconfigure", {index: {"config": self._config, "trial": self._trial} for index in others})
+        return attached | self._foreach("attach", dict.fromkeys(others, attach))
 
     def _foreach(self, method: str, arguments: dict[int, dict[str, Any]]) -> dict[int, Any]:
         """Call `method` on the runners with these numbers; answers by number. Those that died or froze are left out."""

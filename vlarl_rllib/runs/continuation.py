@@ -15,6 +15,7 @@ from vlarl_rllib.models.fingerprint import fingerprint
 from vlarl_rllib.models.presets import HUB_MODELS, presets
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings import Settings, SettingsError
+from vlarl_rllib.settings.in_place import flat
 
 LIMITS = (
     "run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.max_restarts",
@@ -61,7 +62,7 @@ def check_resume_from(checkpoint: Path, settings: Settings) -> None:
 def _changes(checkpoint: Path, settings: Settings) -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, value behind the checkpoint, value now) of all settings that differ."""
     facts = CheckpointStore.read_facts(checkpoint)
-    old, new = dict(_flat(facts["settings"])), dict(_flat(settings.to_dict()))
+    old, new = dict(flat(facts["settings"])), dict(flat(settings.to_dict()))
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         # other machines have other numbers of cores
@@ -80,12 +81,3 @@ def _meant(family: str | None, values: Mapping[str, Any]) -> str:
     """The family that `model.family` stands for with the model that there is now."""
     path = values["model.path"]
     return family or (presets()[path].name if path in presets() else family_name(HUB_MODELS.get(path, path)))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of a nested mapping."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

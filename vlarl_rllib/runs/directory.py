@@ -69,10 +69,11 @@ class RunDirectory:
         Raises `SettingsError` where that fails, or another process is at it.
         """
         with claimed(self.path, "--run-dir"):
-            self._write_config(settings)
+            self.write_config(settings)
             yield
 
-    def _write_config(self, settings: Settings) -> None:
+    def write_config(self, settings: Settings) -> None:
+        """`config.yaml`; of a run in `runs`, `runs/latest` leads to it."""
         replace_file(self.path / "config.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
         latest = RUNS.resolve() / "latest"
         if self.path.parent == latest.parent and (latest.is_symlink() or not latest.exists()):

@@ -34,6 +34,9 @@ FROZEN_SECONDS = 45.0
 What holds Python's lock for long in a process that computes is far shorter.
 """
 
+RESTS = "rests"
+"""Note of a trial that has kept what it has to keep before it is stopped."""
+
 
 class Pulse:
     """The trial's end.
@@ -48,11 +51,17 @@ class Pulse:
         self.doing = "the trial"
         """Whom a person is waiting for, until the first iteration is there."""
         self._stopped = threading.Event()
+        self._run_dir = run_dir
         if run_dir is not None and ray.get_runtime_context().get_actor_id() is not None:  # in a process of its own
             threading.Thread(target=self._beat, args=(run_dir,), name="vlarl-pulse", daemon=True).start()
 
     def stop(self) -> None:
         self._stopped.set()
+
+    def rest(self) -> None:
+        """All that is to be kept is kept: say so, and wait until the other end stops this process."""
+        Notes.put(f"{self._run_dir}:{RESTS}", "1")
+        threading.Event().wait()
 
     def _beat(self, run_dir: str) -> None:
         who, beats, next_beat = f"{ray.get_runtime_context().get_node_id()} {os.getpid()}", 0, 0.0

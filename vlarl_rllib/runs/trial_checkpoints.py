@@ -49,6 +49,20 @@ class TrialCheckpoints:
                 self.pass_over(str(error))
         return (self.store.newest(self.pass_over) if self.store else None) or self._restore_from
 
+    def behind(self, pointer: Path) -> Path:
+        """What Tune's pointer leads to; a newer one of this trial's own, which an end has left, in place of an own
+        one.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DamagedCheckpointError: it is not as it was written.
+        """
+        target = CheckpointStore.resolve(pointer)
+        if self.store is None or target.parent != self.store.root.resolve():
+            return target
+        newest = self.store.newest(self.pass_over)
+        return newest if newest is not None and number_of(newest) > number_of(target) else target
+
     def pass_over(self, damage: str) -> None:
         """Count a checkpoint that cannot be used."""
         logger.warning("%s; an older checkpoint is taken", damage)

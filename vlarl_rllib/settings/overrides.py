@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from vlarl_rllib.errors import SettingsError
@@ -14,7 +16,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     where = f"--set {shortened(override)}"
     if not equals or not key.strip():
         raise SettingsError(f"{where}: must read section.key=value, for example training.lr=1e-5")
-    *parents, leaf = key.strip().split(".")
+    set_key(values, key.strip(), parse_yaml(text, where), where)
+
+
+def set_key(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a dotted key of a nested mapping in place. Raises `SettingsError`, beginning with `where`."""
+    *parents, leaf = key.split(".")
     for parent in parents:
         if values.get(parent) is None:
             values[parent] = {}
@@ -22,4 +29,16 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(below, dict):
             raise SettingsError(f"{where}: {parent} is a value, not a section")
         values = below
-    values[leaf] = parse_yaml(text, where)
+    values[leaf] = value
+
+
+def with_keys(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested settings with other values for dotted keys; a mapping under any name sets several of them.
+
+    Raises `SettingsError`.
+    """
+    changed = deepcopy(dict(values))
+    for name, value in changes.items():
+        for key, wanted in value.items() if isinstance(value, Mapping) and "." not in name else ((name, value),):
+            set_key(changed, key, wanted, key)
+    return changed

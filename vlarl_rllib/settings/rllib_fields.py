@@ -111,7 +111,9 @@ PASSED_ON = frozenset(
 )  # fmt: skip
 """Fields that RLlib, or a subclass of ours, acts on by itself."""
 
-OWN = frozenset(("vla", "run_dir", "restore_from", "faults", "policy_version", "derived_fields", "derived_from"))
+OWN = frozenset(
+    ("vla", "sampled", "run_dir", "restore_from", "faults", "policy_version", "derived_fields", "derived_from")
+)
 """`VLAPPOConfig`'s own fields."""
 INTERNAL = frozenset(
     (

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from vlarl_rllib.rllib_compat import without_tensorflow
-
-with without_tensorflow():
-    from ray.rllib.algorithms.ppo import PPO
 
 from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -20,16 +13,16 @@ from ray.rllib.utils import metrics as names
 from ray.tune import PlacementGroupFactory
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
+from vlarl_rllib.algorithm.checkpointed import CheckpointedPPO
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner.rank_group import LearnerGroupError
 from vlarl_rllib.models.fingerprint import model_fingerprints
 from vlarl_rllib.observability.ledger import Ledger
-from vlarl_rllib.observability.metrics import LastRates, plain_state, rllib_evaluation
+from vlarl_rllib.observability.metrics import LastRates, iteration_row, rllib_evaluation
 from vlarl_rllib.observability.processes import write_processes
 from vlarl_rllib.process.calls import EndRequested
-from vlarl_rllib.process.lost_output import LOST
-from vlarl_rllib.rllib_compat import kill_runners, result_without_checkpoint, told_why_runners_fail, trial_directory
+from vlarl_rllib.rllib_compat import kill_runners, told_why_runners_fail, trial_directory
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
 from vlarl_rllib.rollout.runner_pool import require_runners
@@ -37,19 +30,17 @@ from vlarl_rllib.rollout.services import start_engines, start_reward_worker
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.runs.greedy_evaluation import GreedyEvaluation
 from vlarl_rllib.runs.pulse import Pulse
-from vlarl_rllib.runs.rllib_files import write_rllib_files
-from vlarl_rllib.runs.sealing import DamagedCheckpointError, replacing
+from vlarl_rllib.runs.trial import TrialRun
 from vlarl_rllib.runs.trial_checkpoints import TrialCheckpoints
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
+from vlarl_rllib.settings.in_place import IN_PLACE, needs_new_processes
 from vlarl_rllib.weights.sync import WeightSync
 
 logger = logging.getLogger(__name__)
 
 
-class VLAPPO(PPO):
+class VLAPPO(CheckpointedPPO):
     """PPO for vision-language-action models. Build it from a `VLAPPOConfig`, or give it to `ray.tune.Tuner`."""
-
-    config: VLAPPOConfig
 
     @classmethod
     def get_default_config(cls) -> VLAPPOConfig:
@@ -85,26 +76,46 @@ class VLAPPO(PPO):
 
     def setup(self, config: Any) -> None:
         began = time.perf_counter()
-        self._vla = self.config.settings()
-        self._plan = calculate_runtime_args(self._vla)
-        self._pulse = Pulse(self.config.run_dir)
-        self.ledger = Ledger(self.config.faults)
-        self._failed_iteration = -1
-        self._successes = SuccessRecord(self._vla.curriculum.rule, self._vla.curriculum.temperature)
-        self._models = model_fingerprints(self._vla)
-        self._evaluation = GreedyEvaluation(self._vla, self._plan, self.config.run_dir, self.ledger, self._call_back)
-        keep, origin = self._vla.run.keep_checkpoints, self.config.restore_from
-        run_dir, trial = self.config.run_dir, trial_directory(self)
-        self.checkpoints = TrialCheckpoints(run_dir, trial, keep, origin, self.ledger.faults)
+        self._trial_number = 0
+        self._enter_trial(self.config)
         # Engines and the judge take longest to start and need nothing from the rest, so they start first and are waited
         # for last.
         self.reward_service = start_reward_worker(self._vla) if self._vla.rewards.process else None
         self.engine_pool = start_engines(self.config.engine_spec(), self._vla) if self._vla.engines.num else None
         self._pulse.doing = f"{self._vla.rollout.num_runners} runner(s) and {self._vla.learners.num} learner(s)"
         with told_why_runners_fail():
-            super().setup(config)
+            super().setup(self.config)
         require_runners(self.env_runner_group)
-        self.weight_sync = WeightSync(self.learner_group, self.engine_pool, self.config.policy_version)
+        self._connect(self.config.policy_version)
+        started = {f"{self._vla.engines.num} engine(s)": self.engine_pool, "the reward worker": self.reward_service}
+        for what, part in started.items():
+            if part is not None:
+                self._pulse.doing = what
+                part.wait_until_ready()
+        self._pulse.doing = "the first iteration"
+        self._start_over()
+        self.ledger.seconds["startup"] = time.perf_counter() - began
+
+    def _enter_trial(self, config: VLAPPOConfig) -> None:
+        """All that is of one run alone: settings, directory, checkpoints, counts."""
+        self._trial_run, trial = None, None
+        if config.run_dir is None and (trial := trial_directory(self)):
+            self._trial_run = TrialRun(trial, config.settings())
+            config = config.of_trial(trial, self._trial_run.last)
+        self.config, self._vla = config, config.settings()
+        self._plan = calculate_runtime_args(self._vla)
+        self._pulse = Pulse(config.run_dir)
+        self.ledger = Ledger(config.faults)
+        self._failed_iteration = -1
+        self._successes = SuccessRecord(self._vla.curriculum.rule, self._vla.curriculum.temperature)
+        self._models = model_fingerprints(self._vla)
+        self._evaluation = GreedyEvaluation(self._vla, self._plan, config.run_dir, self.ledger, self._call_back)
+        keep, origin = self._vla.run.keep_checkpoints, config.restore_from
+        self.checkpoints = TrialCheckpoints(None if trial else config.run_dir, trial, keep, origin, self.ledger.faults)
+
+    def _connect(self, version: int) -> None:
+        """Wire learners, engines and runners for this trial; `version` is the newest one of the weights so far."""
+        self.weight_sync = WeightSync(self.learner_group, self.engine_pool, version)
         self.collector = RolloutCollector(
             self.env_runner_group,
             self.weight_sync,
@@ -116,18 +127,40 @@ class VLAPPO(PPO):
             ended=self._pulse.ended,
             filter_groups=self._vla.rollout.filter_groups,
             if_diverged=lower_the_rates(self._vla.training.rates),
+            trial=(self._trial_number, self.config),
         )
-        started = {f"{self._vla.engines.num} engine(s)": self.engine_pool, "the reward worker": self.reward_service}
-        for what, part in started.items():
-            if part is not None:
-                self._pulse.doing = what
-                part.wait_until_ready()
-        self._pulse.doing = "the first iteration"
-        self._start_over()
-        self.ledger.seconds["startup"] = time.perf_counter() - began
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Tune's `reuse_actors`: become another trial, whose settings differ in what `in_place.IN_PLACE` names. Its
+        checkpoint comes by `load_checkpoint`, else it begins anew.
+
+        Raises:
+            SettingsError: the settings differ in something else.
+        """
+        config = type(self).get_default_config().update_from_dict(new_config)
+        config.validate()
+        config.freeze()
+        if keys := needs_new_processes(self._vla.to_dict(), config.vla):
+            raise SettingsError(
+                f"reuse_actors: {keys[0]} differs between trials and needs new processes; leave reuse_actors out, or "
+                f"search over {', '.join(IN_PLACE)} alone"
+            )
+        self._leave_trial()
+        self._trial_number += 1
+        self._enter_trial(config)
+        self.learner_group.reconfigure(self.config)
+        self._connect(max(self.weight_sync.version, self.config.policy_version))
+        self.metrics.reset()
+        self._is_to_begin = True
+        return True
+
+    def _leave_trial(self) -> None:
+        self._pulse.stop()
+        if self._trial_run is not None:
+            self._trial_run.close()
 
     def cleanup(self) -> None:
-        self._pulse.stop()
+        self._leave_trial()
         if self._pulse.ended.is_set():
             kill_runners(self.env_runner_group)
         super().cleanup()
@@ -139,10 +172,14 @@ class VLAPPO(PPO):
 
     def step(self) -> dict[str, Any]:
         """An iteration; a checkpoint of the last one and no result where the run is to end before its update begins."""
+        if self._is_to_begin:
+            self._start_over()
         try:
             return self._iterate()
         except EndRequested:
             self._save_in_run()
+            if self._trial_run is not None:  # Tune takes a trial that returns for one that has done its work
+                self._pulse.rest()
             return {DONE: True, RESULT_DUPLICATE: True}  # Tune's word for "nothing new"
 
     def _iterate(self) -> dict[str, Any]:
@@ -166,6 +203,8 @@ class VLAPPO(PPO):
                 "reward_worker_restarts": self.reward_service.num_restarts if self.reward_service else 0,
             },
         )
+        if self._trial_run is not None:
+            self._trial_run.add(iteration_row(results))
         return results
 
     def training_step(self) -> None:
@@ -234,6 +273,9 @@ class VLAPPO(PPO):
         """Begin from the newest checkpoint (`TrialCheckpoints.newest`), else from the model as it is."""
         if checkpoint := self.checkpoints.newest():
             return self.restore_from_path(checkpoint)
+        if self._trial_number:  # the learners have another trial's weights, or those of its seed
+            self.learner_group.call("begin_anew")
+        self._is_to_begin = False
         self.metrics.reset()
         self._successes.set_state([])
         self.ledger.rates = LastRates()
@@ -269,104 +311,3 @@ class VLAPPO(PPO):
         functions = getattr(self.config, f"callbacks_{name}")
         told = {"algorithm": self, "metrics_logger": self.metrics, **arguments}
         make_callback(name, self.callbacks, functions, kwargs=told)
-
-    # Checkpoints
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Tune's checkpoint: a pointer to one in the run's directory.
-
-        A failure to write is counted and the run goes on.
-        """
-        directory = Path(checkpoint_dir)
-        if self.checkpoints.store is None:
-            self.save_to_path(directory)
-            return
-        self._save_in_run()
-        self.checkpoints.point(directory)
-        write_rllib_files(directory, type(self), {"vla": self.config.vla})
-        if not self._pulse.ended.is_set():  # the runners may still be at what nobody waits for
-            self.collector.begin_new_episodes()
-
-    def _save_in_run(self) -> None:
-        """Write this iteration's checkpoint; at the end of a run it may be there already."""
-        if not (self._pulse.ended.is_set() and self.checkpoints.has(self.iteration)):
-            self.checkpoints.save(self.iteration, self._write_checkpoint)
-
-    def save(self, checkpoint_dir: str | None = None) -> Any:
-        """Tune's call. Where Tune cannot copy the pointer, the checkpoint behind it is there all the same."""
-        try:
-            return super().save(checkpoint_dir)
-        except OSError as error:
-            if self.checkpoints.store is None:
-                raise
-            logger.warning("Tune's pointer to the checkpoint of iteration %d: %s", self.iteration, error)
-            LOST.count += 1
-            return result_without_checkpoint(self)
-
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Tune's restart of a trial; where what it names is not there or damaged, as at the trial's own start."""
-        try:
-            if not CheckpointStore.points_nowhere(Path(checkpoint_dir)):
-                self.restore_from_path(checkpoint_dir)
-                return
-        except (FileNotFoundError, DamagedCheckpointError) as error:
-            self.checkpoints.pass_over(str(error))
-        self._start_over()
-
-    def save_to_path(self, path: str | Path | None = None, **kwargs: Any) -> str:  # type: ignore[override]
-        """Write everything an exact continuation needs into `path`, a local directory; the running episodes end here.
-
-        In this run too: a resumed one cannot have them. An earlier save there is replaced once this one is whole.
-
-        Raises:
-            SettingsError: `path` is of another file system, or holds something else.
-        """
-        if "://" in str(path):
-            raise SettingsError(
-                f"{path}: checkpoints are written to directories; give a local path, or one that all nodes share"
-            )
-        directory = Path(path) if path else Path(tempfile.mkdtemp(prefix="vlarl-checkpoint-"))
-        with replacing(directory) as partial:
-            self._write_checkpoint(partial)
-        self.collector.begin_new_episodes()
-        return str(directory)
-
-    def restore_from_path(self, path: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Read what `save_to_path` or `save_checkpoint` wrote, also into another number of learners, and push the
-        weights.
-
-        Raises:
-            FileNotFoundError: where `path` holds no checkpoint.
-            DamagedCheckpointError: where it is not as it was written.
-        """
-        directory = CheckpointStore.resolve(Path(path))
-        facts = CheckpointStore.read_facts(directory)
-        self.learner_group.call("load_sharded", str(directory / "learners"))
-        running = CheckpointStore.read_algorithm(directory)
-        self.metrics.set_state(running["metrics"])
-        then, now = facts["settings"]["env"], self._vla.env
-        same_tasks = (then["name"], then["suite"]) == (now.name, now.suite)
-        self._successes.set_state(running["successes"] if same_tasks else [])
-        self.ledger.rates = LastRates(**running["rates"]) if same_tasks else LastRates()
-        self._iteration = facts["iteration"]
-        self.checkpoints.origin = directory
-        self.collector.begin_new_episodes()
-        self.weight_sync.push(above=facts["policy_version"])
-        self._call_back("on_checkpoint_loaded")
-
-    def _write_checkpoint(self, directory: Path) -> None:
-        (directory / "learners").mkdir()
-        self.learner_group.call("save_sharded", str((directory / "learners").resolve()))
-        CheckpointStore.write_facts(
-            directory,
-            iteration=self.iteration,
-            policy_version=self.weight_sync.version,
-            settings=self.config.vla,
-            models=self._models,
-            algorithm={
-                "metrics": plain_state(self.metrics),
-                "successes": self._successes.state(),
-                "rates": asdict(self.ledger.rates),
-            },
-        )
-        write_rllib_files(directory, type(self), {"vla": self.config.vla})
