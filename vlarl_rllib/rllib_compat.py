@@ -6,8 +6,10 @@ Nothing of RLlib or Tune is imported before it is asked for.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -106,6 +108,11 @@ def trial_directory(trainable: Any) -> Path | None:
     )
 
 
+def trial_path(trial: Any) -> str:
+    """The directory of a trial, as `trial_directory` names it inside of the trial."""
+    return str(Path(trial.storage.trial_fs_path))
+
+
 def result_without_checkpoint(trainable: Any) -> Any:
     """What `Trainable.save` returns to Tune where there is nothing to keep."""
     from ray.train._internal.session import _TrainingResult
@@ -113,8 +120,22 @@ def result_without_checkpoint(trainable: Any) -> Any:
     return _TrainingResult(checkpoint=None, metrics=dict(trainable._last_result or {}))
 
 
+def give_up(trial: Any) -> None:
+    """What a trial has failed with would come again: Tune is not to start it anew."""
+    trial.max_failures = 0
+
+
+def restored_tuner(path: str, trainable: Any, space: dict[str, Any], callbacks: list[Any]) -> Any:
+    """`Tuner.restore`, with callbacks that write to this process's terminal."""
+    from ray import tune
+
+    tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True, param_space=space)
+    tuner._local_tuner._run_config.callbacks = callbacks
+    return tuner
+
+
 @contextmanager
-def tolerant_tune(on_error: Callable[[Any], None]) -> Iterator[None]:
+def tolerant_tune(on_error: Callable[[Any, Any], None], interrupted: threading.Event | None = None) -> Iterator[None]:
     """Around `Tuner.fit` of a command: a snapshot or error file that cannot be written ends nothing, Tune adds no
     loggers, tables and signal handlers (ours ends with a checkpoint), and leaves it to the command to say what failed.
 
@@ -123,15 +144,15 @@ def tolerant_tune(on_error: Callable[[Any], None]) -> Iterator[None]:
     hands to it as its runtime environment, which Ray writes into logs and sends to its dashboard.
 
     Args:
-        on_error: is told what a trial fails with, which Tune itself only writes down and reads again.
+        on_error: is told a trial and what it fails with, which Tune itself only writes down and reads again.
+        interrupted: where it is set, `Tuner.fit` returns, and `Tuner.restore` goes on with what has not ended.
     """
     from ray.tune.execution import class_cache, tune_controller
     from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
     from ray.tune.experiment import Trial
 
     class Snapshots(_ExperimentCheckpointManager):
-        """Tune's state of the experiment, for `Tuner.restore`, which no command uses; its files come along when it is
-        synced."""
+        """Tune's state of the experiment, for `Tuner.restore`; its files come along when it is synced."""
 
         def sync_up_experiment_state(
             self, save_fn: Callable[[], None], force: bool = False, wait: bool = False
@@ -143,10 +164,11 @@ def tolerant_tune(on_error: Callable[[Any], None]) -> Iterator[None]:
             with LOST.counting("Tune's state of the experiment"):
                 super().sync_up_experiment_state(save, force=force, wait=wait)
 
+    event = interrupted or threading.Event()
     handle_error = Trial.handle_error
 
     def handle(trial: Trial, exc: Any = None) -> None:
-        on_error(exc)
+        on_error(trial, exc)
         with LOST.counting("Tune's error.txt"):
             handle_error(trial, exc)
 
@@ -156,6 +178,7 @@ def tolerant_tune(on_error: Callable[[Any], None]) -> Iterator[None]:
         environment_defaults(TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0", RAY_CHDIR_TO_TRIAL_DIR="0"),
         _log_level("ray.tune", logging.CRITICAL),
         patch.object(class_cache, "ENV_VARS_TO_PROPAGATE", handed_on),
+        patch.object(importlib.import_module("ray.tune.tune"), "_setup_signal_catching", lambda: event),
         patch.object(tune_controller, "_ExperimentCheckpointManager", Snapshots),
         patch.object(Trial, "handle_error", handle),
     ):

@@ -181,7 +181,7 @@ def _fit(
         ),
     )
     try:
-        with tolerant_tune(errors.append):
+        with tolerant_tune(lambda trial, error: errors.append(error)):
             tuner.fit()
     except Exception as error:  # Tune's own: of the trial's, of its files
         errors.append(error)

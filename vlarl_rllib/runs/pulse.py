@@ -78,6 +78,60 @@ class Pulse:
                 return
 
 
+class Heartbeat:
+    """The driver's view of one trial's signs of life.
+
+    Args:
+        run_dir: as the trial's.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+        self._last: str | None = None
+        self._silent_seconds, self._looked = 0.0, 0.0
+        for key in ("beat", "end", RESTS):  # of the trial before
+            Notes.remove(f"{run_dir}:{key}")
+
+    def look(self) -> bool:
+        """Whether the trial has been silent for too long; call it often.
+
+        Time counts as silent only as far as this process was awake to listen: the two may have been stopped together.
+        """
+        now = time.monotonic()
+        if now - self._looked >= BEAT_SECONDS:
+            elapsed, self._looked = min(now - self._looked, 2 * BEAT_SECONDS), now
+            beat = Notes.get(f"{self._run_dir}:beat")
+            silent = beat is not None and beat == self._last
+            self._silent_seconds = self._silent_seconds + elapsed if silent else 0.0
+            self._last = beat
+        return self._silent_seconds >= FROZEN_SECONDS
+
+    @property
+    def doing(self) -> str | None:
+        """Whom the trial waits for; None before its first sign of life."""
+        return self._last.split(maxsplit=3)[3] if self._last is not None else None
+
+    def ask_to_end(self) -> None:
+        """The trial is to keep what it has, and end."""
+        Notes.put(f"{self._run_dir}:end", "1")
+
+    @property
+    def rests(self) -> bool:
+        """Whether the trial has kept what it has; see `Pulse.rest`."""
+        return Notes.get(f"{self._run_dir}:{RESTS}") is not None
+
+    def kill(self, trial: Any) -> None:
+        """End the trial's process: by its id, where it is on this node, since a trial that freezes while it starts has
+        no handle yet."""
+        if self._last is not None:
+            node, pid, *_ = self._last.split()
+            if node == ray.get_runtime_context().get_node_id():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        if trial.temporary_state.ray_actor is not None:  # else it is still starting, and Tune lets go of it
+            ray.kill(trial.temporary_state.ray_actor)
+
+
 class TrialWatch(Callback):
     """The driver's end: passes the first signal on to the trial, kills a trial that is frozen or takes too long to end.
 
@@ -87,7 +141,7 @@ class TrialWatch(Callback):
     """
 
     def __init__(self, run_dir: str, say: Callable[[str], None] = lambda line: None) -> None:
-        self._run_dir, self._say = run_dir, say
+        self._heartbeat, self._say = Heartbeat(run_dir), say
         self._began = self._said = time.monotonic()
         self.abandoned = False
         """Whether the trial was killed because the run is to end: it had nothing to keep, or took longer than it may.
@@ -96,10 +150,6 @@ class TrialWatch(Callback):
         self.has_result = False
         self.is_complete = False
         self._told = False
-        self._beat: str | None = None
-        self._silent_seconds, self._looked = 0.0, 0.0
-        for key in ("beat", "end"):  # of the trial before
-            Notes.remove(f"{run_dir}:{key}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks for `Tuner.restore`, which is not used here."""
@@ -120,7 +170,7 @@ class TrialWatch(Callback):
         if END.signal is not None and not self._told:
             self._told = True
             if self.has_result:
-                Notes.put(f"{self._run_dir}:end", "1")
+                self._heartbeat.ask_to_end()
             else:
                 self._abandon(trials[0])
         elif END.overdue:
@@ -134,29 +184,12 @@ class TrialWatch(Callback):
             ray.kill(trial.temporary_state.ray_actor)
 
     def _look(self, trial: Any) -> None:
-        """Time counts as silent only as far as this process was awake to listen: the two may have been stopped
-        together."""
+        frozen = self._heartbeat.look()
         now = time.monotonic()
-        if now - self._looked < BEAT_SECONDS:
-            return
-        elapsed, self._looked = min(now - self._looked, 2 * BEAT_SECONDS), now
-        beat = Notes.get(f"{self._run_dir}:beat")
         if not self.has_result and now - self._said >= SAY_SECONDS:
             self._said = now
-            doing = beat.split(maxsplit=3)[3] if beat is not None else "the trial's process"
+            doing = self._heartbeat.doing or "the trial's process"
             self._say(f"waiting for {doing} ... {now - self._began:.0f} s")
-        self._silent_seconds = self._silent_seconds + elapsed if beat is not None and beat == self._beat else 0.0
-        self._beat = beat
-        if self._silent_seconds >= FROZEN_SECONDS and not self.is_frozen:
+        if frozen and not self.is_frozen:
             self.is_frozen = True
-            self._kill_process()
-            if trial.temporary_state.ray_actor is not None:
-                ray.kill(trial.temporary_state.ray_actor)
-
-    def _kill_process(self) -> None:
-        """By its id, where it is on this node: a trial that freezes while it starts has no handle yet."""
-        assert self._beat is not None, "silent, so it has spoken before"
-        node, pid, *_ = self._beat.split()
-        if node == ray.get_runtime_context().get_node_id():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+            self._heartbeat.kill(trial)

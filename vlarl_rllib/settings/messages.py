@@ -37,7 +37,7 @@ def one_line(error: ValidationError, settings: type[BaseModel]) -> str:
     parts = [part for part in above if str(part).isidentifier() or isinstance(part, int)]  # without a union's branches
     key = ".".join(map(str, [*parts, last] if unknown or str(last).isidentifier() or isinstance(last, int) else parts))
     if unknown:
-        return f"{key}: unknown key; {_nearest(key, known_keys(settings))}"
+        return f"{key}: unknown key; {nearest(key, known_keys(settings))}"
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return message
@@ -48,7 +48,8 @@ def one_line(error: ValidationError, settings: type[BaseModel]) -> str:
     )
 
 
-def _nearest(key: str, known: dict[str, str]) -> str:
+def nearest(key: str, known: dict[str, str]) -> str:
+    """What to write instead of an unknown key."""
     if key in known:  # written as one word, with a dot in it
         *sections, leaf = key.split(".")
         return (

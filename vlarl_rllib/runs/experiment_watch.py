@@ -1,0 +1,81 @@
+"""`vlarl tune`'s end of the line to its trials: signals are passed on, frozen trials end, a start is not silent."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune import Callback
+
+from vlarl_rllib.process.signals import END
+from vlarl_rllib.rllib_compat import trial_path
+from vlarl_rllib.runs.pulse import SAY_SECONDS, Heartbeat
+
+RUNNING, WAITING = "RUNNING", "PENDING"
+"""Tune's words for trials that train, and that start or wait for their turn."""
+
+
+class ExperimentWatch(Callback):
+    """Looks at every trial of an experiment.
+
+    Args:
+        say: is told every `SAY_SECONDS`, while no trial trains, whom the next one waits for.
+        on_frozen: is told of a trial that gives no sign of life; it is killed, and Tune starts it anew.
+    """
+
+    def __init__(self, say: Callable[[str], None], on_frozen: Callable[[Any], None]) -> None:
+        self.interrupted = threading.Event()
+        """Set when nothing more is to be waited for: every trial has kept what it has."""
+        self._say, self._on_frozen = say, on_frozen
+        self._heartbeats: dict[str, Heartbeat] = {}
+        self._since = self._said = time.monotonic()
+        self._asked: list[Heartbeat] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks; `Tuner.restore` gets new ones."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._heartbeats.pop(trial.trial_id, None)  # it may be another process now
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called by Tune every tenth of a second."""
+        if END.signal is not None:
+            self._end(trials)
+            return
+        running = [trial for trial in trials if trial.status == RUNNING]
+        for trial in running:
+            if self._heartbeat(trial).look():
+                self._heartbeats.pop(trial.trial_id).kill(trial)
+                self._on_frozen(trial)
+        if running:
+            self._since = time.monotonic()
+        else:
+            self._say_whom_it_waits_for([trial for trial in trials if trial.status == WAITING])
+
+    def _heartbeat(self, trial: Any) -> Heartbeat:
+        if trial.trial_id not in self._heartbeats:
+            self._heartbeats[trial.trial_id] = Heartbeat(trial_path(trial))
+        return self._heartbeats[trial.trial_id]
+
+    def _say_whom_it_waits_for(self, waiting: list[Any]) -> None:
+        now = time.monotonic()
+        if not waiting or now - max(self._said, self._since) < SAY_SECONDS:
+            return
+        self._said = now
+        for trial in waiting:
+            self._heartbeat(trial).look()
+        at_work = (self._heartbeat(trial).doing for trial in waiting)
+        doing = next((doing for doing in at_work if doing), "the next trial's process")
+        self._say(f"waiting for {doing} ... {now - self._since:.0f} s")
+
+    def _end(self, trials: list[Any]) -> None:
+        """Ask all that train to keep what they have; done when they have, or when the time is over."""
+        if self._asked is None:
+            self._asked = [self._heartbeat(trial) for trial in trials if trial.status == RUNNING and trial.last_result]
+            for heartbeat in self._asked:
+                heartbeat.ask_to_end()
+        if END.overdue or all(heartbeat.rests for heartbeat in self._asked):
+            self.interrupted.set()

@@ -1,0 +1,76 @@
+"""The directory of a Tune experiment, looked at before Ray starts.
+
+runs/NAME/experiment.yaml   the experiment with its config, complete
+          ranking.json      every sample with the mean over its seeds; ranking.csv has a row for each trial
+          000_lr_1e-05/     a trial: the directory of a run
+          tuner.pkl ...     Tune's state, for --restore
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlarl_rllib.process.own_files import refuse_links
+from vlarl_rllib.runs.directory import WRITTEN, claimed
+from vlarl_rllib.settings import SettingsError
+from vlarl_rllib.settings.experiment import Experiment
+
+EXPERIMENT_FILE = "experiment.yaml"
+STATE_FILE = "tuner.pkl"
+"""Tune's, a pickle."""
+
+
+def new_experiment(path: Path) -> Path:
+    """Where a new experiment goes. Raises `SettingsError` where that holds one, or a run, already."""
+    directory = path.resolve()
+    refuse_links(directory, "--run-dir")
+    if (directory / STATE_FILE).exists():
+        raise SettingsError(
+            f"--run-dir: {path} holds an experiment already; go on with it by --restore, or give another directory"
+        )
+    for name in WRITTEN:
+        if (directory / name).exists():
+            raise SettingsError(f"--run-dir: {path} holds a {name}, which is another's; give another directory")
+    return directory
+
+
+def open_experiment(path: Path) -> tuple[Path, Experiment]:
+    """The directory of an experiment to be gone on with, and the experiment.
+
+    Tune's state of it is a pickle, which runs code when it is read: so it must be this user's own.
+
+    Raises:
+        SettingsError: there is none, or it is somebody else's.
+    """
+    directory = path.resolve()
+    for name in (EXPERIMENT_FILE, STATE_FILE):
+        if not (directory / name).is_file():
+            raise SettingsError(
+                f"--run-dir: {path} holds no experiment that was begun ({name} is missing); start it anew, or give its "
+                "directory"
+            )
+    for file in (directory, directory / STATE_FILE):
+        if file.stat().st_uid != os.getuid():
+            raise SettingsError(
+                f"--restore: {file} belongs to another user, and reading Tune's state runs what is in it; start the "
+                "experiment anew"
+            )
+    refuse_links(directory, "--run-dir")
+    return directory, Experiment.from_yaml(directory / EXPERIMENT_FILE)
+
+
+@contextmanager
+def claimed_experiment(directory: Path) -> Iterator[None]:
+    """Make the directory ours. Raises `SettingsError` where another process is at it."""
+    with claimed(directory, "--run-dir"):
+        yield
+
+
+def check_searcher(experiment: Experiment) -> None:
+    """Raise `SettingsError` where what draws the samples is not installed."""
+    if experiment.spec.sampler == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise SettingsError("sampler: optuna is not installed; pip install optuna, or use random")
