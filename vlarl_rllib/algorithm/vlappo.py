@@ -7,7 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ray.rllib.callbacks.utils import make_callback
+from vlarl_rllib.rllib_compat import kill_runners, told_why_runners_fail, trial_directory, without_tensorflow
+
+with without_tensorflow():
+    from ray.rllib.callbacks.utils import make_callback
+
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.utils import metrics as names
 from ray.tune import PlacementGroupFactory
@@ -22,7 +26,6 @@ from vlarl_rllib.observability.ledger import Ledger
 from vlarl_rllib.observability.metrics import LastRates, iteration_row, rllib_evaluation
 from vlarl_rllib.observability.processes import write_processes
 from vlarl_rllib.process.calls import EndRequested
-from vlarl_rllib.rllib_compat import kill_runners, told_why_runners_fail, trial_directory
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
 from vlarl_rllib.rollout.runner_pool import require_runners

@@ -46,6 +46,9 @@ from vlarl_rllib.settings.experiment import Experiment
 
 RANKING_FILE, TABLE_FILE = "ranking.json", "ranking.csv"
 
+PBT_KEEPS = 4
+"""Checkpoints of each trial under population based training: another trial may be about to go on from an older one."""
+
 
 def run_experiment(experiment: Experiment, directory: Path, *, restore: bool = False) -> int:
     """Play all trials and write the ranking; the process's exit code.
@@ -100,6 +103,7 @@ def make_tuner(experiment: Experiment, directory: Path, callbacks: Sequence[Any]
         callbacks: of Tune.
     """
     spec, run = experiment.spec, experiment.base.run
+    keep = max(run.keep_checkpoints, PBT_KEEPS if spec.scheduler.pbt else 1)
     return tune.Tuner(
         VLAPPO,
         param_space=_space(experiment),
@@ -118,7 +122,7 @@ def make_tuner(experiment: Experiment, directory: Path, callbacks: Sequence[Any]
             storage_path=str(directory.parent),
             stop={ITERATION: run.iterations},
             checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=run.keep_checkpoints,
+                num_to_keep=keep,
                 checkpoint_score_attribute=tuned_metric(experiment),
                 checkpoint_score_order=MODE,
                 checkpoint_frequency=run.checkpoint_every,
