@@ -125,7 +125,9 @@ def test_modules_import_each_other_in_no_circle_but_one() -> None:
         return seen
 
     circular = {module for module in known if module in reached_from(module)}
-    assert circular == {"vlarl_rllib.config", "vlarl_rllib.algorithm"}
+    assert {name.removeprefix("vlarl_rllib.") for name in circular} == {
+        "config", "algorithm", "algorithm.vlappo", "algorithm.checkpointed",
+    }  # fmt: skip
 
 
 RLLIB_PRIVATE = {"_worker_manager", "_make_worker", "_storage", "_last_result", "_remote_config"}

@@ -15,7 +15,7 @@ from rich.table import Table
 from vlarl_rllib.observability.metrics import iteration_row
 
 COLUMNS = (("iter", 6), ("steps", 9), ("success", 8), ("evaluation", 11), ("kl", 9), ("seconds", 8))
-MAX_NAME = 40
+MAX_NAME = 64
 
 
 def short(sampled: Mapping[str, Any]) -> str:
