@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlarl_rllib.rllib_compat import quiet_about_the_new_api_stack, without_tensorflow
+from vlarl_rllib.rllib_compat import is_placeholder, quiet_about_the_new_api_stack, without_tensorflow
 
 with without_tensorflow():
     from ray.rllib.algorithms.ppo import PPOConfig
@@ -22,7 +22,7 @@ with without_tensorflow():
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.family import family_name
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.settings import Role, Settings, calculate_runtime_args, rllib_fields
+from vlarl_rllib.settings import Role, Settings, SettingsError, calculate_runtime_args, rllib_fields
 from vlarl_rllib.settings.overrides import with_keys
 
 ENVIRONMENT_NAME = "vlarl_rllib"
@@ -103,6 +103,20 @@ class VLAPPOConfig(PPOConfig):
         config.run_dir = str(run_dir) if run_dir else None
         config._derive(resolved(settings))
         return config
+
+    def update_from_dict(self, config_dict: Mapping[str, Any]) -> VLAPPOConfig:
+        """RLlib's, for what Tune samples.
+
+        Raises:
+            SettingsError: `Tuner.restore` was not told the space again, which it cannot write down.
+        """
+        for name, value in config_dict.items():
+            if is_placeholder(value):
+                raise SettingsError(
+                    f"Tuner.restore: {name} is not in the files of the experiment, since it is no plain value; give "
+                    "the space again: Tuner.restore(path, VLAPPO, param_space=...)"
+                )
+        return super().update_from_dict(config_dict)
 
     def of_trial(self, directory: Path, last: Mapping[str, Any] | None) -> VLAPPOConfig:
         """A frozen copy for a trial of a Tune experiment in this directory.

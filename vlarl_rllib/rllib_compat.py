@@ -120,6 +120,13 @@ def result_without_checkpoint(trainable: Any) -> Any:
     return _TrainingResult(checkpoint=None, metrics=dict(trainable._last_result or {}))
 
 
+def is_placeholder(value: Any) -> bool:
+    """Whether Tune has written this in place of a value of a space that is no plain one."""
+    from ray.tune.impl.placeholder import _FunctionResolver, _RefResolver
+
+    return isinstance(value, tuple) and value[:1] in ((_FunctionResolver.TOKEN,), (_RefResolver.TOKEN,))
+
+
 def give_up(trial: Any) -> None:
     """What a trial has failed with would come again: Tune is not to start it anew."""
     trial.max_failures = 0

@@ -219,6 +219,46 @@ def test_a_runner_that_cannot_start_says_why(ray_session: None, where: str) -> N
         build().callbacks(broken).build_algo()
 
 
+TOLD = ("token_checksum", "policy_loss", "value_loss", "entropy", "env_steps", "optimizer_steps")
+
+
+def begun_as(algorithm: VLAPPO, **changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first iterations of another trial in the same processes."""
+    assert algorithm.reset_config(build(**changes).to_dict())
+    return [algorithm.train()["vlarl"] for _ in range(3)]
+
+
+def test_a_trial_in_anothers_processes_is_what_it_would_be_in_its_own(
+    algorithm: VLAPPO, results: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Tune's `reuse_actors`: weights, moments, seeds, curriculum, episodes and counters are the new trial's."""
+    pids = algorithm.collector._runner_pids.copy()
+    versions = [results[-1]["vlarl"]["policy_version"]]
+    other = begun_as(algorithm, run={"seed": 5}, training={"lr": 3e-3, "num_epochs": 2})
+    assert other[0]["applied"]["lr"] == 3e-3 and other[0]["token_checksum"] != results[0]["vlarl"]["token_checksum"]
+    donor = algorithm.save_to_path(tmp_path / "donor")
+    versions += [row["policy_version"] for row in other]
+
+    again = begun_as(algorithm)
+    versions += [row["policy_version"] for row in again]
+    for row, first in zip(again, results, strict=False):
+        assert {name: row[name] for name in TOLD} == {name: first["vlarl"][name] for name in TOLD}
+    assert sorted(set(versions)) == versions, "the version of the weights never repeats"
+    assert algorithm.collector._runner_pids == pids
+
+    assert algorithm.reset_config(build(training={"lr": 7e-4, "value_lr": 2e-3}).to_dict())
+    algorithm.load_checkpoint(donor)  # population based training: the donor's weights, this trial's rates
+    row = algorithm.train()["vlarl"]
+    assert row["iteration"] == 4 and row["applied"]["lr"] == 7e-4 and row["applied"]["value_lr"] == 2e-3
+    with pytest.raises(SettingsError, match=r"reuse_actors: env\.num_envs differs"):
+        algorithm.reset_config(build(env={"num_envs": 4}).to_dict())
+
+
+def test_a_space_that_tune_could_not_write_down_is_asked_for_again() -> None:
+    with pytest.raises(SettingsError, match="callbacks_class is not in the files of the experiment"):
+        VLAPPOConfig().update_from_dict({"callbacks_class": ("__ref_ph", "1")})
+
+
 def test_tunes_own_conventions(ray_session: None, tmp_path: Path) -> None:
     """Stop at a metric that is not there at first, keep the best by evaluation, a CSV with every column, and a moved
     experiment."""

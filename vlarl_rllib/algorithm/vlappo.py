@@ -28,6 +28,7 @@ from vlarl_rllib.observability.processes import write_processes
 from vlarl_rllib.process.calls import EndRequested
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
+from vlarl_rllib.rollout.placement import check_placement
 from vlarl_rllib.rollout.runner_pool import require_runners
 from vlarl_rllib.rollout.services import start_engines, start_reward_worker
 from vlarl_rllib.runs.checkpoints import CheckpointStore
@@ -81,6 +82,7 @@ class VLAPPO(CheckpointedPPO):
         began = time.perf_counter()
         self._trial_number = 0
         self._enter_trial(self.config)
+        check_placement(self._plan)
         # Engines and the judge take longest to start and need nothing from the rest, so they start first and are waited
         # for last.
         self.reward_service = start_reward_worker(self._vla) if self._vla.rewards.process else None

@@ -1,0 +1,29 @@
+"""Whether the places that a trial was given are those of its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import ray
+
+from vlarl_rllib.settings import RuntimeArgs, SettingsError
+
+
+def check_placement(plan: RuntimeArgs) -> None:
+    """Raise `SettingsError` where the current placement group, such as `tune.with_resources` asks for, has no place for
+    one of the plan's actors. Without a group there is nothing to check."""
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        check_bundles(plan, group.bundle_specs)
+
+
+def check_bundles(plan: RuntimeArgs, given: Sequence[Mapping[str, float]]) -> None:
+    """See `check_placement`. Bundles behind those of the plan may be anything."""
+    needed = [bundle.resources for bundle in plan.bundles]
+    for place, bundle in enumerate(plan.bundles):
+        there = given[place] if place < len(given) else {}
+        if any(there.get(kind, 0.0) < amount for kind, amount in bundle.resources.items()):
+            raise SettingsError(
+                f"tune.with_resources: bundle {place} is {dict(there)}, but the {bundle.role.value} there needs "
+                f"{bundle.resources}; give tune.PlacementGroupFactory({needed}) or more of each, or leave it out"
+            )
