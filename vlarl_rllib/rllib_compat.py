@@ -120,6 +120,37 @@ def result_without_checkpoint(trainable: Any) -> Any:
     return _TrainingResult(checkpoint=None, metrics=dict(trainable._last_result or {}))
 
 
+def population_based_training(**options: Any) -> Any:
+    """Tune's scheduler in lock-step, which `Tuner.restore` makes anew: it would look at the population too early, and
+    then find nobody who may go on.
+
+    It is in lock-step because a trial that does not run alone may otherwise overtake itself again and again while the
+    others wait.
+
+    Args:
+        options: of `PopulationBasedTraining`.
+    """
+    from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
+
+    class InLockStep(PopulationBasedTraining):
+        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            super().on_trial_add(tune_controller, trial)
+            done = (trial.last_result or {}).get(self._time_attr, 0)
+            last = done - done % self._perturbation_interval
+            self._trial_state[trial].last_perturbation_time = last
+            next_look: int = self._next_perturbation_sync  # type: ignore[has-type]
+            self._next_perturbation_sync = max(next_look, last + self._perturbation_interval)
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            decision: str = super().on_trial_result(tune_controller, trial, result)
+            times = [self._trial_state[other].last_train_time for other in tune_controller.get_live_trials()]
+            if decision != TrialScheduler.CONTINUE and times and min(times) >= self._next_perturbation_sync:
+                self._next_perturbation_sync = max(times) + self._perturbation_interval
+            return decision
+
+    return InLockStep(synch=True, **options)
+
+
 def is_placeholder(value: Any) -> bool:
     """Whether Tune has written this in place of a value of a space that is no plain one."""
     from ray.tune.impl.placeholder import _FunctionResolver, _RefResolver
@@ -142,7 +173,11 @@ def restored_tuner(path: str, trainable: Any, space: dict[str, Any], callbacks: 
 
 
 @contextmanager
-def tolerant_tune(on_error: Callable[[Any, Any], None], interrupted: threading.Event | None = None) -> Iterator[None]:
+def tolerant_tune(
+    on_error: Callable[[Any, Any], None],
+    interrupted: threading.Event | None = None,
+    to_write: threading.Event | None = None,
+) -> Iterator[None]:
     """Around `Tuner.fit` of a command: a snapshot or error file that cannot be written ends nothing, Tune adds no
     loggers, tables and signal handlers (ours ends with a checkpoint), and leaves it to the command to say what failed.
 
@@ -153,6 +188,7 @@ def tolerant_tune(on_error: Callable[[Any, Any], None], interrupted: threading.E
     Args:
         on_error: is told a trial and what it fails with, which Tune itself only writes down and reads again.
         interrupted: where it is set, `Tuner.fit` returns, and `Tuner.restore` goes on with what has not ended.
+        to_write: where it is set, Tune's state is written now, not when it is due; it is cleared then.
     """
     from ray.tune.execution import class_cache, tune_controller
     from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
@@ -168,10 +204,12 @@ def tolerant_tune(on_error: Callable[[Any, Any], None], interrupted: threading.E
                 with LOST.counting("Tune's state of the experiment"):
                     save_fn()
 
+            if now := write_now.is_set():
+                write_now.clear()
             with LOST.counting("Tune's state of the experiment"):
-                super().sync_up_experiment_state(save, force=force, wait=wait)
+                super().sync_up_experiment_state(save, force=force or now, wait=wait)
 
-    event = interrupted or threading.Event()
+    event, write_now = interrupted or threading.Event(), to_write or threading.Event()
     handle_error = Trial.handle_error
 
     def handle(trial: Trial, exc: Any = None) -> None:

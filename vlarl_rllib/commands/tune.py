@@ -31,7 +31,7 @@ from vlarl_rllib.process.console import make_console, pasted
 from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
-from vlarl_rllib.rllib_compat import give_up, restored_tuner, tolerant_tune, wandb_logger
+from vlarl_rllib.rllib_compat import give_up, restored_tuner, tolerant_tune, trial_path, wandb_logger
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.runs.directory import RunDirectory
 from vlarl_rllib.runs.experiment_watch import ExperimentWatch
@@ -149,12 +149,12 @@ def _fit(
     def tell_frozen(trial: Any) -> None:
         console.print(f"{label_of(trial)} gave no sign of life, and was killed", style="yellow")
 
-    watch = ExperimentWatch(partial(console.print, style="dim"), tell_frozen)
+    watch = ExperimentWatch(partial(console.print, style="dim"), tell_frozen, _write_summary)
     table = ExperimentTable(experiment.base.run.iterations, console)
     callbacks: list[Any] = [table, watch, *loggers()]
     if experiment.base.run.wandb:
         callbacks.append(wandb_logger(experiment.base.run.wandb))
-    with tolerant_tune(tell_error, watch.interrupted), table:
+    with tolerant_tune(tell_error, watch.interrupted, watch.to_write), table:
         if restore:
             tuner = restored_tuner(str(directory), VLAPPO, _space(experiment), callbacks)
         else:
@@ -178,7 +178,7 @@ def _notice(console: Console, seconds: float, name: str) -> None:
 
 
 def _outcome(experiment: Experiment, result: Any) -> Outcome:
-    """What became of a trial, from its own directory; its summary is written there."""
+    """What became of a trial, from its own directory."""
     directory = Path(result.path)
     config, metrics = result.config or {}, result.metrics or {}
     rows = RunDirectory(directory).read_rows()
@@ -189,11 +189,6 @@ def _outcome(experiment: Experiment, result: Any) -> Outcome:
         state = "done"
     else:
         state = "stopped early" if metrics.get("done") else "unfinished"
-    if rows and state != "unfinished":
-        settings = RunDirectory(directory).settings()
-        wall = sum(sum(row["seconds"].values()) for row in rows)
-        with LOST.counting("summary.json"):
-            replace_file(directory / "summary.json", json.dumps(summarize(settings, rows, wall), indent=2) + "\n")
     return Outcome(
         directory,
         flat_sample(config.get("sampled", {})),
@@ -203,6 +198,16 @@ def _outcome(experiment: Experiment, result: Any) -> Outcome:
         one_line(result.error) if result.error is not None else None,
         *_best_checkpoint(result),
     )
+
+
+def _write_summary(trial: Any) -> None:
+    """`summary.json` of a trial that has ended."""
+    run = RunDirectory(Path(trial_path(trial)))
+    if rows := run.read_rows():
+        wall = sum(sum(row["seconds"].values()) for row in rows)
+        with LOST.counting("summary.json"):
+            summary = summarize(run.settings(), rows, wall)
+            replace_file(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _best_checkpoint(result: Any) -> tuple[Path | None, float | None]:

@@ -14,6 +14,8 @@ from vlarl_rllib.learner import fsdp
 from vlarl_rllib.settings import Settings
 
 LOOPBACK = "127.0.0.1"
+_MEMBERS: set[int] = set()
+"""Learners of this process that are in the process group which one of them has made."""
 
 
 class Rank:
@@ -64,19 +66,25 @@ class Rank:
             **listening,
         )
         fsdp.init_process_group(self.choose_device(), rank, world_size, store, timeout)
+        _MEMBERS.add(id(self))
         return os.getpid()
 
     def join_alone(self) -> None:
-        """A group of one, where there is none: FSDP needs one."""
+        """A group of one, where there is none: FSDP needs one. Several learners of one process share it."""
         if not dist.is_initialized():
             fsdp.init_process_group(
                 self.choose_device(), 0, 1, dist.HashStore(), self.settings.learners.timeout_seconds
             )
+            _MEMBERS.add(id(self))
+        elif _MEMBERS:  # else somebody else's, which is not ours to end
+            _MEMBERS.add(id(self))
 
     def leave(self) -> None:
-        """Leave the process group; safe to call twice."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave the process group, which ends with the last one in this process; safe to call twice."""
+        if id(self) in _MEMBERS:
+            _MEMBERS.discard(id(self))
+            if not _MEMBERS and dist.is_initialized():
+                dist.destroy_process_group()
 
     def choose_device(self) -> torch.device:
         return torch.device("cuda", 0) if self.settings.learners.gpus else torch.device("cpu")

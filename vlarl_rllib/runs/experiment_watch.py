@@ -23,12 +23,18 @@ class ExperimentWatch(Callback):
     Args:
         say: is told every `SAY_SECONDS`, while no trial trains, whom the next one waits for.
         on_frozen: is told of a trial that gives no sign of life; it is killed, and Tune starts it anew.
+        on_finished: is told of each trial that has ended, with its last checkpoint written.
     """
 
-    def __init__(self, say: Callable[[str], None], on_frozen: Callable[[Any], None]) -> None:
+    def __init__(
+        self, say: Callable[[str], None], on_frozen: Callable[[Any], None], on_finished: Callable[[Any], None]
+    ) -> None:
         self.interrupted = threading.Event()
         """Set when nothing more is to be waited for: every trial has kept what it has."""
-        self._say, self._on_frozen = say, on_frozen
+        self.to_write = threading.Event()
+        """Set when Tune's state has to be written: a trial has ended, and is not to be played again after a kill."""
+        self._say, self._on_frozen, self._on_finished = say, on_frozen, on_finished
+        self._finished: set[str] = set()
         self._heartbeats: dict[str, Heartbeat] = {}
         self._since = self._said = time.monotonic()
         self._asked: list[Heartbeat] | None = None
@@ -42,6 +48,11 @@ class ExperimentWatch(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Called by Tune every tenth of a second."""
+        for trial in trials:
+            if trial.is_finished() and trial.trial_id not in self._finished:
+                self._finished.add(trial.trial_id)
+                self._on_finished(trial)
+                self.to_write.set()
         if END.signal is not None:
             self._end(trials)
             return

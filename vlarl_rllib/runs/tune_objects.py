@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
+from vlarl_rllib.rllib_compat import population_based_training
 from vlarl_rllib.settings.experiment import Distribution, Experiment
 
 ITERATION = "training_iteration"
@@ -42,7 +43,7 @@ def scheduler(experiment: Experiment) -> TrialScheduler | None:
             reduction_factor=asha.reduction_factor,
         )
     if pbt:
-        return PopulationBasedTraining(
+        return population_based_training(
             time_attr=ITERATION,
             perturbation_interval=pbt.perturb_every,
             hyperparam_mutations={"sampled": {key: _domain(found) for key, found in experiment.drawn.items()}},
