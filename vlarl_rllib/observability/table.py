@@ -52,6 +52,8 @@ class LiveTable(Callback):
             "".join(f"{text:>{width}}" for text, (_, width) in zip(self._cells(row), COLUMNS, strict=True))
         )
         self._print_evaluation(row["evaluation"])
+        if row["self_test"] and row["self_test"]["told"]:
+            self._console.print(row["self_test"]["told"], style="bold red" if row["self_test"]["failed"] else "dim")
 
     def _print_evaluation(self, evaluation: dict[str, Any] | None) -> None:
         if evaluation:
