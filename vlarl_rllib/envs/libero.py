@@ -19,7 +19,7 @@ import numpy as np
 
 from vlarl_rllib.envs import libero_tasks
 from vlarl_rllib.envs.base import VLAEnv
-from vlarl_rllib.envs.image import observation_image
+from vlarl_rllib.envs.image import describe_path, observation_image
 from vlarl_rllib.types import ACTION_SIZE, EnvSpec
 
 CAMERA = "agentview"
@@ -110,6 +110,11 @@ class LiberoEnv(VLAEnv):
     def horizon(suite: str) -> int:
         libero_tasks.check_suite(suite)
         return libero_tasks.HORIZONS[suite]
+
+    @staticmethod
+    def describe_frames(image_size: int, *, center_crop: bool) -> str:
+        drawn = EnvSpec("libero").camera_size
+        return f"{CAMERA} drawn at {drawn} x {drawn}, {describe_path(image_size, center_crop=center_crop)}"
 
     @property
     def simulation(self) -> Any:
