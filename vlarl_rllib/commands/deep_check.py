@@ -21,7 +21,7 @@ from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.models.family import read_facts
 from vlarl_rllib.observability.metrics import iteration_row
-from vlarl_rllib.observability.self_test import Expectation, expectation
+from vlarl_rllib.observability.self_test import Expectation, expectation, tell
 from vlarl_rllib.process.console import make_console
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.rllib_compat import tolerant_tune
@@ -110,8 +110,7 @@ class _Watcher(tune.Callback):
     ) -> None:
         row = iteration_row(result)
         self.rows.append(row)
-        if row["self_test"] and row["self_test"]["told"]:
-            self._console.print(row["self_test"]["told"], style="bold red" if row["self_test"]["failed"] else "")
+        tell(row, self._console)
 
 
 def _play(settings: Settings, scratch: Path, console: Console) -> tuple[list[dict[str, Any]], Exception | None]:
@@ -130,7 +129,7 @@ def _play(settings: Settings, scratch: Path, console: Console) -> tuple[list[dic
         ),
     )
     try:
-        with tolerant_tune(errors.append):
+        with tolerant_tune(lambda trial, error: errors.append(error)):
             tuner.fit()
     except Exception as error:  # Tune's own: of the trial's, of its files
         errors.append(error)

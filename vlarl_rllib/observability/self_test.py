@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Console
+
 from vlarl_rllib.errors import SelfTestError
 from vlarl_rllib.models.family import ActionFormat, read_facts
 from vlarl_rllib.settings import Settings
@@ -123,6 +125,18 @@ def judge(row: Mapping[str, Any], expected: Expectation) -> Judgement:
     )
     failed = tuple(name for name, good in within.items() if not good)
     return Judgement(failed, numbers, hopeless=not row["logprob_gap_mean"] <= expected.hopeless_gap)
+
+
+def tell(row: Mapping[str, Any], console: Console, *, of: str = "", passed: bool = True) -> None:
+    """Print what the self-test of an iteration's row has to tell.
+
+    Args:
+        of: what goes before it.
+        passed: also where it passed.
+    """
+    test = row["self_test"]
+    if test and test["told"] and (passed or test["failed"]):
+        console.print(f"{of}{test['told']}", style="bold red" if test["failed"] else "dim")
 
 
 class SelfTest:
