@@ -61,14 +61,14 @@ def report_checkpoint(name: str, *, suite: str | None, env: str | None, family: 
     Raises SettingsError: it is no policy, or one that cannot be reached.
     """
     console = make_console()
-    if suite is not None and suite not in (known := registry.suites(env or registry.DEFAULT_ENVIRONMENT)):
-        raise SettingsError(f"--suite: {suite!r} is none of {', '.join(known) or 'this environment, which has none'}")
     if env is not None and env not in registry.environments():
         raise SettingsError(f"--env: {env!r} is none of {', '.join(registry.environments())}")
+    if suite is not None and suite not in (known := registry.suites(env or registry.DEFAULT_ENVIRONMENT)):
+        raise SettingsError(f"--suite: {suite!r} is none of {', '.join(known) or 'this environment, which has none'}")
     table = Table("what", "found", title=name, title_justify="left")
     problems: list[str] = []
     for what, found in _rows(name, suite, env, family, problems):
-        table.add_row(what, Text(found))
+        table.add_row(what, Text("".join(letter if letter.isprintable() else "?" for letter in found)))
     console.print(table)
     for problem in problems:
         console.print(problem, style="red")
@@ -88,7 +88,7 @@ def _rows(name: str, suite: str | None, env: str | None, family: str | None, pro
     model = training.settings.model.path if training else absolute_unless_name(name)
     published = published_model(model)
     try:
-        facts = model_facts(model, ARGUMENT, family)
+        facts = model_facts(model, "model.path of that run" if training else ARGUMENT, family)
     except SettingsError as error:
         if published is None:  # of a published one there is more to say than what is in its files
             raise
@@ -149,18 +149,23 @@ def _training_rows(directory: Path, training: TrainingCheckpoint) -> Rows:
         f"{learn.advantages}, model.dtype {settings.model.dtype}, engines.dtype {settings.engines.dtype}, seed "
         f"{settings.run.seed}; all of it in config.yaml",
     )
-    rows = RunDirectory(directory).read_rows()
-    played = [
-        (row["iteration"] - (key == "initial_evaluation"), row[key]["success_rate"], row[key]["episodes"])
-        for row in rows
-        for key in ("initial_evaluation", "evaluation")
-        if row.get(key)
-    ]
-    if played:
-        yield (
-            "greedy success, held-out starts",
-            ", ".join(f"{100 * rate:.1f} % of {count} behind iteration {number}" for number, rate, count in played),
-        )
+    if played := list(_evaluations(directory)):
+        yield "greedy success, held-out starts", ", ".join(played)
+
+
+def _evaluations(directory: Path) -> Iterator[str]:
+    """Of a run's directory; none of a checkpoint's."""
+    for row in RunDirectory(directory).read_rows():
+        for key, before in (("initial_evaluation", 1), ("evaluation", 0)):
+            if found := row.get(key):
+                try:
+                    rate, episodes = 100 * float(found["success_rate"]), int(found["episodes"])
+                except (KeyError, TypeError, ValueError) as error:
+                    raise SettingsError(
+                        f"{ARGUMENT}: {directory / 'metrics.jsonl'}: {key} of iteration {row['iteration']} cannot be "
+                        f"read ({error}); remove the line"
+                    ) from None
+                yield f"{rate:.1f} % of {episodes} behind iteration {row['iteration'] - before}"
 
 
 def _model_rows(model: str, facts: PolicyFacts, family: PolicyFamily) -> Rows:

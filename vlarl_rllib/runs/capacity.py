@@ -1,7 +1,7 @@
 """Whether a machine that is described in numbers has room for a plan: bundles on its GPUs, and an estimate of memory.
 
 The estimate is arithmetic with a few numbers that were measured with 7B weights (docs/adapters_and_export.md); it came
-out 3 % above the card's 74.9 GB there. It says what is hopeless and what is near the edge, no more.
+out 4 % above the card's 74.9 GB there. It says what is hopeless and what is near the edge, no more.
 """
 
 from __future__ import annotations
