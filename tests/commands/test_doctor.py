@@ -16,7 +16,7 @@ from vlarl_rllib.commands.checkpoint import report_checkpoint
 from vlarl_rllib.commands.deep_check import shortened, verdict
 from vlarl_rllib.commands.doctor import report_on
 from vlarl_rllib.errors import SettingsError
-from vlarl_rllib.models.family import ActionFormat
+from vlarl_rllib.models.family import ActionFormat, load_family
 from vlarl_rllib.models.fingerprint import model_fingerprints
 from vlarl_rllib.models.presets import write_checkpoint
 from vlarl_rllib.observability.self_test import expectation
@@ -78,6 +78,11 @@ def test_the_estimate_is_near_what_was_measured(quantization: str | None, card_g
     plan = calculate_runtime_args(settings)
     (card,), _ = place(plan, 1)
     assert estimate(settings, plan).of(card) == pytest.approx(card_gb, rel=0.06)
+
+
+def test_the_cache_of_a_decision_is_what_an_engine_reserves() -> None:
+    """256 patches, 128 of a prompt and 7 actions fill 4 blocks of 128; 2 x 32 layers x 4096 numbers of 2 bytes each."""
+    assert load_family("openvla").cache_bytes(None, "bfloat16") == 4 * 128 * 2 * 32 * 4096 * 2
 
 
 @pytest.mark.parametrize(

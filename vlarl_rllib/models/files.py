@@ -106,10 +106,11 @@ class WeightFacts:
 
 
 def weight_facts(directory: Path) -> WeightFacts:
-    """Of all safetensors files of a directory. Raises ValueError, in one line, for a damaged one."""
+    """Of a model's or adapter's directory. Raises ValueError, in one line, for a damaged file."""
     dtypes: Counter[str] = Counter()
     num_tensors = num_bytes = 0
-    for file in sorted(directory.glob("*.safetensors")):
+    whole = directory / WEIGHTS_FILE  # transformers prefers it to shards
+    for file in [whole] if whole.is_file() else sorted(directory.glob("*.safetensors")):
         for name, entry in check_safetensors(file).items():
             try:
                 (begin, end), size = map(int, entry["data_offsets"]), math.prod(map(int, entry["shape"]))
