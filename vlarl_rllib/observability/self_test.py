@@ -43,8 +43,8 @@ class Bounds:
 
 
 FLOAT32 = Bounds(gap_mean=1e-4, gap_max=1e-3, ratio=1e-4)
-"""Measured: 6e-7 mean and 3e-6 max on a GPU and on a CPU, ratio 5e-6 (docs/doctor.md). Kernels that round products to
-TF32, and weights of one update earlier, are 1e-3 off and more."""
+"""Measured: 6e-7 mean on a GPU and on a CPU, 2e-6 max and ratio 5e-6 (docs/doctor.md). Kernels that round products to
+TF32 are 1e-3 off, weights of one update earlier by what that update did."""
 BFLOAT16 = Bounds(gap_mean=0.05, gap_max=1.0, ratio=0.2)
 """Measured: 7e-3 to 1.5e-2 mean and 3e-2 to 7e-2 max, with presets and with 7B weights in 16, 8 and 4 bits
 (docs/adapters_and_export.md). The mean has a factor of three for trained policies, whose logits are larger; one token
