@@ -163,6 +163,20 @@ def test_a_published_name_says_what_it_should_score_also_without_a_network(
     assert "Lanczos-3 to 224 x 224, central 90 % of the area" in text and "cannot be fetched from the hub" in text
 
 
+def test_a_published_model_that_was_not_made_for_libero_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*arguments: Any) -> None:
+        raise SettingsError("CHECKPOINT: cannot be fetched from the hub")
+
+    monkeypatch.setattr("vlarl_rllib.commands.checkpoint.model_facts", unreachable)
+    report_checkpoint("openvla/openvla-7b", suite=None, env=None, family=None)
+    text = said(capsys)
+    assert "nothing on libero, which it was not trained on" in text and "statistics are bridge_orig" in text
+    report_checkpoint("openvla-7b", suite="libero_goal", env=None, family=None)
+    assert "vlarl eval openvla-7b --suite libero_goal --no-center-crop" in said(capsys)
+
+
 def test_the_spread_is_that_of_both_numbers() -> None:
     """84.7 %: 0.9 of three seeds, and sqrt(84.7 x 15.3 / 500) = 1.61 of 500 episodes."""
     result = PUBLISHED_MODELS["openvla-7b-finetuned-libero-spatial"].result

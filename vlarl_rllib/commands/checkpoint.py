@@ -297,6 +297,13 @@ def _result_rows(
             f"{result.standard_error:g} % ({RESULTS_FROM}); one evaluation of {LIBERO_TRIALS} episodes within "
             f"{result.spread(LIBERO_TRIALS):.1f} points of it in 19 of 20 cases",
         )
+    elif training is None and published and published.result is None:
+        yield (
+            "should score",
+            f"nothing on {registry.DEFAULT_ENVIRONMENT}, which it was not trained on: fine-tune it first (its own "
+            f"statistics are {published.unnorm_key}, and it was trained "
+            f"{'with' if published.center_crop else 'without'} random crops)",
+        )
     elif training is None:
         yield "should score", "nothing was published for it here"
     if use is not None:

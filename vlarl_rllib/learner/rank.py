@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import weakref
 from datetime import timedelta
+from typing import ClassVar
 
 import ray
 import torch
@@ -26,6 +28,8 @@ class Rank:
     settings: Settings
     _rank, _world_size = 0, 1
     _store_socket: socket.socket | None = None
+    _in_group: ClassVar[weakref.WeakSet[Rank]] = weakref.WeakSet()
+    """Those of this process, which share its one process group: several algorithms may learn in a driver."""
 
     def node(self) -> str:
         """Which node this actor is on."""
@@ -72,10 +76,12 @@ class Rank:
             fsdp.init_process_group(
                 self.choose_device(), 0, 1, dist.HashStore(), self.settings.learners.timeout_seconds
             )
+        self._in_group.add(self)
 
     def leave(self) -> None:
-        """Leave the process group; safe to call twice."""
-        if dist.is_initialized():
+        """Leave the process group, which ends with the last one of this process; safe to call twice."""
+        self._in_group.discard(self)
+        if dist.is_initialized() and not self._in_group:
             dist.destroy_process_group()
 
     def choose_device(self) -> torch.device:
