@@ -10,8 +10,16 @@ class SettingsError(ValueError):
     """A mistake in the settings; the text is one line fit to be shown to the user."""
 
 
-class DivergedError(RuntimeError):
-    """Training has left the finite numbers; from the same checkpoint it would again, so nothing is started anew."""
+class FinalError(RuntimeError):
+    """What would come again from the same checkpoint, so that nothing is started anew."""
+
+
+class DivergedError(FinalError):
+    """Training has left the finite numbers."""
+
+
+class SelfTestError(FinalError):
+    """Sampler and learner do not compute the same policy, so that nothing can be learned."""
 
 
 def lower_the_rates(rates: dict[str, float]) -> str:

@@ -63,6 +63,17 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no config": (["train"], ("CONFIG: missing", "configs/libero_smoke_cpu.yaml")),
     "a missing file": (["train", "absent.yaml"], ("absent.yaml: no such file",)),
     "a missing file for the doctor": (["doctor", "absent.yaml"], ("absent.yaml: no such file",)),
+    "no policy for the doctor": (["doctor", "./absent"], ("CHECKPOINT: no such run or directory", "/absent'")),
+    "a suite of a config": (
+        ["doctor", "good.yaml", "--suite", "libero_goal"],
+        ("--suite: is about CHECKPOINT", "leave it out"),
+    ),
+    "a deep look at a policy": (["doctor", "tiny", "--deep"], ("--deep: is about CONFIG", "leave it out")),
+    "half a machine": (["doctor", "good.yaml", "--cpus", "4"], ("--cpus, --gpus, --memory: give all three",)),
+    "a policy for no suite": (
+        ["doctor", "tiny", "--suite", "libero_spatail"],
+        ("--suite: 'libero_spatail'", "libero_spatial"),
+    ),
     "not YAML": (["train", "broken.yaml"], ("broken.yaml: not valid YAML",)),
     "a wrong key": (["train", "wrong_key.yaml"], ("training.lrr: unknown key", "did you mean training.lr?")),
     "a wrong type": (["train", "wrong_type.yaml"], ("training.lr: 'fast'", "valid number")),

@@ -142,6 +142,9 @@ def test_the_smoke_config_on_real_libero_with_real_vllm_and_a_judge(tmp_path: Pa
     assert first["initial_evaluation"]["episodes"] == second["evaluation"]["episodes"] == 2
     assert first["approx_kl"] > 0.0 and max(row["first_ratio_deviation"] for row in (first, second)) < 1e-4
     summary = run.summary()
+    told = [line for line in run.output.splitlines() if line.startswith("self-test")]
+    assert [line.partition(":")[0] for line in told] == ["self-test", "self-test of updated weights"]
+    assert all(line.endswith(": ok") for line in told) and summary["faults"]["failed_self_tests"] == 0
     assert (
         summary["env_steps"] == 64 and summary["engine"] == "vllm" and summary["versions"]["mujoco"].startswith("3.3.")
     )

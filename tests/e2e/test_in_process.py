@@ -149,6 +149,38 @@ def test_rllib_builds_it_from_its_checkpoint_while_the_first_one_lives(algorithm
         other.stop()
 
 
+def test_the_self_test_is_told_twice_and_notices_another_temperature_and_weights_that_did_not_travel(
+    algorithm: VLAPPO, results: list[dict[str, Any]], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [result["vlarl_details"]["self_test"] for result in results]
+    assert [one and one["told"].partition(":")[0] for one in told] == [
+        "self-test", "self-test of updated weights", *[None] * (ITERATIONS - 2),
+    ]  # fmt: skip
+    assert all(one["failed"] == [] and one["told"].endswith(": ok") for one in told[:2])
+
+    def failed_of_one_more_iteration() -> list[str]:
+        result = algorithm.train()
+        faults.append(result["vlarl"]["faults"]["failed_self_tests"])
+        return (result["vlarl_details"]["self_test"] or {"failed": []})["failed"]
+
+    faults: list[int] = []
+    learner = algorithm.learner_group._learner
+    assert failed_of_one_more_iteration() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "settings", learner.settings.replaced(rollout={"temperature": 1.01}))
+        assert "log-prob gap" in failed_of_one_more_iteration()
+    scale_weights(learner, 1.01)  # behind the push
+    assert "log-prob gap" in failed_of_one_more_iteration()
+    assert failed_of_one_more_iteration() == []
+    assert faults == [0, 1, 2, 2]
+
+
+def scale_weights(learner: Any, factor: float) -> None:
+    with torch.no_grad():
+        for parameter in learner.sharded.policy.parameters():
+            parameter.mul_(factor)
+
+
 def test_a_new_runs_settings_win_over_the_checkpoints_and_divergence_names_the_rate(saved: Path) -> None:
     training = {
         "lr": 0.0,

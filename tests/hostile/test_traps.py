@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlarl_rllib.commands.checkpoint import report_checkpoint
+from vlarl_rllib.errors import SettingsError
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "rewards"), str(HERE.parent / "data")]  # whose helpers write judges and data
 
@@ -107,6 +110,18 @@ def test_models_are_refused_before_a_run_starts_too(name: str, downloads: Path) 
     with pytest.raises((ValueError, OSError)) as caught:
         open_everything.check_model(str(downloads / name))
     assert EXPECTED[name] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_doctor_looks_at_everything_and_has_a_line_for_what_is_no_policy(name: str, downloads: Path) -> None:
+    refused = ""
+    try:
+        report_checkpoint(str(downloads / name), suite=None, env=None, family=None)
+    except SettingsError as error:
+        refused = str(error)
+    assert "\n" not in refused
+    if name.startswith("model_"):
+        assert (refused == "") == (EXPECTED[name] == "read")
 
 
 def test_opened_from_inside_among_decoys(downloads: Path, tmp_path: Path) -> None:

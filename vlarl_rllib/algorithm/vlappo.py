@@ -25,6 +25,7 @@ from vlarl_rllib.models.fingerprint import model_fingerprints
 from vlarl_rllib.observability.ledger import Ledger
 from vlarl_rllib.observability.metrics import LastRates, iteration_row, rllib_evaluation
 from vlarl_rllib.observability.processes import write_processes
+from vlarl_rllib.observability.self_test import SelfTest
 from vlarl_rllib.process.calls import EndRequested
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
@@ -110,7 +111,7 @@ class VLAPPO(CheckpointedPPO):
         self.config, self._vla = config, config.settings()
         self._plan = calculate_runtime_args(self._vla)
         self._pulse = Pulse(config.run_dir)
-        self.ledger = Ledger(config.faults)
+        self.ledger = Ledger(config.faults, SelfTest.of(self._vla))
         self._failed_iteration = -1
         self._successes = SuccessRecord(self._vla.curriculum.rule, self._vla.curriculum.temperature)
         self._models = model_fingerprints(self._vla)

@@ -1,4 +1,4 @@
-"""`vlarl doctor`: what this machine has, and the plan of a run, as two tables."""
+"""`vlarl doctor CONFIG`: what this machine has, and the plan of a run, here or on a machine of stated resources."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlarl_rllib.process.console import make_console
+from vlarl_rllib.runs.capacity import Machine, estimate, host_gb, place, problems, too_few_cpus
 from vlarl_rllib.runs.preflight import check, count_gpus, doubts
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError, calculate_runtime_args
 
@@ -30,7 +31,7 @@ def report(settings: Settings | None) -> bool:
     console.print(machine)
     if settings is None:
         return ok
-    console.print(_plan(settings))
+    console.print(_plan(settings, calculate_runtime_args(settings)))
     for doubt in doubts(settings):
         console.print(doubt, style="yellow")
     try:
@@ -39,6 +40,39 @@ def report(settings: Settings | None) -> bool:
         console.print(str(error), style="red")
         return False
     return ok
+
+
+def report_on(settings: Settings, machine: Machine) -> bool:
+    """Print the plan for a machine that is described in numbers, and what memory it may take; whether it has room."""
+    console = make_console()
+    plan = calculate_runtime_args(settings, cores=int(machine.cpus))
+    table = _plan(settings, plan)
+    for what, found in _room(settings, plan, machine):
+        table.add_row(what, found)
+    console.print(table)
+    for doubt in doubts(settings):
+        console.print(doubt, style="yellow")
+    if crowded := too_few_cpus(plan, machine):
+        console.print(crowded, style="yellow")
+    against = problems(settings, plan, machine)
+    for problem in against:
+        console.print(problem, style="red")
+    if not against:
+        console.print("the plan fits that machine; its memory is an estimate (docs/doctor.md)")
+    return not against
+
+
+def _room(settings: Settings, plan: RuntimeArgs, machine: Machine) -> Iterator[tuple[str, str]]:
+    each = estimate(settings, plan)
+    cards, _ = place(plan, machine.gpus)
+    for number, card in enumerate(cards):
+        roles = ", ".join(role.value for role in card.roles) or "nobody"
+        needed = each.of(card)
+        amount = "not known: the model is not here" if needed is None else f"about {needed:.1f}"
+        yield f"on GPU {number}", f"{roles}; {amount} of {machine.gpu_memory_gb:g} GB"
+    if each.engine is not None and each.learner is not None and cards:
+        yield "memory of an engine, a learner", f"about {each.engine:.1f} GB, {each.learner:.1f} GB"
+    yield "memory of the host", f"{host_gb(settings, plan):.1f} GB or more of {machine.memory_gb:g} GB"
 
 
 def _machine() -> Iterator[tuple[str, str, bool]]:
@@ -61,8 +95,7 @@ def _machine() -> Iterator[tuple[str, str, bool]]:
         yield "MuJoCo renders with", str(error), False
 
 
-def _plan(settings: Settings) -> Table:
-    plan = calculate_runtime_args(settings)
+def _plan(settings: Settings, plan: RuntimeArgs) -> Table:
     table = Table("plan", "value", title="this run", title_justify="left")
     rows = {
         "model": f"{settings.model.path}, action statistics {settings.unnorm_key}, "

@@ -17,7 +17,7 @@ from rich.console import Console
 from vlarl_rllib.algorithm import VLAPPO
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.envs.registry import eval_options
-from vlarl_rllib.errors import DivergedError, cause_of, one_line
+from vlarl_rllib.errors import FinalError, cause_of, one_line
 from vlarl_rllib.observability.metrics import FAULTS, SECONDS
 from vlarl_rllib.observability.table import LiveTable
 from vlarl_rllib.process.console import make_console, pasted
@@ -121,7 +121,7 @@ def _fit_through_failures(
     """Start the trial anew from its newest checkpoint when it fails; what `_fit` returned in the end.
 
     A failure before the first iteration of this process is a mistake in the set-up rather than a fault, and final; so
-    is divergence, which would come again.
+    is a `FinalError`, which would come again.
     """
     table = LiveTable(settings.run.iterations, console, log.add)
     furthest, fruitless = 0, 0
@@ -130,7 +130,7 @@ def _fit_through_failures(
         error, abandoned = _fit(config, settings, run, table, console)
         if error is None or END.signal is not None:
             return error, abandoned
-        if (furthest == 0 and (len(log.rows), log.rows[-1:]) == known) or isinstance(cause_of(error), DivergedError):
+        if (furthest == 0 and (len(log.rows), log.rows[-1:]) == known) or isinstance(cause_of(error), FinalError):
             return error, False
         iteration = log.rows[-1]["iteration"]
         fruitless = 1 if iteration > furthest else fruitless + 1

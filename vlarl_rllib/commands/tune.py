@@ -19,7 +19,7 @@ from rich.table import Table
 from vlarl_rllib.algorithm import VLAPPO
 from vlarl_rllib.commands.train import summarize
 from vlarl_rllib.config import resolved
-from vlarl_rllib.errors import DivergedError, cause_of, one_line
+from vlarl_rllib.errors import FinalError, cause_of, one_line
 from vlarl_rllib.observability.experiment_table import (
     ExperimentTable,
     directory_name,
@@ -168,7 +168,7 @@ def _space(experiment: Experiment) -> dict[str, Any]:
 
 def _is_final(error: Any) -> bool:
     """Whether the same would happen again: a mistake in the trial's settings, or numbers that left the finite ones."""
-    return isinstance(cause_of(error), DivergedError) or "SettingsError" in one_line(error)
+    return isinstance(cause_of(error), FinalError) or "SettingsError" in one_line(error)
 
 
 def _notice(console: Console, seconds: float, name: str) -> None:

@@ -68,6 +68,11 @@ class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
     def horizon(suite: str) -> int:
         """Policy steps after which an episode is cut off."""
 
+    @staticmethod
+    def describe_frames(image_size: int, *, center_crop: bool) -> str:
+        """How a frame comes about, for a person who compares it with how a policy's training data were made."""
+        return f"drawn at {image_size} x {image_size} pixels, as they are"
+
 
 # What passes between an environment and the policy; environments may be somebody else's code
 

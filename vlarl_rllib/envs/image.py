@@ -60,6 +60,19 @@ def observation_image(raw: np.ndarray, *, center_crop: bool, image_size: int) ->
     return image
 
 
+def describe_path(image_size: int, *, center_crop: bool) -> str:
+    """What `observation_image` does, in words."""
+    steps = [
+        "turned by 180 degrees",
+        f"JPEG round trip as TensorFlow's (quality {JPEG_QUALITY})",
+        f"Lanczos-3 to {RESIZED_SIDE} x {RESIZED_SIDE}",
+        f"central {100 * CROP_AREA:g} % of the area" if center_crop else "no crop",
+    ]
+    if image_size != RESIZED_SIDE:
+        steps.append(f"bicubic to {image_size} x {image_size}")
+    return ", ".join(steps)
+
+
 def jpeg_round_trip(raw: np.ndarray) -> np.ndarray:
     """Rotate [H, H, 3] uint8 by 180 degrees, then encode and decode it exactly as TensorFlow does.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from vlarl_rllib.envs import libero_tasks
 from vlarl_rllib.envs.base import VLAEnv
-from vlarl_rllib.envs.image import observation_image
+from vlarl_rllib.envs.image import describe_path, observation_image
 from vlarl_rllib.types import ACTION_SIZE, EnvSpec
 
 CAMERA = "agentview"
@@ -110,6 +110,11 @@ class LiberoEnv(VLAEnv):
     def horizon(suite: str) -> int:
         libero_tasks.check_suite(suite)
         return libero_tasks.HORIZONS[suite]
+
+    @staticmethod
+    def describe_frames(image_size: int, *, center_crop: bool) -> str:
+        drawn = EnvSpec("libero").camera_size
+        return f"{CAMERA} drawn at {drawn} x {drawn}, {describe_path(image_size, center_crop=center_crop)}"
 
     @property
     def simulation(self) -> Any:
@@ -221,11 +226,17 @@ class LiberoEnv(VLAEnv):
     def _load(self, task_id: int) -> None:
         """Build the model of a task: 3 to 12 s, and up to 2 GB while it compiles."""
         from vlarl_rllib.envs.camera import OffscreenCamera
-        from vlarl_rllib.envs.libero_simulation import build_simulation, observe_only, release_build_memory
+        from vlarl_rllib.envs.libero_simulation import (
+            build_simulation,
+            observe_only,
+            release_build_memory,
+            show_textures_as_they_are,
+        )
 
         self.close()
         simulation = build_simulation(libero_tasks.bddl_file(self.env_spec.suite, task_id))
         model = simulation.sim.model._model
+        show_textures_as_they_are(model)
         self._camera = OffscreenCamera(model, CAMERA, self.env_spec.camera_size, fast=self.env_spec.fast_render)
         observe_only(simulation, _FRAME, self._render_if_on, CONTROL_FREQUENCY)
         release_build_memory(model)

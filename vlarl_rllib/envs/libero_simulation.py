@@ -94,6 +94,19 @@ def numpy_seed(seed: int) -> Iterator[None]:
         np.random.set_state(before)
 
 
+def show_textures_as_they_are(model: Any) -> None:
+    """Undo what MuJoCo does since 3.3.3 with textures whose files say sRGB, before a rendering context reads them.
+
+    LIBERO's demonstrations, and with them every published checkpoint, come from earlier ones, which took all textures
+    as linear. Otherwise libero_object's floor is darker by a quarter of the range (LIBERO issue 88), and OpenVLA's
+    checkpoint for it succeeds in 68 instead of 88 % (openvla issue 282).
+    """
+    import mujoco
+
+    if hasattr(model, "tex_colorspace"):
+        model.tex_colorspace[:] = int(mujoco.mjtColorSpace.mjCOLORSPACE_LINEAR)
+
+
 def release_build_memory(model: Any) -> None:
     """Give back what building a model leaves behind: about 1 GB of 1.9 GB.
 

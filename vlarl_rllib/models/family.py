@@ -242,6 +242,23 @@ class PolicyFamily(ABC):
     def dataset_statistics(self, actions: np.ndarray, num_episodes: int) -> dict[str, Any]:
         """`norm_stats` entry of demonstrations: environment actions [N, 7]."""
 
+    def prompt(self, instruction: str) -> str | None:
+        """The text that asks for actions, for a person to look at; None = the family does not say."""
+        return None
+
+    def describe(self, checkpoint: str) -> str | None:
+        """What a checkpoint's model is made of, in words, from its JSON files; None = the family does not say."""
+        return None
+
+    def cache_bytes(self, checkpoint: str | None, dtype: str) -> int:
+        """Memory that an engine keeps for each running decision; 0 where there is no cache.
+
+        Args:
+            checkpoint: a directory; None = a published one.
+            dtype: of the engine.
+        """
+        return 0
+
     def preset_facts(self) -> Mapping[str, PolicyFacts]:
         """The small models that can be made from a seed, by name; only of the package's own families."""
         return {}

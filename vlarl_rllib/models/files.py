@@ -8,7 +8,10 @@ have a library fetch or import something, and weights that a library would fail 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +71,8 @@ def check_weights(directory: Path) -> None:
         check_safetensors(directory / name)
 
 
-def check_safetensors(file: Path) -> None:
-    """Whether a file has the length that its header says.
+def check_safetensors(file: Path) -> dict[str, Any]:
+    """Whether a file has the length that its header says; what that header says of each tensor.
 
     Raises ValueError, in one line, where not, or where there is none.
     """
@@ -80,15 +83,42 @@ def check_safetensors(file: Path) -> None:
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"it has {size} bytes and its header claims {length}")
             header = json.loads(stream.read(length))
-        end = max(
-            (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
-        )
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
     except FileNotFoundError:
         raise ValueError(f"{file} is missing; {AGAIN}") from None
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no whole safetensors file ({error}); {AGAIN}") from None
     if 8 + length + end != size:
         raise ValueError(f"{file} is damaged: its header describes {8 + length + end} bytes, it has {size}; {AGAIN}")
+    return tensors
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What the headers of a model's weights say; the weights themselves are not read."""
+
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    dtypes: dict[str, int]
+    """Parameters by type, in safetensors' words: F32, BF16, ..."""
+
+
+def weight_facts(directory: Path) -> WeightFacts:
+    """Of a model's or adapter's directory. Raises ValueError, in one line, for a damaged file."""
+    dtypes: Counter[str] = Counter()
+    num_tensors = num_bytes = 0
+    whole = directory / WEIGHTS_FILE  # transformers prefers it to shards
+    for file in [whole] if whole.is_file() else sorted(directory.glob("*.safetensors")):
+        for name, entry in check_safetensors(file).items():
+            try:
+                (begin, end), size = map(int, entry["data_offsets"]), math.prod(map(int, entry["shape"]))
+                dtypes[str(entry["dtype"])] += size
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}: {name} cannot be read ({error}); {AGAIN}") from None
+            num_tensors, num_bytes = num_tensors + 1, num_bytes + end - begin
+    return WeightFacts(num_tensors, sum(dtypes.values()), num_bytes, dict(dtypes))
 
 
 def check_adapter(directory: str | Path) -> dict[str, Any]:

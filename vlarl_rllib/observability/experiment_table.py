@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from vlarl_rllib.observability.metrics import iteration_row
+from vlarl_rllib.observability.self_test import tell
 
 COLUMNS = (("iter", 6), ("steps", 9), ("success", 8), ("evaluation", 11), ("kl", 9), ("seconds", 8))
 MAX_NAME = 64
@@ -82,6 +83,7 @@ class ExperimentTable(Callback):
             self._console.print(f"{'trial':<{width}}" + "".join(f"{name:>{w}}" for name, w in COLUMNS), style="bold")
         cells = "".join(f"{cell:>{width}}" for cell, (_, width) in zip(self._cells(row), COLUMNS, strict=True))
         self._console.print(f"{_short_label(trial):<{self._width}}{cells}")
+        tell(row, self._console, of=f"{_short_label(trial)}: ", passed=False)
         if self._live is not None:
             self._live.update(self._table(trials), refresh=True)
 

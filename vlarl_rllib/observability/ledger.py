@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, LEARNER_RESULTS
 
 from vlarl_rllib.observability.metrics import (
     FAULTS,
@@ -17,6 +18,7 @@ from vlarl_rllib.observability.metrics import (
     iteration_details,
     iteration_metrics,
 )
+from vlarl_rllib.observability.self_test import SelfTest
 from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.rollout.contribution import REWARD_FAULTS
 from vlarl_rllib.types import EpisodeResult, WeightManifest
@@ -27,9 +29,10 @@ class Ledger:
 
     Args:
         earlier_faults: of earlier starts of the same run, by kind.
+        self_test: judges the numerics of each iteration.
     """
 
-    def __init__(self, earlier_faults: Mapping[str, int]) -> None:
+    def __init__(self, earlier_faults: Mapping[str, int], self_test: SelfTest) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         """Of the running iteration, by what they went to."""
         self.faults = Counter[str]()
@@ -40,6 +43,7 @@ class Ledger:
         self.initial_evaluation: dict[str, Any] | None = None
         """What was played before the first iteration."""
         self._earlier_faults = earlier_faults
+        self._self_test = self_test
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -65,12 +69,17 @@ class Ledger:
 
         Args:
             restarts: of parts that count them themselves, by kind of fault.
+
+        Raises:
+            SelfTestError: sampler and learner do not compute the same policy.
         """
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         seconds["other"] = max(0.0, wall_seconds - sum(s for name, s in seconds.items() if name != "startup"))
         fill_in_episode_means(results[ENV_RUNNER_RESULTS])
         initial = self.initial_evaluation if iteration == 1 else None
-        results["vlarl_details"] = iteration_details(self.episodes, initial, evaluation)
+        self_test = self._self_test.take(iteration, results[LEARNER_RESULTS][DEFAULT_MODULE_ID])
+        self.faults["failed_self_tests"] += bool(self_test and self_test["failed"])
+        results["vlarl_details"] = iteration_details(self.episodes, initial, evaluation) | {"self_test": self_test}
         self.rates.add(results["vlarl_details"])
         results["vlarl"] = iteration_metrics(
             results,

@@ -80,8 +80,9 @@ FAULTS = (
     "failed_checkpoints",
     "damaged_checkpoints",
     "lost_output",
+    "failed_self_tests",
 )
-"""What can go wrong and was mended, counted since the run began."""
+"""What can go wrong and was mended or told, counted since the run began."""
 
 
 @dataclass

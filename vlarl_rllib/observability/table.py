@@ -10,6 +10,7 @@ from ray.tune import Callback
 from rich.console import Console
 
 from vlarl_rllib.observability.metrics import iteration_row
+from vlarl_rllib.observability.self_test import tell
 
 COLUMNS = (
     ("iter", 8), ("steps", 9), ("success", 8), ("policy", 9), ("value", 8), ("kl", 9),
@@ -52,6 +53,7 @@ class LiveTable(Callback):
             "".join(f"{text:>{width}}" for text, (_, width) in zip(self._cells(row), COLUMNS, strict=True))
         )
         self._print_evaluation(row["evaluation"])
+        tell(row, self._console)
 
     def _print_evaluation(self, evaluation: dict[str, Any] | None) -> None:
         if evaluation:

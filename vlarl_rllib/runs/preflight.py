@@ -53,7 +53,7 @@ def check(settings: Settings) -> None:
 
 def _check_decisions(settings: Settings) -> None:
     model, executed = settings.model, settings.rollout.execute_actions
-    actions = _facts(model.path, "model.path", model.family).actions
+    actions = model_facts(model.path, "model.path", model.family).actions
     if executed and executed > actions.num_actions:
         raise SettingsError(
             f"rollout.execute_actions: {executed} is more than the {actions.num_actions} action(s) of a decision of "
@@ -96,7 +96,7 @@ def check_collect(settings: Settings, out: Path) -> None:
         except ValueError as error:
             raise SettingsError(str(error)) from error
     check_tensorflow_datasets("vlarl collect")
-    _facts(settings.model.path, "model.path", settings.model.family)
+    model_facts(settings.model.path, "model.path", settings.model.family)
     if (out / env).exists():
         raise SettingsError(f"--out: {out / env} exists; give another directory, or remove it")
     check_environment(env)
@@ -122,7 +122,7 @@ def check_quickstart(settings: Settings, run: Path) -> None:
 
 def check_sft(settings: Settings, *, data_to_come: bool = False) -> None:
     """The same for supervised fine-tuning, also where `sft.data` is still to be collected."""
-    _facts(settings.model.path, "model.path", settings.model.family)
+    model_facts(settings.model.path, "model.path", settings.model.family)
     _check_additions(settings.model)
     if settings.sft.batch_size % max(1, settings.learners.num):
         raise SettingsError(
@@ -247,7 +247,7 @@ def check_model(
     Args:
         family: `model.family`.
     """
-    facts = _facts(path, path_name, family)
+    facts = model_facts(path, path_name, family)
     try:
         facts.action_statistics(unnorm_key)
     except ValueError as error:
@@ -258,7 +258,7 @@ def check_model(
         ) from error
 
 
-def _facts(path: str, path_name: str, family: str | None) -> PolicyFacts:
+def model_facts(path: str, path_name: str, family: str | None) -> PolicyFacts:
     """Of a preset, directory or hub id. Raises `SettingsError` where it is no checkpoint of a family that we know."""
     if family:
         try:
@@ -317,13 +317,14 @@ def _check_additions(model: ModelSettings) -> None:
             f"model.quantization: {model.quantization} needs bitsandbytes, which is not installed; run: pip "
             "install bitsandbytes"
         )
-    if model.critic_path and (critic := _facts(model.critic_path, "model.critic_path", model.family).image_size) != (
-        policy := _facts(model.path, "model.path", model.family).image_size
-    ):
-        raise SettingsError(
-            f"model.critic_path: {model.critic_path} sees {critic} pixels, the policy {policy}, and both get the "
-            "same frames; choose one of that size"
-        )
+    if model.critic_path:
+        critic = model_facts(model.critic_path, "model.critic_path", model.family).image_size
+        policy = model_facts(model.path, "model.path", model.family).image_size
+        if critic != policy:
+            raise SettingsError(
+                f"model.critic_path: {model.critic_path} sees {critic} pixels, the policy {policy}, and both get the "
+                "same frames; choose one of that size"
+            )
     family = _family(model.path, model)
     if model.critic_path and (other := _family(model.critic_path, model)) is not family:
         raise SettingsError(

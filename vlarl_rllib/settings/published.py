@@ -3,6 +3,7 @@ settings say nothing."""
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -10,6 +11,25 @@ FINE_TUNED_TEMPERATURE = 1.5
 """Checkpoints fine-tuned on one suite are so sure of their actions that they explore too little at temperature 1.
 VLA-RL (arXiv 2505.18719) trains these very checkpoints with PPO at 1.5; in its ablation libero_spatial ends at 90.2 %
 with 1.5 and at 85.8 % with 1.0. SimpleVLA-RL's 1.6 is for another model (OpenVLA-OFT) and algorithm (GRPO)."""
+
+
+@dataclass(frozen=True)
+class PublishedResult:
+    """A success rate that was published, with OpenVLA's LIBERO protocol."""
+
+    suite: str
+    success: float
+    standard_error: float
+    """Percent; of three seeds of 500 episodes."""
+
+    def spread(self, episodes: int) -> float:
+        """Percentage points within which an evaluation of so many episodes lies in 19 of 20 cases: what chance does to
+        both numbers."""
+        chance = self.success * (100.0 - self.success) / episodes
+        return 1.96 * math.sqrt(self.standard_error**2 + chance)
+
+
+RESULTS_FROM = "arXiv 2406.09246, appendix E, and the README of openvla/openvla"
 
 
 @dataclass(frozen=True)
@@ -24,22 +44,30 @@ class PublishedModel:
     """
     temperature: float
     """At which reinforcement learning samples its actions."""
+    result: PublishedResult | None = None
+    """What it should score; None = it was not made for LIBERO."""
+    num_parameters: int = 7_541_237_184
+    """Of all tensors in its files."""
+    image_size: int = 224
+    """Side of the frames that it sees, in pixels."""
+    family: str = "openvla"
+    """Kind of policy, as `model.family`."""
 
 
-def _fine_tuned(suite: str) -> PublishedModel:
-    return PublishedModel(
-        f"openvla/openvla-7b-finetuned-{suite.replace('_', '-')}", suite, True, FINE_TUNED_TEMPERATURE
-    )
+def _fine_tuned(suite: str, success: float, standard_error: float) -> PublishedModel:
+    hub_id = f"openvla/openvla-7b-finetuned-{suite.replace('_', '-')}"
+    result = PublishedResult(suite, success, standard_error)
+    return PublishedModel(hub_id, suite, True, FINE_TUNED_TEMPERATURE, result)
 
 
 PUBLISHED_MODELS = {
     # The base model, trained without augmentation; of its data sets, BridgeData V2 is the one that upstream's examples
     # use.
     "openvla-7b": PublishedModel("openvla/openvla-7b", "bridge_orig", False, 1.0),
-    "openvla-7b-finetuned-libero-spatial": _fine_tuned("libero_spatial"),
-    "openvla-7b-finetuned-libero-object": _fine_tuned("libero_object"),
-    "openvla-7b-finetuned-libero-goal": _fine_tuned("libero_goal"),
-    "openvla-7b-finetuned-libero-10": _fine_tuned("libero_10"),
+    "openvla-7b-finetuned-libero-spatial": _fine_tuned("libero_spatial", 84.7, 0.9),
+    "openvla-7b-finetuned-libero-object": _fine_tuned("libero_object", 88.4, 0.8),
+    "openvla-7b-finetuned-libero-goal": _fine_tuned("libero_goal", 79.2, 1.0),
+    "openvla-7b-finetuned-libero-10": _fine_tuned("libero_10", 53.7, 1.3),
 }
 """By the name that `model.path` takes; the hub id does too."""
 

@@ -25,6 +25,7 @@ from vlarl_rllib.models.files import (
 from vlarl_rllib.models.openvla import presets
 from vlarl_rllib.models.openvla.actions import NUM_ACTION_TOKENS, NUM_BINS, ActionTokenizer, OpenVLACodec
 from vlarl_rllib.models.openvla.actions import dataset_statistics as statistics_of
+from vlarl_rllib.models.openvla.prompt import build_prompt
 from vlarl_rllib.process.json_files import read_json_object
 from vlarl_rllib.process.own_files import replace_file
 
@@ -37,6 +38,17 @@ PUBLISHED_PADDING = 64
 """Rows that published checkpoints pad the vocabulary to a multiple of; the action ids lie below them."""
 PUBLISHED_VOCABULARY = 32064
 MAX_IMAGE_SIZE = 4096
+PUBLISHED_IMAGE_SIZE, PATCH_SIZE = 224, 14
+PUBLISHED_TOWER_SIZES = {
+    "featurizer": {"depth": 24, "embed_dim": 1024},
+    "fused_featurizer": {"depth": 27, "embed_dim": 1152},
+}
+LLAMA_SIZES = {"num_hidden_layers": 32, "hidden_size": 4096}
+"""What a config.json that leaves them out means, as the published ones do."""
+PROMPT_TOKENS = 128
+"""That an engine makes room for (`engines.protocol.MAX_PROMPT_TOKENS`)."""
+CACHE_BLOCK = 128
+"""Tokens that it reserves at once (`engines.vllm.compat.BLOCK_TOKENS`)."""
 PUBLISHED_TARGETS = (
     "q", "kv", "qkv", "proj", "fc1", "fc2", "fc3",
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
@@ -105,6 +117,32 @@ class OpenVLAFamily(PolicyFamily):
 
     def dataset_statistics(self, actions: np.ndarray, num_episodes: int) -> dict[str, Any]:
         return statistics_of(actions, num_episodes)
+
+    def prompt(self, instruction: str) -> str:
+        return build_prompt(instruction)
+
+    def describe(self, checkpoint: str) -> str:
+        config, _ = read_config(checkpoint)
+        towers = config.get("vision_towers")
+        towers = towers if isinstance(towers, Mapping) else {}
+        text = _sizes(config.get("text_config"), LLAMA_SIZES)
+        seen = " and ".join(
+            "{depth} blocks x {embed_dim}".format(**_sizes(towers.get(name), sizes))
+            for name, sizes in PUBLISHED_TOWER_SIZES.items()
+        )
+        return (
+            f"two vision towers ({seen}), projector, language model ({text['num_hidden_layers']} layers x "
+            f"{text['hidden_size']})"
+        )
+
+    def cache_bytes(self, checkpoint: str | None, dtype: str) -> int:
+        config = read_config(checkpoint)[0] if checkpoint else {}
+        text = _sizes(config.get("text_config"), LLAMA_SIZES)
+        side = self.read_facts(checkpoint).image_size if checkpoint else PUBLISHED_IMAGE_SIZE
+        tokens = (side // PATCH_SIZE) ** 2 + PROMPT_TOKENS + NUM_ACTION_TOKENS
+        element = 4 if dtype == "float32" else 2
+        keys_and_values = 2 * text["num_hidden_layers"] * text["hidden_size"] * element
+        return keys_and_values * -(-tokens // CACHE_BLOCK) * CACHE_BLOCK
 
     def preset_facts(self) -> Mapping[str, PolicyFacts]:
         return {name: presets.preset_facts(preset) for name, preset in presets.PRESETS.items()}
@@ -185,6 +223,12 @@ def _statistics(
         raise ValueError(f"{config_file}: norm_stats is {type(of_config).__name__}, must be an object by data set")
     origins = dict.fromkeys(of_config, str(config_file)) | dict.fromkeys(of_file, str(statistics_file))
     return of_config, of_file, origins
+
+
+def _sizes(given: Any, published: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of a part of config.json; what it leaves out, or what is no number, is as published."""
+    values = given if isinstance(given, Mapping) else {}
+    return {name: value if isinstance(value := values.get(name), int) else size for name, size in published.items()}
 
 
 def _copy_files(base: str, out: Path) -> None:

@@ -18,17 +18,12 @@ from torch import Tensor
 from transformers import BatchFeature, LlamaTokenizer, PreTrainedTokenizerFast
 
 from vlarl_rllib.models.openvla.configuration import find_checkpoint_file, hub_options_of, require_checkpoint_file
+from vlarl_rllib.models.openvla.prompt import build_prompt
 from vlarl_rllib.models.openvla.vision import PIXEL_MEAN, PIXEL_STD, normalize_pixels
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
-PROMPT_TEMPLATE = "In: What action should the robot take to {instruction}?\nOut:"
 SPACE_PIECE = "▁"
 """SentencePiece's mark for a space."""
-
-
-def build_prompt(instruction: str) -> str:
-    """The text that asks for an action; the instruction is lower-cased, as in training."""
-    return PROMPT_TEMPLATE.format(instruction=instruction.lower())
 
 
 def load_tokenizer(checkpoint: str | Path, **hub_options: Any) -> PreTrainedTokenizerFast:
