@@ -18,6 +18,7 @@ from vlarl_rllib.observability.metrics import (
     iteration_metrics,
 )
 from vlarl_rllib.process.lost_output import LOST
+from vlarl_rllib.process.source_revision import source_revision
 from vlarl_rllib.rollout.contribution import REWARD_FAULTS
 from vlarl_rllib.types import EpisodeResult, WeightManifest
 
@@ -40,6 +41,7 @@ class Ledger:
         self.initial_evaluation: dict[str, Any] | None = None
         """What was played before the first iteration."""
         self._earlier_faults = earlier_faults
+        self._git_revision = source_revision()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -70,13 +72,14 @@ class Ledger:
         seconds["other"] = max(0.0, wall_seconds - sum(s for name, s in seconds.items() if name != "startup"))
         fill_in_episode_means(results[ENV_RUNNER_RESULTS])
         initial = self.initial_evaluation if iteration == 1 else None
-        results["vlarl_details"] = iteration_details(self.episodes, initial, evaluation)
+        results["vlarl_details"] = iteration_details(self.episodes, initial, evaluation, self._git_revision)
         self.rates.add(results["vlarl_details"])
         results["vlarl"] = iteration_metrics(
             results,
             num_episodes=len(self.episodes),
             rates=self.rates,
             iteration=iteration,
+            timestamp=time.time(),
             seconds=seconds,
             policy_version=policy_version,
             manifest=manifest,
