@@ -34,11 +34,11 @@ from rich.table import Table
 from torch import Tensor
 
 import vlarl_rllib
-from vlarl_rllib.commands.report import STAGES_FILE
 from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.learner.collate import RolloutBatch
 from vlarl_rllib.learner.learner import VLALearner
 from vlarl_rllib.runs.directory import RunDirectory
+from vlarl_rllib.runs.files import STAGES_FILE
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PARTS = ("quickstart", "more_sft", "frozen", "shuffled", "local")

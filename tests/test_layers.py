@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runs",),
     ("config", "algorithm"),
     ("evaluation",),
+    ("reports",),
     ("commands",),
     ("cli",),
     ("__init__", "__main__"),

@@ -25,7 +25,6 @@ from vlarl_rllib.process.lost_output import LOST
 
 if TYPE_CHECKING:
     from ray.rllib.env.env_runner_group import EnvRunnerGroup
-    from ray.tune import Callback
 
 NAMESPACE = b"vlarl_rllib"
 
@@ -228,34 +227,6 @@ def tolerant_tune(
         patch.object(Trial, "handle_error", handle),
     ):
         yield
-
-
-def wandb_logger(project: str) -> Callback:
-    """Ray's logger for Weights & Biases, which hands the API key to its process as an argument.
-
-    Ray's own way is a runtime environment, which is written into logs for all to read.
-    """
-    import os
-
-    from ray.air.integrations.wandb import WANDB_ENV_VAR, WandbLoggerCallback, _WandbLoggingActor
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    class LoggingActor(_WandbLoggingActor):
-        def __init__(self, *args: Any, api_key: str | None, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            if api_key:
-                os.environ[WANDB_ENV_VAR] = api_key
-
-    class Logger(WandbLoggerCallback):
-        _logger_actor_cls = LoggingActor
-
-        def _start_logging_actor(self, trial: Any, exclude_results: list[str], **options: Any) -> None:
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            actor = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-            self._remote_logger_class = ray.remote(**actor)(self._logger_actor_cls)
-            super()._start_logging_actor(trial, exclude_results, api_key=os.environ.get(WANDB_ENV_VAR), **options)
-
-    return Logger(project=project, log_config=False)
 
 
 # RLlib

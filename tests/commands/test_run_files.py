@@ -3,6 +3,7 @@ read or written."""
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ import pytest
 import test_run_report
 from test_run_report import evaluation, row
 
-from vlarl_rllib.commands.report import compare, write_report
-from vlarl_rllib.observability import curves
+from vlarl_rllib.commands.report import report, write_report
 from vlarl_rllib.settings import SettingsError
 
 run = test_run_report.run
@@ -60,6 +60,16 @@ DAMAGED = {
     "a number of too many digits": (put("metrics.jsonl", "9" * 5000), "has no finished iteration"),
     "a summary that is a list": (put("summary.json", [1]), "summary.json: it is [1]"),
     "a summary without time": (put("summary.json", {"versions": {}}), "summary.json: wall_seconds"),
+    "a row of before there were timestamps": (
+        lambda root: put("metrics.jsonl", {k: v for k, v in row(1).items() if k != "timestamp"})(root),
+        "line 1: timestamp is missing; remove it, or make the run again",
+    ),
+    "a time that is NaN": (add_row(timestamp=float("nan")), "line 4: timestamp is nan"),
+    "a revision that is none": (add_row(git_revision="<script>"), "line 4: git_revision is '<script>'"),
+    "a huge return": (add_row(return_mean=HUGE), "line 4: return_mean is 1000"),
+    "a length below 0": (add_row(episode_length=-1.0), "line 4: episode_length is -1.0"),
+    "no rates that were applied": (add_row(applied=None), "line 4: applied is None"),
+    "a rate that is a text": (add_row(applied={"lr": "1", "value_lr": 1.0}), "line 4: applied.lr is '1'"),
     "an infinite time": (
         put("summary.json", '{"wall_seconds": Infinity, "versions": {}}'),
         "summary.json: wall_seconds is inf",
@@ -82,7 +92,9 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-@pytest.mark.parametrize("tell", [write_report, lambda path: compare([path])], ids=["report", "comparison"])
+@pytest.mark.parametrize(
+    "tell", [write_report, lambda path: report([path, path], path / "report.html")], ids=["report", "comparison"]
+)
 def test_a_damaged_file_is_one_line(name: str, tell: Callable[[Path], Any], run: Path) -> None:
     damage, message = DAMAGED[name]
     damage(run)
@@ -93,9 +105,20 @@ def test_a_damaged_file_is_one_line(name: str, tell: Callable[[Path], Any], run:
 
 
 def test_a_run_that_went_astray_has_a_report(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_row(value_loss=float("nan"), approx_kl=float("inf"), logprob_gap_max=1e38)(run)
+    add_row(value_loss=float("nan"), approx_kl=float("inf"), logprob_gap_max=1e38, return_mean=-1e38)(run)
+    add_row(entropy=1e-320, grad_norm=0.0, timestamp=0.0, env_steps=0, iteration=0, git_revision=None)(run)
     (run / "config.yaml").unlink()
-    assert write_report(run).is_file()
+    text = write_report(run).read_text()
+    assert "config.yaml is missing, or of another version: some-run" in text
+    numbers = re.findall(r'(?:points|[xy][12]?|c[xy])="([^"]*)"', text)
+    assert len(numbers) > 500 and not [one for one in numbers if re.search("[^-0-9., ]", one)]
+    report([run, run], run / "both.html")
+    nothing = dict.fromkeys(row(1)["seconds"], 0.0) | {"sample": 5e-324}
+    most = {"env_steps": 10**15, "iteration": 10**15, "timestamp": 1e15}
+    for changes in ({"seconds": nothing, "timestamp": 1.0}, most):
+        (run / "metrics.jsonl").unlink()
+        add_row(**changes)(run)
+        report([run, run], run / "both.html")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "stages.json", "config.yaml"])
@@ -153,7 +176,8 @@ def test_a_matplotlibrc_in_the_working_directory_changes_nothing(run: Path, monk
     import matplotlib
 
     seen = []
-    monkeypatch.setattr(curves, "_success", lambda *arguments: seen.append(matplotlib.rcParams["text.usetex"]))
+    drawn = "vlarl_rllib.reports.curves._draw"
+    monkeypatch.setattr(drawn, lambda *arguments: seen.append(matplotlib.rcParams["text.usetex"]))
     with matplotlib.rc_context({"text.usetex": True}):
         write_report(run)
-    assert seen == [False]
+    assert set(seen) == {False}

@@ -19,6 +19,7 @@ import ray
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.observability.metrics import iteration_row
 from vlarl_rllib.process.calls import EndRequested
+from vlarl_rllib.process.source_revision import source_revision
 from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
 from vlarl_rllib.rewards.worker import RewardService
 from vlarl_rllib.runs.checkpoints import CheckpointStore
@@ -128,6 +129,8 @@ def test_sampled_log_probs_are_the_learners_and_versions_rise(algorithm: VLAPPO)
             "nothing was learned, so the equality above would mean nothing"
         )
         assert row["episodes"] > 0 and row["sync_bytes"] > 1e6
+        assert row["episode_length"] > 0 and row["return_mean"] is not None and row["git_revision"] == source_revision()
+    assert 0 < second["timestamp"] - first["timestamp"] < time.time() - first["timestamp"] < 600
 
 
 def test_rllib_has_imported_no_tensorflow_for_anybody(algorithm: VLAPPO) -> None:

@@ -2,14 +2,17 @@
 left behind."""
 
 import itertools
+import json
 import os
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from command_helpers import CONFIG, Command
+from wandb_files import history_of, run_of
 
 from vlarl_rllib.models.presets import write_checkpoint
 from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
@@ -51,6 +54,36 @@ def make_model_with_decoys(directory: Path) -> None:
         )
 
 
+def steps_on_wandb(run: Path) -> list[dict[str, Any]]:
+    return [step for file in run.glob("wandb/offline-run-*/*.wandb") for step in history_of(file)]
+
+
+def assert_logged_to_wandb(run: Path) -> None:
+    """The settings, the rows, and of the evaluation a table and films; offline, as far as a kill let it."""
+    [file] = run.glob("wandb/offline-run-*/*.wandb")
+    told, config = run_of(file)
+    assert (told.run_id, told.display_name, told.project) == ((run / "wandb" / "id.txt").read_text(), "run", "test")
+    assert config["env"]["max_steps"] == 8 and "num_env_runners" not in config
+    evaluation, first, *_ = history_of(file)
+    assert (evaluation["_step"], evaluation["evaluation/episodes"]) == (0, 2)
+    assert (first["_step"], first["env_steps"]) == (1, 32) and first["seconds/sample"] > 0.0
+    table = json.loads((file.parent / "files" / evaluation["evaluation/tasks/path"]).read_text())
+    assert [row[0] for row in table["data"]] == [0, 1] and all(row[1] for row in table["data"])
+    film = (file.parent / "files" / evaluation["evaluation/films/videos"][0]["path"]).read_bytes()
+    assert film in [video.read_bytes() for video in run.glob("videos/*.mp4")]
+
+
+def assert_continued_on_wandb(run: Path, rows: list[dict[str, Any]], seen: int) -> None:
+    """One run there, to which the resumed one has added at least `seen` iterations; all with their numbers."""
+    files = list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) >= 2, "of the run that was killed, and of the resumed one"
+    ids = {run_of(file)[0].run_id for file in files if history_of(file)}
+    assert ids == {(run / "wandb" / "id.txt").read_text()}
+    logged = [step for step in steps_on_wandb(run) if step["_step"]]
+    assert {step["_step"] for step in logged} >= {1, seen}
+    assert all(step["token_checksum"] == rows[step["_step"] - 1]["token_checksum"] for step in logged)
+
+
 @pytest.mark.timeout(600)
 def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_along(tmp_path: Path) -> None:
     """The model's directory, which the first command runs in, is somebody else's; others use this machine too."""
@@ -68,6 +101,8 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
         "run.checkpoint_every=1",
         "--set",
         "run.wandb=test",
+        "--set",
+        "evaluation.episodes=2",
     ]
 
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as scratch:
@@ -78,7 +113,7 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
             cwd=model,
             variables={**SECRETS, "RAY_TMPDIR": scratch, "WANDB_MODE": "offline"},
         )
-        killed.wait_until(lambda: len(killed.rows()) >= 3)
+        killed.wait_until(lambda: len(killed.rows()) >= 3 and len(steps_on_wandb(killed.path)) >= 2)
         killed.process.kill()
         killed.process.wait()
         killed.leaves_nothing(60)  # of a killed driver
@@ -88,7 +123,7 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
         assert private.stat().st_mode & 0o777 == 0o700
         assert files_with_secrets(private) == []
     assert files_with_secrets(killed.path) == []
-    assert list(killed.path.glob("trial_*/wandb/offline-run-*")), "nothing was logged, so no secret could be either"
+    assert_logged_to_wandb(killed.path)
     assert yaml.safe_load((killed.path / "config.yaml").read_text())["model"]["path"] == str(model)
     before = killed.rows()
 
@@ -120,6 +155,9 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
         assert [row["token_checksum"] for row in played] == [row["token_checksum"] for row in rows[: len(played)]]
     versions = [row["policy_version"] for row in rows]
     assert all(a < b for a, b in itertools.pairwise(versions)), versions
+    assert_continued_on_wandb(resumed.path, rows, len(seen) - 1)
+    events = b"".join(file.read_bytes() for file in resumed.path.glob("trial_*/events.out.tfevents.*"))
+    assert b"ray/tune/vlarl/approx_kl" in events and b"ray/tune/vlarl/seconds/sample" in events
 
 
 @pytest.mark.timeout(600)

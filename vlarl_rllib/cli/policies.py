@@ -135,16 +135,28 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.", parser=expanded)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR...",
+            help="Directories of runs, or of Tune experiments with a run in each trial.",
+            parser=expanded,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="HTML file; default report.html in the one directory, runs/compare-<time>.html for several.", **PATH
+        ),
+    ] = None,
 ) -> None:
-    """Write curves.png and report.html of runs, and print one line for each."""
-    from vlarl_rllib.commands.report import compare, write_report
+    """Write the report of a run, or one of many beside each other, and print one line for each."""
+    from vlarl_rllib.commands.report import report as write
     from vlarl_rllib.process.console import make_console
 
-    written = [write_report(run) for run in runs]
-    make_console().print(compare(runs))
-    for file in written:
-        typer.echo(f"wrote {os.path.relpath(file)}")
+    file, table = write(runs, out)
+    make_console().print(table)
+    typer.echo(f"wrote {os.path.relpath(file)}")
 
 
 @app.command(name="make-checkpoint")

@@ -18,19 +18,20 @@ from typing import Any
 from rich.table import Table
 
 from vlarl_rllib.commands.collect import run_collect
-from vlarl_rllib.commands.report import STAGES_FILE, stage_cells
 from vlarl_rllib.commands.sft import MODEL_DIRECTORY, run_sft
 from vlarl_rllib.commands.train import run_training
 from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.evaluation.report import wilson_interval
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import presets, write_checkpoint
-from vlarl_rllib.observability.curves import evaluation_points
 from vlarl_rllib.process.console import make_console, pasted
 from vlarl_rllib.process.lost_output import keep_trying
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
+from vlarl_rllib.reports.page import stage_cells
+from vlarl_rllib.reports.series import evaluation_points
 from vlarl_rllib.runs.directory import RunDirectory
+from vlarl_rllib.runs.files import STAGES_FILE
 from vlarl_rllib.runs.preflight import DEMONSTRATIONS
 from vlarl_rllib.runs.ray_session import ray_session
 from vlarl_rllib.settings import Settings, calculate_runtime_args

@@ -20,11 +20,12 @@ from vlarl_rllib.envs.registry import eval_options
 from vlarl_rllib.errors import FinalError, cause_of, one_line
 from vlarl_rllib.observability.metrics import FAULTS, SECONDS
 from vlarl_rllib.observability.table import LiveTable
+from vlarl_rllib.observability.wandb_logger import wandb_logger
 from vlarl_rllib.process.console import make_console, pasted
 from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
-from vlarl_rllib.rllib_compat import tolerant_tune, wandb_logger
+from vlarl_rllib.rllib_compat import tolerant_tune
 from vlarl_rllib.runs.checkpoints import CheckpointStore, number_of
 from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on, installed_versions
 from vlarl_rllib.runs.pulse import FROZEN_SECONDS, TrialWatch

@@ -27,11 +27,12 @@ from vlarl_rllib.observability.experiment_table import (
     label_of,
     short,
 )
+from vlarl_rllib.observability.wandb_logger import wandb_logger
 from vlarl_rllib.process.console import make_console, pasted
 from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
-from vlarl_rllib.rllib_compat import give_up, restored_tuner, tolerant_tune, trial_path, wandb_logger
+from vlarl_rllib.rllib_compat import give_up, restored_tuner, tolerant_tune, trial_path
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.runs.directory import RunDirectory
 from vlarl_rllib.runs.experiment_watch import ExperimentWatch
@@ -153,7 +154,7 @@ def _fit(
     table = ExperimentTable(experiment.base.run.iterations, console)
     callbacks: list[Any] = [table, watch, *loggers()]
     if experiment.base.run.wandb:
-        callbacks.append(wandb_logger(experiment.base.run.wandb))
+        callbacks.append(wandb_logger(experiment.base.run.wandb, directory.name))
     with tolerant_tune(tell_error, watch.interrupted, watch.to_write), table:
         if restore:
             tuner = restored_tuner(str(directory), VLAPPO, _space(experiment), callbacks)

@@ -20,6 +20,7 @@ from vlarl_rllib.observability.metrics import (
 )
 from vlarl_rllib.observability.self_test import SelfTest
 from vlarl_rllib.process.lost_output import LOST
+from vlarl_rllib.process.source_revision import source_revision
 from vlarl_rllib.rollout.contribution import REWARD_FAULTS
 from vlarl_rllib.types import EpisodeResult, WeightManifest
 
@@ -44,6 +45,7 @@ class Ledger:
         """What was played before the first iteration."""
         self._earlier_faults = earlier_faults
         self._self_test = self_test
+        self._git_revision = source_revision()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -79,13 +81,15 @@ class Ledger:
         initial = self.initial_evaluation if iteration == 1 else None
         self_test = self._self_test.take(iteration, results[LEARNER_RESULTS][DEFAULT_MODULE_ID])
         self.faults["failed_self_tests"] += bool(self_test and self_test["failed"])
-        results["vlarl_details"] = iteration_details(self.episodes, initial, evaluation) | {"self_test": self_test}
+        details = iteration_details(self.episodes, initial, evaluation, self._git_revision)
+        results["vlarl_details"] = details | {"self_test": self_test}
         self.rates.add(results["vlarl_details"])
         results["vlarl"] = iteration_metrics(
             results,
             num_episodes=len(self.episodes),
             rates=self.rates,
             iteration=iteration,
+            timestamp=time.time(),
             seconds=seconds,
             policy_version=policy_version,
             manifest=manifest,

@@ -87,19 +87,24 @@ FAULTS = (
 
 @dataclass
 class LastRates:
-    """Success as it was known last, so that there is a number in every iteration: Tune's `stop`, schedulers and CSV
-    need one."""
+    """How episodes ended, as it was known last, so that there is a number in every iteration: Tune's `stop`, schedulers
+    and CSV need one."""
 
     training: float = 0.0
     """Of the last iteration in which an episode ended; 0 before the first."""
     evaluation: float = 0.0
     """Of the last evaluation; 0 before the first."""
     best_evaluation: float = 0.0
+    return_mean: float = 0.0
+    """As `training`."""
+    episode_length: float = 0.0
+    """As `training`."""
 
     def add(self, details: dict[str, Any]) -> None:
         """Take what `iteration_details` has."""
         if details["success_rate"] is not None:
             self.training = details["success_rate"]
+            self.return_mean, self.episode_length = details["return_mean"], details["episode_length"]
         for evaluation in (details["initial_evaluation"], details["evaluation"]):
             if evaluation:
                 self.evaluation = evaluation["success_rate"]
@@ -107,16 +112,27 @@ class LastRates:
 
 
 def iteration_details(
-    episodes: Sequence[EpisodeResult], initial_evaluation: dict[str, Any] | None, evaluation: dict[str, Any] | None
+    episodes: Sequence[EpisodeResult],
+    initial_evaluation: dict[str, Any] | None,
+    evaluation: dict[str, Any] | None,
+    git_revision: str | None,
 ) -> dict[str, Any]:
-    """`result["vlarl_details"]`: what is not there in every iteration.
+    """`result["vlarl_details"]`: what is not there in every iteration, or no number.
 
     Args:
         episodes: those that ended in the iteration; None is the success rate of none.
         initial_evaluation: what `evaluation_metrics` made before the first iteration, else None.
         evaluation: the same behind this iteration, None where none was due.
+        git_revision: `source_revision` of the trial's process.
     """
-    return {**_success(episodes), "initial_evaluation": initial_evaluation, "evaluation": evaluation}
+    return {
+        **_success(episodes),
+        "return_mean": float(np.mean([episode.reward for episode in episodes])) if episodes else None,
+        "episode_length": float(np.mean([episode.length for episode in episodes])) if episodes else None,
+        "initial_evaluation": initial_evaluation,
+        "evaluation": evaluation,
+        "git_revision": git_revision,
+    }
 
 
 def fill_in_episode_means(runners: dict[str, Any]) -> None:
@@ -147,6 +163,7 @@ def iteration_metrics(
     num_episodes: int,
     rates: LastRates,
     iteration: int,
+    timestamp: float,
     seconds: dict[str, float],
     policy_version: int,
     manifest: WeightManifest | None,
@@ -156,17 +173,21 @@ def iteration_metrics(
 
     Args:
         num_episodes: that ended in the iteration.
+        timestamp: its end, Unix seconds.
         faults: see `FAULTS`.
     """
     runners = results["env_runners"]
     learner = results["learners"]["default_policy"]
     return {
         "iteration": iteration,
+        "timestamp": timestamp,
         "env_steps": int(runners["num_env_steps_sampled_lifetime"]),
         "episodes": num_episodes,
         "success_rate": rates.training,
         "evaluation_success_rate": rates.evaluation,
         "best_evaluation_success_rate": rates.best_evaluation,
+        "return_mean": rates.return_mean,
+        "episode_length": rates.episode_length,
         **{name: float(learner[name]) for name in LEARNER_METRICS},
         **{name: float(runners[name]) for name in RUNNER_SUMS},
         "seconds": {name: float(seconds.get(name, 0.0)) for name in SECONDS},

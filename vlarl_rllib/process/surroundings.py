@@ -15,7 +15,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies
 
 from vlarl_rllib.errors import SettingsError
@@ -235,9 +235,9 @@ def check_wandb(project: str) -> None:
             f"run.wandb: {project!r} needs wandb, which is not installed; run: pip install wandb, or set "
             "run.wandb to null"
         )
-    if os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
+    if _wandb_stays_here() or os.environ.get("WANDB_API_KEY"):
         return
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = _wandb_url().hostname or ""
     for file in (os.environ.get("NETRC"), os.path.expanduser("~/.netrc"), os.path.expanduser("~/_netrc")):
         try:
             if file and netrc.netrc(file).authenticators(host):
@@ -248,6 +248,23 @@ def check_wandb(project: str) -> None:
         f"run.wandb: {project!r} is given, but there is no login to {host}; run `wandb login`, set "
         "WANDB_API_KEY, or set WANDB_MODE to offline"
     )
+
+
+def wandb_is_not_reached() -> str | None:
+    """Why what is logged cannot be sent to Weights & Biases now; None where it can, or is not to be."""
+    target = _wandb_url()
+    if _wandb_stays_here() or getproxies().get(target.scheme) or getproxies().get("all"):
+        return None
+    port = target.port or (443 if target.scheme == "https" else 80)
+    return unreachable(target.hostname, port) if target.hostname else "its address has no host"
+
+
+def _wandb_stays_here() -> bool:
+    return os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled")
+
+
+def _wandb_url() -> SplitResult:
+    return urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
 
 
 def forgo_the_hub_where_it_is_not_reached() -> bool:

@@ -6,6 +6,7 @@ runs/NAME/config.yaml       the resolved settings
           processes.json    who is who while it runs
           checkpoints/      complete checkpoints, the newest few
           trial_.../        Tune's result.json, progress.csv and TensorBoard files
+          wandb/            with `run.wandb`: its id there, and W&B's own files
 
 A run of `vlarl sft` has the first three and checkpoints, a line and a checkpoint every so many steps, and `model/`.
 """

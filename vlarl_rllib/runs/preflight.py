@@ -17,6 +17,7 @@ from vlarl_rllib.process.surroundings import (
     check_wandb,
     cluster_address,
     forgo_the_hub_where_it_is_not_reached,
+    wandb_is_not_reached,
 )
 from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.rewards.weighted import make_reward
@@ -193,6 +194,11 @@ def doubts(settings: Settings) -> list[str]:
             f"curriculum.kind: adaptive keeps a record of each of the {starts:,} starts, and learns of one only "
             "by playing it; "
             "set curriculum.starts_per_task to fewer"
+        )
+    if settings.run.wandb and (reason := wandb_is_not_reached()):
+        found.append(
+            f"run.wandb: Weights & Biases does not answer ({reason}); where that stays so, the run logs to wandb/ in "
+            "its directory, to be sent with: wandb sync"
         )
     return found
 
