@@ -58,8 +58,8 @@ def faulty_worker_class() -> type:
     from vlarl_rllib.rewards.worker import RewardWorker
 
     class FaultyWorker(RewardWorker):
-        def __init__(self, directory: str, device: str) -> None:
-            super().__init__(directory, device)
+        def __init__(self, directory: str, *arguments: str) -> None:
+            super().__init__(directory, *arguments)
             self._fault = Path(directory) / "fault"
 
         def judge(self, images: Any, instruction: str) -> Any:

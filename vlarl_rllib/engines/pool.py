@@ -161,9 +161,10 @@ class EnginePool:
     def _create(self, members: Sequence[_Member]) -> None:
         environment = {"env_vars": engine_env_vars(self._spec)}
         for member in members:
-            actor_class = self._actor_class.options(max_restarts=0, runtime_env=environment, **member.options)
+            options = {"max_restarts": 0, "runtime_env": environment, **member.options}
             role = f"engine-{member.index}"
-            member.handle = self._names.start(actor_class, role, self._spec, f"{self._names.run}/{role}")
+            name = f"{self._names.run}/{role}"
+            member.handle = self._names.start(self._actor_class, role, options, self._spec, name)
 
     def _settle(self, members: Sequence[_Member], manifest: WeightManifest | None) -> None:
         """Wait for new actors and give them the weights; those that fail are made anew."""

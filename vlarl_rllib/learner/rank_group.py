@@ -79,8 +79,7 @@ class RankGroup:
             options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}}
             if group is not None and self._bundles is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, self._bundles[index])
-            named = self.names.start(actor_class.options(**options), f"learner-{index}", **self._arguments)
-            self.workers.append(named)
+            self.workers.append(self.names.start(actor_class, f"learner-{index}", options, **self._arguments))
         nodes = self._wait([worker.node.remote() for worker in self.workers])
         address, port = self._wait([self.workers[0].rendezvous.remote(one_node=len(set(nodes)) == 1)])[0]
         self.pids = self._wait(

@@ -113,7 +113,8 @@ class RewardService:
         self._arguments = (directory, device, run, suite)
         self._names = ActorNames(run)
         actor_class: Any = ray.remote(concurrency_groups={PINGS: 1})(worker_class)
-        self._actor_class = actor_class.options(max_restarts=-1, max_task_retries=0, **actor_options)
+        self._actor_class = actor_class
+        self._options = {"max_restarts": -1, "max_task_retries": 0, **actor_options}
         self._patience_seconds = patience_seconds
         self.pid = 0
         """Process id of the worker, as of when it last answered."""
@@ -168,7 +169,7 @@ class RewardService:
         self.handle.follow_run.remote(run, suite)
 
     def _start(self) -> Any:
-        return self._names.start(self._actor_class, "reward", *self._arguments)
+        return self._names.start(self._actor_class, "reward", self._options, *self._arguments)
 
     def shutdown(self) -> None:
         """Kill the worker for good; safe to call twice."""

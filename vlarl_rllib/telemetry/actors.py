@@ -26,16 +26,16 @@ class ActorNames:
         """Ray's options for the actor with this role."""
         return {"name": f"{self.run}/{role}", "namespace": self.namespace}
 
-    def start(self, actor_class: Any, role: str, *args: Any, **kwargs: Any) -> Any:
+    def start(self, actor_class: Any, role: str, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Start an actor under its name; `RUN/engine-0~2` where the one before it, which was killed, still has that.
 
         Args:
-            actor_class: with all its other options.
+            options: of Ray, beside the name.
         """
         for attempt in itertools.count(1):
             try:
                 name = role if attempt == 1 else f"{role}~{attempt}"
-                return actor_class.options(**self.of(name)).remote(*args, **kwargs)
+                return actor_class.options(**options, **self.of(name)).remote(*args, **kwargs)
             except ActorAlreadyExistsError:
                 continue
 

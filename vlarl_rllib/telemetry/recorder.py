@@ -45,7 +45,9 @@ class Telemetry:
 
     def __init__(self, run: str, suite: str, actor: str) -> None:
         self.num_failures = 0
-        """Reports of one number that failed; they count as lost output too."""
+        """Reports of one number that failed, again and again where it always does."""
+        self._failed: set[Any] = set()
+        """Metrics and sources that failed once or more; each counts once as lost output."""
         self._labels = dict(zip(COMMON_LABELS, (run, suite, actor), strict=True))
         self._lock, self._reporting = threading.Lock(), threading.Lock()
         self._counts: dict[Key, float] = defaultdict(float)
@@ -113,7 +115,7 @@ class Telemetry:
 
     def _report(self) -> None:
         for source in self._sources:
-            self._try(source)
+            self._try(source, source)
         if not ray.is_initialized():
             return
         with self._lock:
@@ -122,24 +124,25 @@ class Telemetry:
             self._counts.clear()
         observations = [self._observations.popleft() for _ in range(len(self._observations))]
         for key, amount in counts.items():
-            self._try(_record, Kind.COUNTER, key, amount, labels)
+            self._try(key[0], _record, Kind.COUNTER, key, amount, labels)
         for key, value in values.items():
-            self._try(_record, Kind.GAUGE, key, value, labels)
+            self._try(key[0], _record, Kind.GAUGE, key, value, labels)
         for key, value in observations:
-            self._try(_record, Kind.HISTOGRAM, key, value, labels)
+            self._try(key[0], _record, Kind.HISTOGRAM, key, value, labels)
 
     def _run(self) -> None:
         while not self._closed.wait(REPORT_SECONDS):
             self.report()
 
-    def _try(self, function: Callable[..., None], *args: Any) -> None:
+    def _try(self, what: Any, function: Callable[..., None], *args: Any) -> None:
         try:
             function(*args)
         except Exception as error:  # the boundary: whatever is the matter with a metric, the run goes on
             self.num_failures += 1
-            LOST.count += 1
-            if self.num_failures == 1:
-                logger.warning("a metric is lost, and perhaps more: %s: %s", type(error).__name__, error)
+            if what not in self._failed:
+                self._failed.add(what)
+                LOST.count += 1
+                logger.warning("a metric is lost: %s: %s: %s", what, type(error).__name__, error)
 
 
 def watch_gpu_memory(telemetry: Telemetry) -> None:
