@@ -121,6 +121,7 @@ class VLAPPOConfig(PPOConfig):
         """
         config = self.copy(copy_frozen=False)
         config.run_dir = str(directory)
+        config.run_name = config.run_name or f"{directory.parent.name}/{directory.name}"
         if last is not None:
             config.faults, config.policy_version = dict(last["faults"]), last["policy_version"]
         config.freeze()
