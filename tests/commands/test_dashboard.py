@@ -117,8 +117,11 @@ def test_a_token_that_prometheus_cannot_use_is_told(
     assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
 
 
-def test_an_address_that_is_none_is_refused_and_one_that_is_silent_is_told(place: Path) -> None:
+def test_mistakes_are_refused_and_an_address_that_is_silent_is_told(place: Path) -> None:
     done = vlarl_dashboard(place, "--address", "head:8265")
     assert done.returncode == 2 and "head:8265" in done.stderr and "http://head:8265" in done.stderr
+    (place / "file").touch()
+    done = vlarl_dashboard(place, "--out", "file")
+    assert done.returncode == 2 and "is a file" in done.stderr
     done = vlarl_dashboard(place, "--address", "http://127.0.0.1:9")
     assert done.returncode == 0 and "does not answer" in done.stdout

@@ -1,9 +1,11 @@
 """What the recorder hands to Ray: totals become increments, gauges stay, and nothing that fails reaches the run."""
 
 import ast
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +103,20 @@ def test_what_fails_is_counted_and_the_rest_is_told(
     telemetry.report()
     assert telemetry.num_failures == 6 and LOST.count - lost == 3, "each thing counts once"
     assert len(told["iteration"].told) == 2
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_gpu_memory_is_told_once_torch_uses_a_gpu(
+    telemetry: Telemetry, told: dict[str, FakeInstrument], monkeypatch: pytest.MonkeyPatch, in_use: bool
+) -> None:
+    cuda = SimpleNamespace(
+        is_initialized=lambda: in_use, memory_allocated=lambda: 2 * 2**30, memory_reserved=lambda: 3 * 2**30
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    recorder.watch_gpu_memory(telemetry)
+    telemetry.report()
+    numbers = {tags["state"]: value for value, tags in told["gpu_memory_bytes"].told}
+    assert numbers == ({"allocated": 2 * 2**30, "reserved": 3 * 2**30} if in_use else {})
 
 
 def test_telling_costs_microseconds(telemetry: Telemetry) -> None:

@@ -28,7 +28,10 @@ PROMETHEUS, GRAFANA = "http://localhost:9090", "http://localhost:3000"
 DISCOVERY = "/api/prometheus/sd"
 """Ray's list of the nodes to scrape."""
 BOARD = "vlarl.json"
-SECTIONS = """[security]
+SECTIONS = """[server]
+http_addr = 127.0.0.1
+
+[security]
 allow_embedding = true
 
 [auth.anonymous]
@@ -48,11 +51,13 @@ def write_dashboard(out: Path, address: str | None) -> None:
         address: of a cluster's dashboard, http://host:8265; None = every Ray that runs on this machine.
 
     Raises:
-        SettingsError: `address` is no such URL.
+        SettingsError: `address` is no such URL, or `out` no directory.
     """
     if address is not None:
         address = _checked(address)
     out = out.absolute()
+    if out.exists() and not out.is_dir():
+        raise SettingsError(f"--out: {out} is a file; name a directory, which may be a new one")
     console = make_console()
     files = _files(out, address)
     for file, content in files.items():
@@ -160,7 +165,8 @@ def _say_how(console: Console, out: Path) -> None:
     boards = shlex.quote(str(_board_of(out).parent))
     lines = (
         f"Prometheus, then at {PROMETHEUS}:",
-        f"  prometheus --config.file={here}/prometheus.yml --storage.tsdb.path={here}/data",
+        f"  prometheus --config.file={here}/prometheus.yml --storage.tsdb.path={here}/data "
+        "--web.listen-address=127.0.0.1:9090",
         f"Grafana, then at {GRAFANA}, dashboard “vlarl runs” (--homepath is where it is installed):",
         f"  grafana server --homepath=/usr/share/grafana --config={here}/grafana/grafana.ini",
         "Ray's dashboard shows Grafana's panels of Ray itself where it was started with:",

@@ -77,9 +77,9 @@ class VLALearner(Rank, PPOTorchLearner):
         return self.config.run_name or "vlarl", self.settings.env.label
 
     def shutdown(self) -> None:
-        self.telemetry.close()
         if hasattr(self, "sharded"):
             self.sharded.close()
+            self.telemetry.close()
         self.leave()
 
     def reconfigure(self, config: Any) -> None:
