@@ -17,7 +17,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("process",),
-    ("types", "rllib_compat"),
+    ("types", "rllib_compat", "telemetry"),
     ("envs",),
     ("settings",),
     ("models",),

@@ -71,6 +71,8 @@ class VLAPPOConfig(PPOConfig):
         """What Tune samples: values over `vla` by dotted key, or under one name a mapping of several such keys."""
         self.run_dir: str | None = None
         """Where checkpoints go; None = into the directory that Tune names."""
+        self.run_name: str | None = None
+        """What the run is called on Ray's dashboard and in metrics; None = as `run_dir`, else as Tune's trial."""
         self.restore_from: str | None = None
         """Checkpoint to begin with; None = the model as `model.path` has it."""
         self.faults: dict[str, int] = {}
@@ -118,6 +120,13 @@ class VLAPPOConfig(PPOConfig):
                 )
         return super().update_from_dict(config_dict)
 
+    def named(self, otherwise: str) -> VLAPPOConfig:
+        """A frozen copy with `run_name`, which is the run directory's name where there is one."""
+        named = self.copy(copy_frozen=False)
+        named.run_name = self.run_name or (Path(self.run_dir).name if self.run_dir else otherwise)
+        named.freeze()
+        return named
+
     def of_trial(self, directory: Path, last: Mapping[str, Any] | None) -> VLAPPOConfig:
         """A frozen copy for a trial of a Tune experiment in this directory.
 
@@ -126,6 +135,7 @@ class VLAPPOConfig(PPOConfig):
         """
         config = self.copy(copy_frozen=False)
         config.run_dir = str(directory)
+        config.run_name = config.run_name or f"{directory.parent.name}/{directory.name}"
         if last is not None:
             config.faults, config.policy_version = dict(last["faults"]), last["policy_version"]
         config.freeze()
@@ -158,6 +168,8 @@ class VLAPPOConfig(PPOConfig):
             enforce_eager=engines.enforce_eager,
             mix_calls=not settings.lockstep,
             seed=settings.run.seed,
+            run=self.run_name or "vlarl",
+            suite=settings.env.label,
         )
 
     def validate(self) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 NAMESPACE = b"vlarl_rllib"
+NameOptions = Callable[[str], dict[str, str]]
+"""Role of an actor -> Ray's options that name it."""
 
 # Ray
 
@@ -110,6 +112,11 @@ def trial_directory(trainable: Any) -> Path | None:
 def trial_path(trial: Any) -> str:
     """The directory of a trial, as `trial_directory` names it inside of the trial."""
     return str(Path(trial.storage.trial_fs_path))
+
+
+def trial_name(trainable: Any) -> str:
+    """Tune's name of the trial; outside of Tune that of the directory for results."""
+    return str(trainable.trial_name) if trainable._trial_info else Path(trainable.logdir).name
 
 
 def result_without_checkpoint(trainable: Any) -> Any:
@@ -278,7 +285,7 @@ def call_dead(runners: EnvRunnerGroup, index: int) -> None:
     runners._worker_manager.set_actor_state(index, healthy=False)
 
 
-def make_runner_group(config: Any) -> EnvRunnerGroup:
+def make_runner_group(config: Any, name: NameOptions) -> EnvRunnerGroup:
     """Runners without an Algorithm, each with its config by value: one in the object store may be gone when Ray starts
     a runner anew."""
     from ray.rllib.env.env_runner_group import EnvRunnerGroup
@@ -287,7 +294,26 @@ def make_runner_group(config: Any) -> EnvRunnerGroup:
         def _make_worker(self, *, config: Any, **kwargs: Any) -> Any:
             return super()._make_worker(config=self._remote_config, **kwargs)
 
-    return ByValue(config=config, local_env_runner=False)
+    with named_runners(name):
+        return ByValue(config=config, local_env_runner=False)
+
+
+@contextmanager
+def named_runners(name: NameOptions) -> Iterator[None]:
+    """Around the making of RLlib's runners, which it gives no name.
+
+    Ray starts a dead one anew under the name that it has.
+    """
+    from ray.rllib.env.env_runner_group import EnvRunnerGroup
+
+    make_worker = EnvRunnerGroup._make_worker
+
+    def make_named(group: EnvRunnerGroup, *, worker_index: int, **kwargs: Any) -> Any:
+        with patch.object(group, "_remote_args", {**group._remote_args, **name(f"runner-{worker_index}")}):
+            return make_worker(group, worker_index=worker_index, **kwargs)
+
+    with patch.object(EnvRunnerGroup, "_make_worker", make_named):
+        yield
 
 
 @contextmanager

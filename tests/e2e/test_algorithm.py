@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from vlarl_rllib.process.calls import EndRequested
 from vlarl_rllib.process.source_revision import source_revision
 from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
 from vlarl_rllib.rewards.worker import RewardService
+from vlarl_rllib.rllib_compat import runner_actors
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings import Settings
+from vlarl_rllib.telemetry.table import METRICS, Kind
 
 STEPS = 4 * 40
 """Steps of one iteration below: 4 slots of 40."""
@@ -59,8 +62,8 @@ def faulty_worker_class() -> type:
     from vlarl_rllib.rewards.worker import RewardWorker
 
     class FaultyWorker(RewardWorker):
-        def __init__(self, directory: str, device: str) -> None:
-            super().__init__(directory, device)
+        def __init__(self, directory: str, *arguments: str) -> None:
+            super().__init__(directory, *arguments)
             self._fault = Path(directory) / "fault"
 
         def judge(self, images: Any, instruction: str) -> Any:
@@ -131,6 +134,44 @@ def test_sampled_log_probs_are_the_learners_and_versions_rise(algorithm: VLAPPO)
         assert row["episodes"] > 0 and row["sync_bytes"] > 1e6
         assert row["episode_length"] > 0 and row["return_mean"] is not None and row["git_revision"] == source_revision()
     assert 0 < second["timestamp"] - first["timestamp"] < time.time() - first["timestamp"] < 600
+
+
+def run_name(algorithm: VLAPPO) -> str:
+    return Path(str(algorithm.config.run_dir)).name
+
+
+def test_actors_are_called_after_the_run(algorithm: VLAPPO) -> None:
+    run = run_name(algorithm)
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    roles = ("engine-0", "learner-0", "reward", "runner-1")
+    assert sorted(name for name in names if name.startswith(f"{run}/")) == [f"{run}/{role}" for role in roles]
+    actors = [
+        *algorithm.engine_pool.handles,
+        *algorithm.learner_group.ranks.workers,
+        algorithm.reward_service.handle,
+        *runner_actors(algorithm.env_runner_group).values(),
+    ]
+    assert ray.get([actor.__ray_call__.remote(repr) for actor in actors]) == [f"{run}/{role}" for role in roles]
+    assert repr(algorithm) == f"{run}/algorithm"
+
+
+def test_metrics_reach_the_port_that_prometheus_scrapes(algorithm: VLAPPO) -> None:
+    """As far as this run has what they need; ten seconds are Ray's interval."""
+    newest(algorithm)
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    expected = {
+        metric.exported + ("_count" if metric.kind is Kind.HISTOGRAM else "")
+        for metric in METRICS.values()
+        if metric.needs != "a GPU"
+    }
+    label, deadline, found = f'run="{run_name(algorithm)}"', time.monotonic() + 40, set[str]()
+    while not expected <= found and time.monotonic() < deadline:
+        with urllib.request.urlopen(address) as answer:
+            lines = answer.read().decode().splitlines()
+        found = {line.partition("{")[0] for line in lines if label in line and 'suite="synthetic"' in line}
+        time.sleep(0.5)
+    assert expected - found == set()
 
 
 def test_rllib_has_imported_no_tensorflow_for_anybody(algorithm: VLAPPO) -> None:

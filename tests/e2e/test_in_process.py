@@ -2,6 +2,7 @@
 brings along."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,11 @@ from ray.tune.utils import flatten_dict
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.errors import DivergedError, SettingsError
 from vlarl_rllib.models.family import load_family
+from vlarl_rllib.observability.metrics import iteration_row
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings import Settings
 
+PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 GIVEN: dict[str, dict[str, Any]] = {
     "env": {
         "name": "synthetic",
@@ -108,6 +111,33 @@ def test_every_iteration_has_the_same_numbers(results: list[dict[str, Any]]) -> 
     assert [row["vlarl/evaluation_success_rate"] for row in rows] == [
         results[0]["vlarl_details"]["initial_evaluation"]["success_rate"]
     ] * ITERATIONS
+
+
+def names_of(row: dict[str, Any]) -> set[str]:
+    """Keys of a row of `metrics.jsonl`; those of what has several numbers behind a dot, but for tasks."""
+    names: set[str] = set()
+    for name, value in row.items():
+        inner = value if isinstance(value, dict) and name != "success_rate_by_task" else {}
+        names |= {f"{'evaluation' if name == 'initial_evaluation' else name}.{key}" for key in inner}
+        names |= set() if inner and "evaluation" not in name else {name}
+    return names
+
+
+def test_the_page_on_metrics_explains_what_a_row_has(results: list[dict[str, Any]]) -> None:
+    """Both ways: nothing is missing there, and nothing is explained that there is not."""
+    rows = PAGE.read_text().partition("## Exported")[0].splitlines()
+    columns = [line.split(" | ")[0] for line in rows if line.startswith("| `")]
+    explained = [name for column in columns for name in re.findall(r"`([\w.]+)`", column)]
+    assert len(explained) == len(set(explained))
+    assert set(explained) == set().union(*(names_of(iteration_row(result)) for result in results))
+
+
+def test_rates_are_amounts_over_seconds(results: list[dict[str, Any]]) -> None:
+    for row in (result["vlarl"] for result in results):
+        assert row["decisions_per_second"] == pytest.approx(row["decisions"] / row["seconds"]["sample"])
+        assert row["env_steps_per_second"] == pytest.approx(row["decisions_per_second"]), "one action a decision"
+        assert row["trained_samples_per_second"] == pytest.approx(row["trained_samples"] / row["seconds"]["update"])
+        assert row["trained_samples"] == row["decisions"] * Settings.from_dict(GIVEN).training.num_epochs
 
 
 def test_rllibs_own_numbers_are_there_from_the_first_iteration(results: list[dict[str, Any]]) -> None:

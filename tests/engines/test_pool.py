@@ -119,7 +119,7 @@ def test_engines_are_kept_well_and_current(make_pool):
     ray.get(pool.handles[0].set_num_decisions.remote(0))
     assert pool.ensure_current(manifest(4)) == 0
     os.kill(pids(pool)[0], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="vlarl-engine-0 failed 2 times in a row, at last with: "):
+    with pytest.raises(RuntimeError, match="engine-0 failed 2 times in a row, at last with: "):
         pool.ensure_current(manifest(4))
 
     left = pool.statuses()[1].pid

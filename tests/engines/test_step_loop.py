@@ -1,6 +1,7 @@
 """The engine's thread with a model that is a few lines of Python: batching, order of updates, and failure."""
 
 import threading
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -99,6 +100,20 @@ def test_an_update_lets_earlier_requests_finish_and_later_ones_wait(loop, steppe
     assert {future.result(SECONDS)[0].policy_version for future in after} == {4}
     assert stepper.loads_while_running == [0]
     assert loop.probe().result(SECONDS) == 4
+
+
+def test_it_knows_how_long_requests_took_and_how_many_wait(loop, stepper):
+    """What `engines.telemetry` tells of it."""
+    stepper.gate.clear()
+    before = loop.sample([request(), request()])
+    loop.update(manifest(1))
+    behind = loop.sample([request()])
+    time.sleep(0.2)
+    assert (loop.num_in_flight, loop.num_waiting) == (2, 1)
+    stepper.gate.set()
+    before.result(SECONDS), behind.result(SECONDS)
+    assert len(loop.latencies) == 3 and min(loop.latencies) >= 0.2
+    assert (loop.num_in_flight, loop.num_waiting) == (0, 0)
 
 
 def test_after_an_exception_nobody_waits(loop, stepper):

@@ -7,7 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vlarl_rllib.rllib_compat import kill_runners, told_why_runners_fail, trial_directory, without_tensorflow
+from vlarl_rllib.rllib_compat import (
+    kill_runners,
+    named_runners,
+    told_why_runners_fail,
+    trial_directory,
+    trial_name,
+    without_tensorflow,
+)
 
 with without_tensorflow():
     from ray.rllib.callbacks.utils import make_callback
@@ -39,6 +46,7 @@ from vlarl_rllib.runs.trial import TrialRun
 from vlarl_rllib.runs.trial_checkpoints import TrialCheckpoints
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 from vlarl_rllib.settings.in_place import IN_PLACE, needs_new_processes
+from vlarl_rllib.telemetry.actors import ActorNames
 from vlarl_rllib.weights.sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -46,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 class VLAPPO(CheckpointedPPO):
     """PPO for vision-language-action models. Build it from a `VLAPPOConfig`, or give it to `ray.tune.Tuner`."""
+
+    _run_name = ""  # before `setup`
 
     @classmethod
     def get_default_config(cls) -> VLAPPOConfig:
@@ -74,8 +84,11 @@ class VLAPPO(CheckpointedPPO):
         return config.build_algo(**kwargs)
 
     def __repr__(self) -> str:
-        """RLlib's asks the config, which a mistake in it keeps from being there: Ray would hide that mistake."""
-        return type(self).__name__
+        """What Ray's dashboard and logs call this actor.
+
+        RLlib's asks the config, which a mistake in it keeps from being there: Ray would hide that mistake.
+        """
+        return f"{self._run_name}/algorithm" if self._run_name else type(self).__name__
 
     # Set-up and end
 
@@ -86,10 +99,10 @@ class VLAPPO(CheckpointedPPO):
         check_placement(self._plan)
         # Engines and the judge take longest to start and need nothing from the rest, so they start first and are waited
         # for last.
-        self.reward_service = start_reward_worker(self._vla) if self._vla.rewards.process else None
+        self.reward_service = start_reward_worker(self._vla, self._run_name) if self._vla.rewards.process else None
         self.engine_pool = start_engines(self.config.engine_spec(), self._vla) if self._vla.engines.num else None
         self._pulse.doing = f"{self._vla.rollout.num_runners} runner(s) and {self._vla.learners.num} learner(s)"
-        with told_why_runners_fail():
+        with told_why_runners_fail(), named_runners(ActorNames(self._run_name).of):
             super().setup(self.config)
         require_runners(self.env_runner_group)
         self._connect(self.config.policy_version)
@@ -108,10 +121,11 @@ class VLAPPO(CheckpointedPPO):
         if config.run_dir is None and (trial := trial_directory(self)):
             self._trial_run = TrialRun(trial, config.settings())
             config = config.of_trial(trial, self._trial_run.last)
-        self.config, self._vla = config, config.settings()
+        self.config = config.named(otherwise=trial_name(self))
+        self._vla, self._run_name = config.settings(), str(self.config.run_name)
         self._plan = calculate_runtime_args(self._vla)
         self._pulse = Pulse(config.run_dir)
-        self.ledger = Ledger(config.faults, SelfTest.of(self._vla))
+        self.ledger = Ledger(config.faults, SelfTest.of(self._vla), self._run_name, self._vla.env.label)
         self._failed_iteration = -1
         self._successes = SuccessRecord(self._vla.curriculum.rule, self._vla.curriculum.temperature)
         self._models = model_fingerprints(self._vla)
@@ -155,6 +169,9 @@ class VLAPPO(CheckpointedPPO):
         self._trial_number += 1
         self._enter_trial(config)
         self.learner_group.reconfigure(self.config)
+        for part in (self.engine_pool, self.reward_service):
+            if part is not None:
+                part.follow_run(self._run_name, self._vla.env.label)
         self._connect(max(self.weight_sync.version, self.config.policy_version))
         self.metrics.reset()
         self._is_to_begin = True
@@ -162,6 +179,7 @@ class VLAPPO(CheckpointedPPO):
 
     def _leave_trial(self) -> None:
         self._pulse.stop()
+        self.ledger.close()
         if self._trial_run is not None:
             self._trial_run.close()
 

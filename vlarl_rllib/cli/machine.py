@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlarl_rllib.cli.app import app
-from vlarl_rllib.cli.options import Family, Overrides, expanded
+from vlarl_rllib.cli.options import PATH, Family, Overrides, expanded
 from vlarl_rllib.settings import Settings, SettingsError
 
 OF_A_CONFIG = ("--set", "--deep", "--cpus", "--gpus", "--memory", "--gpu-memory")
 OF_A_CHECKPOINT = ("--suite", "--env", "--family")
+
+DASHBOARD_FILES = "Where the files go."
+HEAD = "URL of a cluster's dashboard, http://head:8265; default every Ray that runs on this machine."
 
 
 @app.command()
@@ -83,3 +87,14 @@ def _refuse(given: dict[str, bool], options: tuple[str, ...], subject: str) -> N
     for option in options:
         if given.get(option):
             raise SettingsError(f"{option}: is about {subject}, which is not what was given; leave it out")
+
+
+@app.command()
+def dashboard(
+    out: Annotated[Path, typer.Option(help=DASHBOARD_FILES, **PATH)] = Path("vlarl-dashboard"),
+    address: Annotated[str | None, typer.Option(help=HEAD, show_default=False)] = None,
+) -> None:
+    """Write what Prometheus and Grafana need to show runs, and say how to start them."""
+    from vlarl_rllib.commands.dashboard import write_dashboard
+
+    write_dashboard(out, address)

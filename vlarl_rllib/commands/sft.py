@@ -98,7 +98,7 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
     log = RowLog(run, "step")
     log.forget_after(first)
     earlier_seconds = sum(row["seconds"] for row in log.rows)
-    with _learners(settings) as group, END.polled(partial(_notice, console)):
+    with _learners(settings, run.path.name) as group, END.polled(partial(_notice, console)):
         num_steps = sum(group.call("open_data", statistics["action"], first))
         if checkpoint:
             group.call("load_sharded", str(checkpoint / "learners"))
@@ -226,11 +226,11 @@ def _shown(row: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _learners(settings: Settings) -> Iterator[RankGroup]:
+def _learners(settings: Settings, name: str) -> Iterator[RankGroup]:
     """The learners alone, in a Ray of their own or the cluster's; or in this process for `learners.num: 0`."""
     settings = resolved(settings)
     with ray_session(calculate_runtime_args(settings).only(Role.LEARNER), settings):
-        group = RankGroup(SupervisedLearner, {"settings": settings.to_dict()}, settings)
+        group = RankGroup(SupervisedLearner, {"settings": settings.to_dict()}, settings, run=name)
         try:
             yield group
         finally:

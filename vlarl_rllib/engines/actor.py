@@ -2,7 +2,7 @@
 the model itself where the family has none for vLLM.
 
     options = {"runtime_env": {"env_vars": engine_env_vars(spec)}}
-    actor = ray.remote(EngineActor).options(**options).remote(spec, "vlarl-engine-0")
+    actor = ray.remote(EngineActor).options(**options).remote(spec, "my_run/engine-0")
     replies = ray.get(actor.sample.remote(requests))
 
 Importing this imports neither vLLM nor torch. The process that runs it must not also train: vLLM for CPUs replaces
@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 
 from vlarl_rllib.engines.protocol import MAX_PROMPT_TOKENS, EngineSpec, EngineStatus, check_requests
 from vlarl_rllib.engines.step_loop import StepLoop, Stepper
+from vlarl_rllib.engines.telemetry import watch_loop
 from vlarl_rllib.models.family import load_family
 from vlarl_rllib.process.malloc import KEEP_FREED_MEMORY
+from vlarl_rllib.telemetry.recorder import Telemetry
 from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class EngineActor:
         EngineError: the sampler did not start.
     """
 
-    def __init__(self, spec: EngineSpec, name: str = "vlarl-engine") -> None:
+    def __init__(self, spec: EngineSpec, name: str = "vlarl/engine-0") -> None:
         from vlarl_rllib.weights.source import expected_tensors
 
         self._name = name
@@ -69,6 +71,8 @@ class EngineActor:
         self._processor = family.processor(spec.model_path)
         self._expected: Shapes = expected_tensors(family.without_memory(spec.model_path))
         self._loop = StepLoop(partial(make_stepper, spec), facts.actions, name, mix_calls=spec.mix_calls)
+        self._telemetry = Telemetry(spec.run, spec.suite, name.rpartition("/")[2])
+        watch_loop(self._telemetry, self._loop, facts.actions)
 
     def __repr__(self) -> str:
         return self._name
@@ -88,6 +92,10 @@ class EngineActor:
         """See `Engine.load_weights`. The version is verified whole before the model is touched."""
         await asyncio.to_thread(self._verify, manifest)
         return await asyncio.wrap_future(self._loop.update(manifest))
+
+    async def follow_run(self, run: str, suite: str) -> None:
+        """Tell metrics as this run's from now on."""
+        self._telemetry.follow(run, suite)
 
     async def ping(self) -> EngineStatus:
         """`status`, once the model's own thread has answered between two steps: a hung or dead engine does not."""

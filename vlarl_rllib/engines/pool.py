@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -23,6 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from vlarl_rllib.engines.actor import EngineActor, engine_env_vars
 from vlarl_rllib.engines.protocol import EngineError, EngineSpec, EngineStatus
 from vlarl_rllib.errors import one_line
+from vlarl_rllib.telemetry.actors import ActorNames
 from vlarl_rllib.types import INITIAL_VERSION, WeightManifest
 from vlarl_rllib.weights.protocol import VersionGoneError
 
@@ -74,6 +75,7 @@ class EnginePool:
     ) -> None:
         self._spec = spec
         self._actor_class: Any = ray.remote(engine_class)
+        self._names = ActorNames(spec.run)
         self._start_timeout_seconds = start_timeout_seconds
         self._load_timeout_seconds = load_timeout_seconds
         self._ping_timeout_seconds = ping_timeout_seconds
@@ -144,6 +146,13 @@ class EnginePool:
         outcomes = self._call(self._members, "status", timeout_seconds=self._ping_timeout_seconds)
         return [None if isinstance(outcome, BaseException) else outcome for outcome in outcomes.values()]
 
+    def follow_run(self, run: str, suite: str) -> None:
+        """Have the engines tell metrics as this run's; waits for none of them."""
+        self._spec = replace(self._spec, run=run, suite=suite)
+        self._names = ActorNames(run)
+        for handle in self.handles:
+            handle.follow_run.remote(run, suite)
+
     def shutdown(self) -> None:
         """Kill every actor; safe to call twice."""
         for member in self._members:
@@ -152,8 +161,10 @@ class EnginePool:
     def _create(self, members: Sequence[_Member]) -> None:
         environment = {"env_vars": engine_env_vars(self._spec)}
         for member in members:
-            actor_class = self._actor_class.options(max_restarts=0, runtime_env=environment, **member.options)
-            member.handle = actor_class.remote(self._spec, f"vlarl-engine-{member.index}")
+            options = {"max_restarts": 0, "runtime_env": environment, **member.options}
+            role = f"engine-{member.index}"
+            name = f"{self._names.run}/{role}"
+            member.handle = self._names.start(self._actor_class, role, options, self._spec, name)
 
     def _settle(self, members: Sequence[_Member], manifest: WeightManifest | None) -> None:
         """Wait for new actors and give them the weights; those that fail are made anew."""
@@ -188,11 +199,10 @@ class EnginePool:
         """Count a failure. Raises RuntimeError where it is one too many."""
         member.num_failures += 1
         member.last_error = one_line(error)
-        logger.warning("vlarl-engine-%d failed (%d in a row): %s", member.index, member.num_failures, member.last_error)
+        logger.warning("engine-%d failed (%d in a row): %s", member.index, member.num_failures, member.last_error)
         if member.num_failures >= self._max_failures:
             raise RuntimeError(
-                f"vlarl-engine-{member.index} failed {member.num_failures} times in a row, at last with: "
-                f"{member.last_error}"
+                f"engine-{member.index} failed {member.num_failures} times in a row, at last with: {member.last_error}"
             )
         self.num_restarts += 1
         return member

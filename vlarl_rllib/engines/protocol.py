@@ -52,6 +52,10 @@ class EngineSpec:
     False = each call is a batch of its own, so that its rounding does not depend on timing.
     """
     seed: int
+    run: str = "vlarl"
+    """What the run is called, on Ray's dashboard and in metrics."""
+    suite: str = ""
+    """What its environments are called in metrics."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,9 @@ from vlarl_rllib.types import INITIAL_VERSION, SampleReply, SampleRequest, Weigh
 
 logger = logging.getLogger(__name__)
 
+MAX_LATENCIES = 10_000
+"""How many are kept for whoever reads them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -51,6 +54,7 @@ class _Call:
     """Requests of one caller; the future gets all replies together."""
 
     requests: Sequence[SampleRequest]
+    since: float = field(default_factory=time.perf_counter)
     future: Future[list[SampleReply]] = field(default_factory=Future)
     replies: dict[int, SampleReply] = field(default_factory=dict)
 
@@ -91,7 +95,9 @@ class StepLoop:
         self._error: str | None = None
         self.policy_version = INITIAL_VERSION
         self.num_decisions = 0
-        self.busy_seconds = 0.0
+        self.busy_seconds = self.load_seconds = 0.0
+        self.latencies: deque[float] = deque(maxlen=MAX_LATENCIES)
+        """Seconds from the arrival of each request to its reply, newest last; whoever reads them takes them out."""
         self.device = self.library = ""
         started: Future[None] = Future()
         threading.Thread(target=self._run, args=(build, started), name=f"{name}-loop", daemon=True).start()
@@ -117,6 +123,17 @@ class StepLoop:
         probe = _Probe()
         self._submit(probe)
         return probe.future
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests in the model."""
+        return len(self._in_flight)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not in the model yet."""
+        with self._wake:
+            return sum(len(item.requests) for item in self._inbox if isinstance(item, _Call))
 
     def _submit(self, item: _Call | _Update | _Probe) -> None:
         with self._wake:
@@ -164,7 +181,9 @@ class StepLoop:
             self.busy_seconds += time.perf_counter() - begin
             return
         if isinstance(item, _Update):
+            begin = time.perf_counter()
             stepper.load(item.manifest)
+            self.load_seconds += time.perf_counter() - begin
             self.policy_version = item.manifest.version
         item.future.set_result(self.policy_version)
 
@@ -178,6 +197,7 @@ class StepLoop:
         reply = checked_reply(sampled.token_ids, sampled.log_probs, self._actions, self.policy_version)
         call, index = self._in_flight.pop(sampled.request_id)
         self.num_decisions += 1
+        self.latencies.append(time.perf_counter() - call.since)
         call.replies[index] = reply
         if len(call.replies) == len(call.requests):
             call.future.set_result([call.replies[i] for i in range(len(call.requests))])

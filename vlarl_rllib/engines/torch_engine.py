@@ -29,6 +29,8 @@ class TorchEngine:
         policy_version: of the weights in use.
         max_batch: sequences of one forward pass.
         mix_calls: see `EngineSpec.mix_calls`; for `LocalSampler`.
+        actions: what a reply is.
+        num_decisions, busy_seconds: see `EngineStatus`.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -40,8 +42,9 @@ class TorchEngine:
         self._model = family.load(spec.model_path, dtype=getattr(torch, spec.dtype))
         self._model.to(self._device).eval()
         self._processor = family.processor(spec.model_path)
-        self._num_decisions = 0
-        self._busy_seconds = 0.0
+        self.actions = self._facts.actions
+        self.num_decisions = 0
+        self.busy_seconds = 0.0
 
     def check(self, requests: Sequence[SampleRequest]) -> None:
         """Raise ValueError for the first malformed request."""
@@ -54,8 +57,8 @@ class TorchEngine:
         replies: list[SampleReply] = []
         for start in range(0, len(requests), self.max_batch):
             replies += self._sample_batch(requests[start : start + self.max_batch])
-        self._num_decisions += len(replies)
-        self._busy_seconds += time.perf_counter() - begin
+        self.num_decisions += len(replies)
+        self.busy_seconds += time.perf_counter() - begin
         return replies
 
     @torch.no_grad()
@@ -81,8 +84,8 @@ class TorchEngine:
             device=self._device.type,
             library=f"transformers {transformers.__version__}",
             num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
-            num_decisions=self._num_decisions,
-            busy_seconds=self._busy_seconds,
+            num_decisions=self.num_decisions,
+            busy_seconds=self.busy_seconds,
         )
 
     def _sample_batch(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:

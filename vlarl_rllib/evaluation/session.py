@@ -139,7 +139,7 @@ def _play(request: EvaluationRequest, directory: EvaluationDirectory, starts: li
     with (
         ray_session(evaluation_plan(settings), settings),
         watch,
-        start_workers(settings) as workers,
+        start_workers(settings, directory.path.name) as workers,
     ):
         watch.ready()
         for played in workers.calls.evaluate(starts, change_tasks=True, seconds=ROUND_SECONDS, record=record):

@@ -12,6 +12,7 @@ from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.rllib_compat import kill_runners, make_runner_group
 from vlarl_rllib.rollout.runner_pool import RunnerCalls
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, calculate_runtime_args
+from vlarl_rllib.telemetry.actors import ActorNames
 from vlarl_rllib.weights.sync import LoadedWeights
 
 if TYPE_CHECKING:
@@ -39,13 +40,17 @@ def evaluation_plan(settings: Settings) -> RuntimeArgs:
 
 
 @contextmanager
-def start_workers(settings: Settings) -> Iterator[Workers]:
+def start_workers(settings: Settings, name: str) -> Iterator[Workers]:
     """Engines that serve the checkpoint as it is, and runners; all are gone afterwards.
+
+    Args:
+        name: what they are called on Ray's dashboard and in metrics, before a slash and their role.
 
     Raises:
         RuntimeError: an engine does not start.
     """
     config = VLAPPOConfig.from_settings(settings)
+    config.run_name = name
     config.validate()
     config.freeze()
     engines = settings.engines
@@ -60,7 +65,7 @@ def start_workers(settings: Settings) -> Iterator[Workers]:
                 actor_options=options,
                 start_timeout_seconds=engines.start_timeout_seconds,
             )
-        runners = make_runner_group(config)
+        runners = make_runner_group(config, ActorNames(name).of)
         if pool is not None:
             pool.wait_until_ready()
         calls = RunnerCalls(

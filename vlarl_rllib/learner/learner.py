@@ -10,6 +10,7 @@ group's time-out.
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, Scores, ShardedPo
 from vlarl_rllib.models.build import build_models
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.settings import Settings
+from vlarl_rllib.telemetry.recorder import Telemetry, watch_gpu_memory
 from vlarl_rllib.types import WeightManifest
 
 logger = logging.getLogger(__name__)
@@ -65,12 +67,19 @@ class VLALearner(Rank, PPOTorchLearner):
         return super().join(rank, world_size, address, port)
 
     def build(self) -> None:
+        self.telemetry = Telemetry(*self._run_labels(), f"learner-{self._rank}")
+        watch_gpu_memory(self.telemetry)
         self.join_alone()
         super().build()
+
+    def _run_labels(self) -> tuple[str, str]:
+        """What metrics say of the run: its name and its suite."""
+        return self.config.run_name or "vlarl", self.settings.env.label
 
     def shutdown(self) -> None:
         if hasattr(self, "sharded"):
             self.sharded.close()
+            self.telemetry.close()
         self.leave()
 
     def reconfigure(self, config: Any) -> None:
@@ -84,6 +93,7 @@ class VLALearner(Rank, PPOTorchLearner):
             weight_decay=training.weight_decay,
             if_diverged=lower_the_rates(training.rates),
         )
+        self.telemetry.follow(*self._run_labels())
         self.entropy_coeff_schedulers_per_module.clear()
         self.metrics.reset()
         self._weights_seq_no = 0
@@ -135,6 +145,10 @@ class VLALearner(Rank, PPOTorchLearner):
     def receive(self, refs: list[Any]) -> list[int | None]:
         """Fetch this rank's contributions one by one; their decisions, or None where the data was lost with its
         runner."""
+        with self._phase("receive"):
+            return self._receive(refs)
+
+    def _receive(self, refs: list[Any]) -> list[int | None]:
         contributions: list[Any] = []
         for ref in refs:
             try:
@@ -166,9 +180,13 @@ class VLALearner(Rank, PPOTorchLearner):
         batch, self._batch = self._batch, None
         self.before_gradient_based_update(timesteps=timesteps or {})
         self._weights_seq_no += 1
-        targets = self._targets(batch)
-        self._optimize(batch, targets, plan, warm_up=iteration < self.settings.training.critic_warmup_iterations)
-        self.sharded.require_finite_weights()
+        with self._phase("score"):
+            targets = self._targets(batch)
+        with self._phase("optimize"):
+            warm_up = iteration < self.settings.training.critic_warmup_iterations
+            self._optimize(batch, targets, plan, warm_up=warm_up)
+            self.sharded.require_finite_weights()
+        self.telemetry.count("trained_samples", batch.num_decisions * self.settings.training.num_epochs)
         self._log_steps(batch)
         self.after_gradient_based_update(timesteps=timesteps or {})
         return self.metrics.reduce()
@@ -267,6 +285,7 @@ class VLALearner(Rank, PPOTorchLearner):
             "grad_norm": norms[POLICY],
             "grad_norm_critic": norms[CRITIC],
             "skipped": float(not finite),
+            "samples": float(num_valid),
         }
 
     # Weights and checkpoints
@@ -274,7 +293,8 @@ class VLALearner(Rank, PPOTorchLearner):
     def publish_weights(self, version: int) -> WeightManifest | None:
         """See `ShardedPolicy.publish`; the module's state names the version."""
         self.module[DEFAULT_MODULE_ID].weights_version = version
-        return self.sharded.publish(version)
+        with self._phase("publish"):
+            return self.sharded.publish(version)
 
     def retire_weights(self, before: int) -> None:
         """See `ShardedPolicy.retire`."""
@@ -282,11 +302,13 @@ class VLALearner(Rank, PPOTorchLearner):
 
     def save_sharded(self, directory: str) -> None:
         """See `ShardedPolicy.save`."""
-        self.sharded.save(Path(directory))
+        with self._phase("checkpoint"):
+            self.sharded.save(Path(directory))
 
     def load_sharded(self, directory: str) -> None:
         """See `ShardedPolicy.load`."""
-        self.sharded.load(Path(directory))
+        with self._phase("checkpoint"):
+            self.sharded.load(Path(directory))
 
     def _get_optimizer_state(self) -> dict[str, Any]:
         """Nothing: sharded state cannot travel as one learner's numpy; see `save_sharded`."""
@@ -294,6 +316,9 @@ class VLALearner(Rank, PPOTorchLearner):
 
     def _set_optimizer_state(self, state: dict[str, Any]) -> None:
         """Nothing: see `load_sharded`."""
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return self.telemetry.timed("learner_seconds", phase=name)
 
     # Metrics; every rank logs the same numbers, so RLlib's mean over learners is the number itself
 
@@ -328,13 +353,15 @@ class VLALearner(Rank, PPOTorchLearner):
         )
 
     def _log_optimization(self, history: list[dict[str, float]]) -> None:
-        means = {name: float(np.mean([entry[name] for entry in history])) for name in history[0] if name != "skipped"}
+        averaged = history[0].keys() - {"skipped", "samples"}
+        means = {name: float(np.mean([entry[name] for entry in history])) for name in averaged}
         self._log(
             **means,
             **{f"first_{name}": history[0][name] for name in FIRST_MINIBATCH},
             optimizer_steps=float(len(history)),
             **self._applied(),
             skipped_updates=sum(entry["skipped"] for entry in history),
+            trained_samples=sum(entry["samples"] for entry in history),
         )
 
     def _applied(self) -> dict[str, float]:

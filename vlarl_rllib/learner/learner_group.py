@@ -17,6 +17,7 @@ from ray.rllib.utils.actor_manager import RemoteCallResults, ResultOrError
 from vlarl_rllib.learner.collate import UpdatePlan, assign_owners
 from vlarl_rllib.learner.rank_group import RankGroup
 from vlarl_rllib.settings import Settings
+from vlarl_rllib.telemetry.actors import ActorNames
 from vlarl_rllib.types import WeightManifest
 
 
@@ -39,8 +40,9 @@ class VLALearnerGroup(LearnerGroup):
         settings = Settings.from_dict(self.config.vla)
         learner_config = config if not settings.learners.num else self.config
         self.ranks = RankGroup(
-            self.config.learner_class, {"config": learner_config, "module_spec": module_spec}, settings, bundles
-        )
+            self.config.learner_class, {"config": learner_config, "module_spec": module_spec}, settings, bundles,
+            self.config.run_name or "vlarl",
+        )  # fmt: skip
 
     @property
     def _learner(self) -> Any:
@@ -64,6 +66,7 @@ class VLALearnerGroup(LearnerGroup):
     def reconfigure(self, config: Any) -> None:
         """See `VLALearner.reconfigure`."""
         self.config, self._received = config, []
+        self.ranks.names = ActorNames(config.run_name)
         self.ranks.reconfigure(Settings.from_dict(config.vla), config=config)
 
     # An iteration

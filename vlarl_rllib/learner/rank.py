@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.settings import Settings
+from vlarl_rllib.telemetry.actors import own_name
 
 LOOPBACK = "127.0.0.1"
 _MEMBERS: set[int] = set()
@@ -28,6 +29,10 @@ class Rank:
     settings: Settings
     _rank, _world_size = 0, 1
     _store_socket: socket.socket | None = None
+
+    def __repr__(self) -> str:
+        """What Ray's dashboard and logs call this actor."""
+        return own_name(type(self).__name__)
 
     def node(self) -> str:
         """Which node this actor is on."""

@@ -15,6 +15,7 @@ from vlarl_rllib.errors import DivergedError, one_line
 from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.process.malloc import KEEP_FREED_MEMORY
 from vlarl_rllib.settings import LearnerSettings, Settings
+from vlarl_rllib.telemetry.actors import ActorNames
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class RankGroup:
         arguments: of its constructor.
         settings: of the run.
         bundles: index of each rank's bundle in the current placement group; None = placed by Ray.
+        run: what the run is called.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class RankGroup:
         arguments: Mapping[str, Any],
         settings: Settings,
         bundles: Sequence[int] | None = None,
+        run: str = "vlarl",
     ) -> None:
-        self.settings = settings
+        self.settings, self.names = settings, ActorNames(run)
         self.timeout_seconds = settings.learners.timeout_seconds
         """Longest wait for all ranks to answer a call."""
         self.local: Any = None
@@ -76,7 +79,7 @@ class RankGroup:
             options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}}
             if group is not None and self._bundles is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, self._bundles[index])
-            self.workers.append(actor_class.options(**options).remote(**self._arguments))
+            self.workers.append(self.names.start(actor_class, f"learner-{index}", options, **self._arguments))
         nodes = self._wait([worker.node.remote() for worker in self.workers])
         address, port = self._wait([self.workers[0].rendezvous.remote(one_node=len(set(nodes)) == 1)])[0]
         self.pids = self._wait(

@@ -19,9 +19,11 @@ from vlarl_rllib.observability.metrics import (
     iteration_metrics,
 )
 from vlarl_rllib.observability.self_test import SelfTest
+from vlarl_rllib.observability.telemetry import tell_iteration
 from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.process.source_revision import source_revision
 from vlarl_rllib.rollout.contribution import REWARD_FAULTS
+from vlarl_rllib.telemetry.recorder import Telemetry
 from vlarl_rllib.types import EpisodeResult, WeightManifest
 
 
@@ -31,9 +33,11 @@ class Ledger:
     Args:
         earlier_faults: of earlier starts of the same run, by kind.
         self_test: judges the numerics of each iteration.
+        run, suite: labels of the metrics that Prometheus is told.
     """
 
-    def __init__(self, earlier_faults: Mapping[str, int], self_test: SelfTest) -> None:
+    def __init__(self, earlier_faults: Mapping[str, int], self_test: SelfTest, run: str, suite: str) -> None:
+        self._telemetry = Telemetry(run, suite, "algorithm")
         self.seconds: dict[str, float] = defaultdict(float)
         """Of the running iteration, by what they went to."""
         self.faults = Counter[str]()
@@ -95,6 +99,11 @@ class Ledger:
             manifest=manifest,
             faults=self._total_faults(results[ENV_RUNNER_RESULTS], restarts),
         )
+        tell_iteration(self._telemetry, results)
+
+    def close(self) -> None:
+        """Tell no more metrics."""
+        self._telemetry.close()
 
     def _total_faults(self, runners: Mapping[str, Any], restarts: Mapping[str, int]) -> dict[str, int]:
         """Since the run began."""

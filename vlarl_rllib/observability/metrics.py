@@ -46,6 +46,7 @@ LEARNER_METRICS = (
     "value_mean",
     "optimizer_steps",
     "skipped_updates",
+    "trained_samples",
 )
 """What `VLALearner` logs for its policy."""
 APPLIED = ("lr", "value_lr", "weight_decay", "clip_low", "clip_high", "minibatch_size", "temperature")
@@ -190,6 +191,9 @@ def iteration_metrics(
         "episode_length": rates.episode_length,
         **{name: float(learner[name]) for name in LEARNER_METRICS},
         **{name: float(runners[name]) for name in RUNNER_SUMS},
+        "env_steps_per_second": _rate(runners[names.NUM_ENV_STEPS_SAMPLED], seconds.get("sample")),
+        "decisions_per_second": _rate(runners["decisions"], seconds.get("sample")),
+        "trained_samples_per_second": _rate(learner["trained_samples"], seconds.get("update")),
         "seconds": {name: float(seconds.get(name, 0.0)) for name in SECONDS},
         "policy_version": policy_version,
         "sync_bytes": manifest.num_bytes if manifest else 0,
@@ -206,6 +210,10 @@ def evaluation_metrics(results: Sequence[EpisodeResult]) -> dict[str, Any]:
         "mean_length": float(np.mean([result.length for result in results])) if results else None,
         "failures": sorted([result.task_id, result.initial_state] for result in results if not result.success),
     }
+
+
+def _rate(amount: float, seconds: float | None) -> float:
+    return float(amount) / seconds if seconds else 0.0
 
 
 def _success(results: Sequence[EpisodeResult]) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from vlarl_rllib.observability.metrics import iteration_row
 from vlarl_rllib.observability.self_test import tell
 
 COLUMNS = (
-    ("iter", 8), ("steps", 9), ("success", 8), ("policy", 9), ("value", 8), ("kl", 9),
-    ("sample", 8), ("update", 8), ("sync", 7), ("eta", 9),
+    ("iter", 8), ("steps", 9), ("success", 8), ("policy", 8), ("value", 7), ("kl", 8),
+    ("sample", 7), ("update", 7), ("sync", 6), ("env/s", 7), ("calls/s", 8), ("train/s", 8), ("eta", 9),
 )  # fmt: skip
+RATES = ("env_steps_per_second", "decisions_per_second", "trained_samples_per_second")
 
 
 class LiveTable(Callback):
@@ -71,9 +72,10 @@ class LiveTable(Callback):
             f"{row['env_steps']:,}",
             success,
             f"{row['policy_loss']:.4f}",
-            f"{row['value_loss']:.4f}",
+            f"{row['value_loss']:.3f}",
             f"{row['approx_kl']:.1e}",
-            *(f"{seconds[name]:.1f} s" for name in ("sample", "update", "sync")),
+            *(f"{seconds[name]:.1f}" for name in ("sample", "update", "sync")),
+            *(f"{row[name]:.1f}" if row[name] < 1000 else f"{row[name]:,.0f}" for name in RATES),
             time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} d",
         ]
 

@@ -215,10 +215,19 @@ def _check_auth() -> None:
 
 def has_ray_token() -> bool:
     """Whether Ray would find a token, in the places where it looks."""
-    return bool(
-        os.environ.get("RAY_AUTH_TOKEN")
-        or _has_text(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
-    )
+    return bool(os.environ.get("RAY_AUTH_TOKEN") or ray_token_file())
+
+
+def ray_token_file() -> Path | None:
+    """The file that Ray would take its token from, where there is one."""
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    return Path(file).absolute() if _has_text(file) else None
+
+
+def ray_token() -> str:
+    """The token that Ray would use; empty where there is none."""
+    file = ray_token_file()
+    return os.environ.get("RAY_AUTH_TOKEN") or (file.read_text().strip() if file else "")
 
 
 def _has_text(path: str) -> bool:

@@ -21,6 +21,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.rewards.judges import load_judge
+from vlarl_rllib.telemetry.actors import ActorNames, own_name
+from vlarl_rllib.telemetry.recorder import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,19 @@ class RewardWorker:
     with an actor.
     """
 
-    def __init__(self, directory: str, device: str) -> None:
+    def __init__(self, directory: str, device: str, run: str = "vlarl", suite: str = "") -> None:
         self._judge = load_judge(directory, device)
         self._since: float | None = None
+        self._telemetry = Telemetry(run, suite, "reward")
+
+    def __repr__(self) -> str:
+        """What Ray's dashboard and logs call this actor."""
+        return own_name(type(self).__name__)
+
+    @ray.method(concurrency_group=PINGS)
+    def follow_run(self, run: str, suite: str) -> None:
+        """Tell metrics as this run's from now on."""
+        self._telemetry.follow(run, suite)
 
     @ray.method(concurrency_group=PINGS)
     def ping(self) -> tuple[int, float]:
@@ -62,6 +74,7 @@ class RewardWorker:
                 os._exit(1)
             raise
         finally:
+            self._telemetry.observe("judge_seconds", time.monotonic() - self._since)
             self._since = None
 
     def judge(self, images: np.ndarray, instruction: str) -> np.ndarray:
@@ -78,6 +91,8 @@ class RewardService:
         actor_options: Ray options: num_cpus, num_gpus, scheduling_strategy, ...
         patience_seconds: a worker that answers no ping, or is at one call, for so long is killed; Ray starts another.
         worker_class: the actor's class.
+        run: what the run is called.
+        suite: what its environments are called in metrics.
 
     Raises:
         ValueError: in one line, where the directory holds no judge; no actor is started then.
@@ -91,17 +106,21 @@ class RewardService:
         actor_options: dict[str, Any],
         patience_seconds: float = PATIENCE_SECONDS,
         worker_class: type = RewardWorker,
+        run: str = "vlarl",
+        suite: str = "",
     ) -> None:
         check_judge(directory)
-        self._arguments = (directory, device)
+        self._arguments = (directory, device, run, suite)
+        self._names = ActorNames(run)
         actor_class: Any = ray.remote(concurrency_groups={PINGS: 1})(worker_class)
-        self._actor_class = actor_class.options(max_restarts=-1, max_task_retries=0, **actor_options)
+        self._actor_class = actor_class
+        self._options = {"max_restarts": -1, "max_task_retries": 0, **actor_options}
         self._patience_seconds = patience_seconds
         self.pid = 0
         """Process id of the worker, as of when it last answered."""
         self.num_restarts = 0
         """Workers that answered as a new process."""
-        self.handle: Any = self._actor_class.remote(*self._arguments)
+        self.handle: Any = self._start()
 
     def wait_until_ready(self, timeout_seconds: float = START_TIMEOUT_SECONDS) -> None:
         """Wait for the judge to be loaded.
@@ -137,12 +156,20 @@ class RewardService:
             ray.kill(self.handle, no_restart=False)
         except ActorDiedError as error:  # its constructor failed, after a restart
             logger.warning("the reward worker is lost (%s); another one is started", one_line(error))
-            self.handle = self._actor_class.remote(*self._arguments)
+            self.handle = self._start()
         except RayError as error:
             logger.warning("the reward worker is being restarted: %s", one_line(error))
         else:
             self.num_restarts += pid != self.pid
             self.pid = pid
+
+    def follow_run(self, run: str, suite: str) -> None:
+        """Have the worker tell metrics as this run's; does not wait for it."""
+        self._arguments, self._names = (*self._arguments[:2], run, suite), ActorNames(run)
+        self.handle.follow_run.remote(run, suite)
+
+    def _start(self) -> Any:
+        return self._names.start(self._actor_class, "reward", self._options, *self._arguments)
 
     def shutdown(self) -> None:
         """Kill the worker for good; safe to call twice."""

@@ -31,18 +31,22 @@ from ray.rllib.utils.metrics import NUM_MODULE_STEPS_SAMPLED, NUM_MODULE_STEPS_S
 
 from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec
+from vlarl_rllib.engines.telemetry import watch_sampling
 from vlarl_rllib.envs.registry import env_class
 from vlarl_rllib.envs.vector import SlotProcesses
 from vlarl_rllib.models.family import ActionFormat, load_family
 from vlarl_rllib.rewards import make_rewards
-from vlarl_rllib.rollout.contribution import REWARD_FAULTS, Attached, Contribution
+from vlarl_rllib.rollout.contribution import Attached, Contribution
 from vlarl_rllib.rollout.curriculum import AdaptiveCurriculum
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
 from vlarl_rllib.rollout.players import is_uniform, num_env_steps
 from vlarl_rllib.rollout.slot_env import SlotVectorEnv, slot_spaces
+from vlarl_rllib.rollout.telemetry import RunnerTelemetry
 from vlarl_rllib.rollout.training_players import RunnerSlots
 from vlarl_rllib.settings import Settings, calculate_runtime_args
+from vlarl_rllib.telemetry.actors import own_name
+from vlarl_rllib.telemetry.recorder import Telemetry
 from vlarl_rllib.types import EnvSpec, Start, WeightManifest
 
 logger = logging.getLogger(__name__)
@@ -84,8 +88,13 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         """Traceback of what kept this runner from making its environments."""
         return self._failure
 
+    def __repr__(self) -> str:
+        """What Ray's dashboard and logs call this actor."""
+        return own_name(type(self).__name__)
+
     def _make_env(self) -> None:
         self.stop()
+        self.telemetry = Telemetry(*self._run_labels(), f"runner-{self.worker_index or 0}")
         family = load_family(self._engine_spec.family)
         model = family.read_facts(self._engine_spec.model_path)
         env, settings = self.settings.env, self.settings
@@ -122,6 +131,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             request_timeout_seconds=settings.engines.request_timeout_seconds,
             env_timeout_seconds=env.timeout_seconds,
         )
+        self._tell = RunnerTelemetry(self.telemetry, self._loop, env.num_envs)
 
     def _make_players(self) -> None:
         errors = Path(self.config.run_dir or tempfile.gettempdir()) / "reward_errors"
@@ -168,6 +178,11 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             self._sampler.close()
         if self.env is not None:
             self.env.close()
+            self.telemetry.close()
+
+    def _run_labels(self) -> tuple[str, str]:
+        """What metrics say of the run: its name and its suite."""
+        return self.config.run_name or "vlarl", self.settings.env.label
 
     # The Algorithm's calls
 
@@ -182,7 +197,8 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self.begin_new_episodes()
         self.config, self.settings, self._trial = config, Settings.from_dict(config.vla), trial
         self._make_players()
-        self._loop.forget_counts()
+        self._tell.forget_counts()
+        self.telemetry.follow(*self._run_labels())
         self.metrics.reset()
 
     def attach(
@@ -201,7 +217,9 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             if not isinstance(self._sampler, LocalSampler):
                 from vlarl_rllib.engines.torch_engine import TorchEngine
 
-                self._sampler = LocalSampler(TorchEngine(self._engine_spec), self._loop.completions)
+                engine = TorchEngine(self._engine_spec)
+                watch_sampling(self.telemetry, engine, engine.actions)
+                self._sampler = LocalSampler(engine, self._loop.completions)
             if manifest is not None:
                 self._sampler.load_weights(manifest)
         self._version = version
@@ -275,7 +293,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         evaluation, deaths = self._evaluation, self._loop.env_deaths
         evaluation.begin_round(starts, seconds, record)
         self._loop.run(
-            evaluation.players, self._require_sampler(), self._version, self._groups(1)
+            evaluation.players, self._require_sampler(), self._version, self._groups(1), "evaluation"
         )  # the queue's order is one of all slots
         evaluation.round.env_deaths = self._loop.env_deaths - deaths
         evaluation.round.engine_error = str(self._loop.engine_error) if self._loop.engine_error else None
@@ -341,19 +359,9 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self._log_sampled(sum(contribution.env_steps), sum(contribution.num_decisions), len(results))
         for result in results:
             self._log_episode_metrics(result.length, result.reward, 0.0)
-        loop = self._loop
-        for name, value in {
-            "env_seconds": loop.env_seconds,
-            "sampler_seconds": loop.sampler_seconds,
-            "rollout_seconds": seconds,
-            "env_deaths": float(loop.env_deaths),
-            "decisions": float(sum(contribution.num_decisions)),
-            "dropped_steps": float(dropped),
-            "engine_failures": float(contribution.engine_error is not None),
-            "token_checksum": float(contribution.token_checksum),
-            "uniform_groups": float(sum(contribution.uniform)),
-            **{name: float(self._rewards.failures[name]) for name in REWARD_FAULTS},
-        }.items():
+        self._tell.tell_of(results)
+        failures = self._rewards.failures
+        sums = self._tell.take_sums(contribution, seconds=seconds, dropped=dropped, failures=failures)
+        for name, value in sums.items():
             self.metrics.log_value(name, value, reduce="sum")
-        loop.forget_counts()
         self._rewards.failures.clear()

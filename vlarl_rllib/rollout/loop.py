@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any
@@ -111,13 +111,14 @@ class SlotLoop:
         self._requests: dict[int, tuple[int, float]] = {}
         self._next_key = 0
         self.engine_error: EngineError | None = None
+        self.env_steps = Counter[tuple[int, str]]()
+        """Played since the loop was made, by task and purpose."""
         self.forget_counts()
 
     def forget_counts(self) -> None:
         """Begin anew to count."""
         self.env_deaths = 0
-        self.env_seconds = 0.0
-        self.sampler_seconds = 0.0
+        self.env_seconds = self.sampler_seconds = 0.0
 
     def abandon(self) -> None:
         """All running episodes end here; the next `run` starts new ones, whatever is still under way."""
@@ -132,7 +133,12 @@ class SlotLoop:
                 self._state[slot], self._discard[slot] = SlotState.EMPTY, False
 
     def run(
-        self, players: Mapping[int, Player], sampler: SamplerClient, version: int, groups: Iterable[Sequence[int]]
+        self,
+        players: Mapping[int, Player],
+        sampler: SamplerClient,
+        version: int,
+        groups: Iterable[Sequence[int]],
+        purpose: str = "training",
     ) -> None:
         """Play until every player rests, or until the engine failed (`engine_error`) and nothing is in flight any more.
 
@@ -141,8 +147,10 @@ class SlotLoop:
             version: policy version that every reply must carry.
             groups: of slots, which together hold each player's once. A group's requests are sent in one call, when none
                 of its slots is under way.
+            purpose: what steps are counted as.
         """
         self.engine_error = None
+        self._purpose = purpose
         self._players, self._sampler, self._version = players, sampler, version
         self._groups = [[slot for slot in group if slot in players] for group in groups]
         self._begin_idle()
@@ -261,6 +269,8 @@ class SlotLoop:
             return
         expected = SlotState.RESETTING if event.kind == "reset" else SlotState.STEPPING
         assert self._state[slot] is expected, f"a {event.kind} event of slot {slot}, which {self._state[slot].value}"
+        if event.kind == "step":
+            self.env_steps[event.task_id, self._purpose] += event.num_steps
         if self._discard[slot] or slot not in self._players:
             self._discard[slot] = False
             self._state[slot] = SlotState.EMPTY

@@ -22,13 +22,18 @@ def start_engines(spec: EngineSpec, settings: Settings) -> EnginePool:
     return EnginePool(spec, engines.num, actor_options=options, start_timeout_seconds=engines.start_timeout_seconds)
 
 
-def start_reward_worker(settings: Settings) -> RewardService:
+def start_reward_worker(settings: Settings, run: str) -> RewardService:
     rewards, bundle = settings.rewards, calculate_runtime_args(settings).bundle_of(Role.REWARD_WORKER)
     options = {"num_cpus": rewards.judge_cpus, "num_gpus": rewards.judge_gpus, **_in_bundle(bundle)}
     assert rewards.judge is not None, "validated with rewards.process"
     patience = max(PATIENCE_SECONDS, 2.0 * rewards.timeout_seconds)
     return RewardService(
-        rewards.judge, "cuda" if rewards.judge_gpus else "cpu", actor_options=options, patience_seconds=patience
+        rewards.judge,
+        "cuda" if rewards.judge_gpus else "cpu",
+        actor_options=options,
+        patience_seconds=patience,
+        run=run,
+        suite=settings.env.label,
     )
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vlarl_rllib.process.signals import END, children_outlive_the_terminal
 from vlarl_rllib.process.surroundings import check_ray, cluster_address, has_ray_token, home_is_writable, user_directory
 from vlarl_rllib.rllib_compat import apart_from_our_signals, job_config, ray_version_at
 from vlarl_rllib.runs.ray_watch import ray_watched
+from vlarl_rllib.runs.scrape_targets import scrape_target
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
 from vlarl_rllib.weights import sweeper
 
@@ -51,7 +52,7 @@ def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
     try:
         with END.deferred():
             start_ray(plan, settings)
-        with ray_watched():
+        with ray_watched(), scrape_target() if cluster_address() is None else nullcontext():
             yield
     finally:
         with END.polled():

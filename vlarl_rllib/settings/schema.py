@@ -138,6 +138,11 @@ class EnvSettings(Section):
         "were trained on.",
     )
 
+    @property
+    def label(self) -> str:
+        """What to call the tasks: by their suite where there are several."""
+        return registry.label(self.name, self.suite)
+
     @field_validator("name")
     @classmethod
     def _is_registered(cls, name: str) -> str:
