@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -139,12 +138,12 @@ def report(
 ) -> None:
     """Write curves.png and report.html of runs, and print one line for each."""
     from vlarl_rllib.commands.report import compare, write_report
-    from vlarl_rllib.process.console import make_console
+    from vlarl_rllib.process.console import make_console, shown
 
     written = [write_report(run) for run in runs]
     make_console().print(compare(runs))
     for file in written:
-        typer.echo(f"wrote {os.path.relpath(file)}")
+        typer.echo(f"wrote {shown(file)}")
 
 
 @app.command(name="make-checkpoint")

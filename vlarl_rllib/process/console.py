@@ -23,9 +23,15 @@ def make_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
+def shown(path: Path) -> str:
+    """A path from here, or from the root where it lies elsewhere: a job's working directory is deep in Ray's cache."""
+    relative = os.path.relpath(path)
+    return os.path.abspath(path) if relative.startswith(os.pardir) else relative
+
+
 def pasted(path: Path) -> str:
-    """A path, from here, as a shell takes it: for commands that a person copies."""
-    return shlex.quote(os.path.relpath(path))
+    """The same as a shell takes it: for commands that a person copies."""
+    return shlex.quote(shown(path))
 
 
 def make_progress(console: Console, label: str, **options: Any) -> Progress:

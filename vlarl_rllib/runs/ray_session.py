@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,11 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
             raise SettingsError(
                 f"{what} cannot be {'started' if address is None else 'joined'}: {' '.join(str(error).split())}"
             ) from error
-    available = ray.cluster_resources()
+    check_size(plan, ray.cluster_resources())
+
+
+def check_size(plan: RuntimeArgs, available: Mapping[str, float]) -> None:
+    """Raise `SettingsError` where a cluster that has so much in all can never place the plan."""
     for kind, needed in (("CPU", plan.total_cpus), ("GPU", plan.total_gpus)):
         if needed > available.get(kind, 0.0):
             raise SettingsError(

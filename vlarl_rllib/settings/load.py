@@ -64,6 +64,10 @@ class Settings(Sections):
         named += [("rewards.others", name) for name in self.rewards.others]
         yield from ((key, name) for key, name in named if ":" in name)
 
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """(key, path) of what lies on a disk."""
+        yield from _paths(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
@@ -77,6 +81,14 @@ class Settings(Sections):
         for problem in impossible_combinations(self):
             raise ValueError(problem)
         return self
+
+
+def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and value.startswith("/"):
+            yield prefix + name, value
 
 
 def _without_reserved(values: Mapping[str, Any]) -> dict[str, Any]:
