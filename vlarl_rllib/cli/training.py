@@ -22,8 +22,11 @@ from vlarl_rllib.cli.options import (
     remark,
     report_at_the_end,
 )
+from vlarl_rllib.process.console import saying_so
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.settings import Settings, SettingsError
+
+LIBRARIES = "Ray, torch and RLlib to be loaded"
 
 
 @app.command(cls=ResumeCommand)
@@ -55,16 +58,19 @@ def train(
         settings, name = load_settings(config, overrides, "configs/libero_smoke_cpu.yaml")
         run = new_run_directory(run_dir, name, resume_from, again=resume is ResumeWhen.AUTO)
     END.words = lambda: how_to_go_on(run)
-    checkpoint = run.newest_checkpoint() if goes_on else resume_from and find_checkpoint(resume_from)
-    preflight(settings)
+    with saying_so("checks of the settings and the checkpoint"):
+        checkpoint = run.newest_checkpoint() if goes_on else resume_from and find_checkpoint(resume_from)
+        preflight(settings)
+        if checkpoint is not None:
+            (check_resume if goes_on else check_resume_from)(checkpoint, settings)
     if checkpoint is not None:
-        (check_resume if goes_on else check_resume_from)(checkpoint, settings)
         if goes_on and resume is ResumeWhen.AUTO and is_complete(checkpoint, settings):
             typer.echo(f"{run.path} has all its {settings.run.iterations} iterations: nothing is left to do")
             raise typer.Exit(0)
         check_unfinished(checkpoint, settings)
     with run.claimed(settings):
-        from vlarl_rllib.commands.train import run_training
+        with saying_so(LIBRARIES):
+            from vlarl_rllib.commands.train import run_training
 
         code = run_training(settings, run, resume_from=checkpoint)
         if run.read_rows():
@@ -102,10 +108,12 @@ def sft(
         settings, name = load_settings(config, overrides, "configs/quickstart.yaml")
         run = new_run_directory(run_dir, name, None, again=resume is ResumeWhen.AUTO)
     END.words = lambda: how_to_go_on(run, "step")
-    check_sft(settings)
-    remark(sft_doubts(settings))
+    with saying_so("checks of the settings and the data"):
+        check_sft(settings)
+        remark(sft_doubts(settings))
     with run.claimed(settings):
-        from vlarl_rllib.commands.sft import run_sft
+        with saying_so(LIBRARIES):
+            from vlarl_rllib.commands.sft import run_sft
 
         code = run_sft(settings, run, resume=goes_on is not None)
     raise typer.Exit(code)

@@ -269,4 +269,5 @@ def _finish(settings: Settings, run: RunDirectory, log: RowLog, abandoned: bool,
         where = eval_options(settings.env.name, settings.env.suite)
         missing = f"; its evaluation was dropped: vlarl eval {pasted(run.path)} {where}" if dropped else ""
         console.print(f"stopped behind the last iteration{missing}")
+        return 0 if END.is_warned else END.code  # nothing is left that the same command would do
     return END.code

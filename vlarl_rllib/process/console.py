@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import shlex
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+
+SAY_SECONDS = 6.0
+"""Between two lines that say what a start waits for: on a busy machine they come later, and nobody should wait for more
+than 10 s without a word."""
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -51,3 +60,21 @@ def make_progress(console: Console, label: str, **options: Any) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal, **options)
+
+
+@contextmanager
+def saying_so(what: str) -> Iterator[None]:
+    """A line on stderr every `SAY_SECONDS`: what is being waited for, and since when."""
+    over, began = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not over.wait(SAY_SECONDS):
+            make_console(stderr=True).print(f"waiting for {what} ... {time.monotonic() - began:.0f} s", style="dim")
+
+    thread = threading.Thread(target=speak, name="vlarl-waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
