@@ -122,7 +122,8 @@ def draining_nodes() -> dict[str, float | None]:
 def nodes_in_use() -> set[str]:
     """The node of this process, and those of the actors that it and they have started."""
     context = ray.get_runtime_context()
-    actors = ray._private.state.state.actor_table(None, job_id=context.job_id, actor_state_name="ALIVE")
+    job = ray.JobID(bytes.fromhex(context.get_job_id()))
+    actors = ray._private.state.state.actor_table(None, job_id=job, actor_state_name="ALIVE")
     return {context.get_node_id(), *(actor["Address"]["NodeID"] for actor in actors.values())}
 
 

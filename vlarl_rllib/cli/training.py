@@ -56,7 +56,7 @@ def train(
         settings = Settings.from_yaml(config, overrides or []) if config else run.settings()
     else:
         settings, name = load_settings(config, overrides, "configs/libero_smoke_cpu.yaml")
-        run = new_run_directory(run_dir, name, resume_from, again=resume is ResumeWhen.AUTO)
+        run = new_run_directory(run_dir, name, resume_from, again="iteration" if resume is ResumeWhen.AUTO else None)
     END.words = lambda: how_to_go_on(run)
     with saying_so("checks of the settings and the checkpoint"):
         checkpoint = run.newest_checkpoint() if goes_on else resume_from and find_checkpoint(resume_from)
@@ -106,7 +106,7 @@ def sft(
         check_sft_unfinished(run, settings)
     else:
         settings, name = load_settings(config, overrides, "configs/quickstart.yaml")
-        run = new_run_directory(run_dir, name, None, again=resume is ResumeWhen.AUTO)
+        run = new_run_directory(run_dir, name, None, again="step" if resume is ResumeWhen.AUTO else None)
     END.words = lambda: how_to_go_on(run, "step")
     with saying_so("checks of the settings and the data"):
         check_sft(settings)

@@ -36,8 +36,10 @@ PATIENCE_SECONDS = 60.0
 STOPPED_CODE = 143
 """As of a process that SIGTERM has ended: whoever follows a job is told that it is not done."""
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
-NOT_THERE = ("No module named", "not found")
-"""What Python and a shell say of a package or a program that is not installed."""
+NOT_FOUND_CODE = 127
+"""A shell's, for a program that is not there."""
+NO_MODULE = "No module named"
+"""Python's words for a package that is not installed."""
 
 
 class Cluster:
@@ -194,7 +196,7 @@ class Cluster:
             return 0
         if info.status == JobStatus.STOPPED:
             return STOPPED_CODE
-        if any(words in (info.message or "") for words in NOT_THERE):
+        if info.driver_exit_code == NOT_FOUND_CODE or NO_MODULE in (info.message or ""):
             console.print(
                 "the cluster's Python has no vlarl-rllib; name the one that has it with --python, as its head finds it"
             )
@@ -240,7 +242,7 @@ def list_jobs(address: str) -> int:
 
 def parse_dashboard_address(address: str) -> str:
     """`http://host:port`, without a slash behind it. Raises `SettingsError` for anything else."""
-    url = address.strip().rstrip("/")
+    url = address.strip()
     url = url if "://" in url else f"http://{url}"
     try:
         parts = urlsplit(url)
@@ -252,7 +254,7 @@ def parse_dashboard_address(address: str) -> str:
             f"--address: {address!r} is no dashboard's address; give one such as {EXAMPLE} (not Ray's port 6379, and "
             "not Ray Client's ray://)"
         )
-    return url
+    return url.rstrip("/")
 
 
 def _probe(address: str) -> None:

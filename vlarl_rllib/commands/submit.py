@@ -31,9 +31,11 @@ from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 PACKAGE = Path(__file__).parents[1]
 MAX_UPLOAD_BYTES = 100 * 2**20
 """Ray's dashboard takes no more (`DASHBOARD_CLIENT_MAX_SIZE`)."""
-JUNK = ("__pycache__", ".*", "runs", "venv", "build", "dist", "checkpoints", "*.egg-info")
-JUNK_FILES = ("*.pyc", "*.safetensors", "*.pt", "*.pth", "*.bin", "*.zip", "*.tar*", "*.mp4", "*.tfrecord*")
-"""Of a package's folder, what is no source."""
+JUNK_FOLDERS = ("__pycache__", "runs", "venv", "build", "dist", "checkpoints", "*.egg-info")
+"""In a package's folder, unless they are packages themselves."""
+JUNK = shutil.ignore_patterns(
+    ".*", "*.pyc", "*.safetensors", "*.pt", "*.pth", "*.bin", "*.zip", "*.tar*", "*.mp4", "*.tfrecord*"
+)  # fmt: skip
 STOP_MARGIN_SECONDS = 5
 """For the job's processes to be gone, behind the end that the run grants itself."""
 
@@ -121,7 +123,7 @@ def _staged(settings: Settings, code: bool) -> Iterator[Path]:
 def copy_source(package: Path, directory: Path) -> None:
     """A package's source, without what else lies in its folder, and what its installation says of it: vLLM finds our
     plugin there."""
-    shutil.copytree(package, directory / package.name, ignore=shutil.ignore_patterns(*JUNK, *JUNK_FILES))
+    shutil.copytree(package, directory / package.name, ignore=_no_source)
     try:
         installed = importlib.metadata.distribution(package.name)
     except importlib.metadata.PackageNotFoundError:
@@ -132,6 +134,12 @@ def copy_source(package: Path, directory: Path) -> None:
         # an installation in place calls it PKG-INFO
         if text := installed.read_text(name) or (name == "METADATA" and installed.read_text("PKG-INFO")):
             (facts / name).write_text(text)
+
+
+def _no_source(folder: str, names: list[str]) -> set[str]:
+    """Of what lies in a package's folder."""
+    folders = shutil.ignore_patterns(*JUNK_FOLDERS)(folder, names)
+    return JUNK(folder, names) | {name for name in folders if not Path(folder, name, "__init__.py").is_file()}
 
 
 def _files(directory: Path) -> list[Path]:

@@ -235,11 +235,13 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def new_run_directory(path: Path | None, stem: str, resume_from: Path | None, *, again: bool = False) -> RunDirectory:
+def new_run_directory(
+    path: Path | None, stem: str, resume_from: Path | None, *, again: Unit | None = None
+) -> RunDirectory:
     """Where a new run goes.
 
     Args:
-        again: start anew where a run ended before its first checkpoint.
+        again: of the command that starts anew where a run of its own ended before the first checkpoint.
 
     Raises `SettingsError` where that holds a run already, or `resume_from` is no checkpoint.
     """
@@ -252,7 +254,8 @@ def new_run_directory(path: Path | None, stem: str, resume_from: Path | None, *,
             f"--run-dir: {path} holds a {foreign[0]} that is no run's and would be written over; give another directory"
         )
     # a run that failed before its first iteration may be started again in place
-    if (run.read_rows() and not again) or run.checkpoints().list():
+    rows = [row for row in run.read_rows() if again not in row]
+    if rows or any(run.checkpoints(unit=unit).list() for unit in COMMANDS):
         raise SettingsError(
             f"--run-dir: {path} holds a run already; continue it with --resume, or give another directory"
         )

@@ -84,8 +84,9 @@ def _drain_notice() -> str | None:
     draining = draining_nodes()
     for node in nodes_in_use() & draining.keys() if draining else ():
         at = draining[node]
-        when = f", in {max(0.0, at - time.time()):.0f} s" if at is not None else ""
-        return f"node {node[:8]} is drained{when}"
+        when = f" in {max(0.0, at - time.time()):.0f} s" if at is not None else ""
+        address = next((known["NodeManagerAddress"] for known in ray.nodes() if known["NodeID"] == node), node)
+        return f"the node at {address} is going to be taken away{when}"
     return None
 
 
