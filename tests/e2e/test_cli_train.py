@@ -68,6 +68,8 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
         "run.checkpoint_every=1",
         "--set",
         "run.wandb=test",
+        "--resume",
+        "auto",
     ]
 
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as scratch:
@@ -137,6 +139,7 @@ def test_the_smoke_config_on_real_libero_with_real_vllm_and_a_judge(tmp_path: Pa
     options = (part for override in overrides for part in ("--set", override))
     run = Command(tmp_path, "train", "configs/libero_smoke_cpu.yaml", "--run-dir", str(tmp_path / "run"), *options)
     assert run.end(500) == 0, run.output
+    assert run.longest_silence("    1/2 ") < 10, run.output
     first, second = run.rows()
     assert first["policy_version"] < second["policy_version"]
     assert first["initial_evaluation"]["episodes"] == second["evaluation"]["episodes"] == 2
