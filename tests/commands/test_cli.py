@@ -49,8 +49,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with RunDirectory(root / "runs" / "without_checkpoint").claimed(Settings()):
         pass
     fine_tuned = RunDirectory(root / "runs" / "fine_tuned")
-    with fine_tuned.claimed(Settings()), fine_tuned.checkpoints(unit="step").writing(Settings().sft.steps):
-        (fine_tuned.path / "summary.json").write_text(json.dumps({"steps": Settings().sft.steps}))
+    steps = Settings().sft.steps
+    with fine_tuned.claimed(Settings()), fine_tuned.checkpoints(unit="step").writing(steps) as directory:
+        (directory / "learners").mkdir()
+        (directory / "learners" / "rank_0").write_text("weights")
+        (fine_tuned.path / "summary.json").write_text(json.dumps({"steps": steps}))
     return root
 
 

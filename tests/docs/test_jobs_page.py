@@ -17,6 +17,7 @@ from vlarl_rllib.commands import jobs, submit, train
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs/jobs.md").read_text(), re.DOTALL | re.MULTILINE)
+WAITS = "echo began\nwhile sleep 0.1; do :; done"
 EXAMPLES = {"CONFIG": "configs/libero_smoke_cpu.yaml", "JOB": "job-20260101-000000", "$PWD": str(ROOT)}
 
 
@@ -64,7 +65,7 @@ def test_the_slurm_script_passes_the_warning_on_and_asks_for_another_turn(
     """With a run that takes a second to end, and a Slurm that is a file."""
     (script,) = (text for kind, text in BLOCKS if kind == "bash")
     programs = {
-        ".venv/bin/vlarl": f"trap 'sleep 1; echo checkpoint; exit {code}' USR1; echo began\nwhile :; do sleep 0.1; done",
+        ".venv/bin/vlarl": f"trap 'sleep 1; echo checkpoint; exit {code}' USR1\n{WAITS}",
         "scontrol": "echo scontrol $*",
     }
     for name, text in programs.items():
