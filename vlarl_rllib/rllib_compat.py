@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -184,7 +183,6 @@ def tolerant_tune(on_error: Callable[[Any, Any], None], interrupted: threading.E
         on_error: is told a trial and what it fails with, which Tune itself only writes down and reads again.
         interrupted: where it is set, `Tuner.fit` returns, and `Tuner.restore` goes on with what has not ended.
     """
-    from ray.tune import tune as tune_module
     from ray.tune.execution import class_cache, tune_controller
     from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
     from ray.tune.experiment import Trial
@@ -215,7 +213,6 @@ def tolerant_tune(on_error: Callable[[Any, Any], None], interrupted: threading.E
         patch.dict("os.environ", {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}),
         environment_defaults(TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0", RAY_CHDIR_TO_TRIAL_DIR="0"),
         _log_level("ray.tune", logging.CRITICAL),
-        patch.object(tune_module, "_setup_signal_catching", Event),  # which takes SIGUSR1 whatever it is told
         patch.object(class_cache, "ENV_VARS_TO_PROPAGATE", handed_on),
         patch.object(importlib.import_module("ray.tune.tune"), "_setup_signal_catching", lambda: event),
         patch.object(tune_controller, "_ExperimentCheckpointManager", Snapshots),

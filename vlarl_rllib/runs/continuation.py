@@ -47,7 +47,7 @@ def _changed(key: str, old: Any, new: Any) -> SettingsError:
 
 def check_same(old: Settings, new: Settings) -> None:
     """The same where nothing but the config of the run itself says what it was."""
-    before, after = dict(_flat(old.to_dict())), dict(_flat(new.to_dict()))
+    before, after = dict(flat(old.to_dict())), dict(flat(new.to_dict()))
     for key in sorted(before.keys() | after.keys()):
         if key not in LIMITS and before.get(key) != after.get(key):
             raise _changed(key, before.get(key), after.get(key))

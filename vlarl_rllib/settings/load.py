@@ -10,6 +10,7 @@ from pydantic import ValidationError, model_validator
 
 from vlarl_rllib.errors import SettingsError
 from vlarl_rllib.settings import messages
+from vlarl_rllib.settings.in_place import flat
 from vlarl_rllib.settings.overrides import apply_override
 from vlarl_rllib.settings.rules import impossible_combinations
 from vlarl_rllib.settings.schema import Sections
@@ -66,7 +67,7 @@ class Settings(Sections):
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """(key, path) of what lies on a disk."""
-        yield from _paths(self.to_dict())
+        yield from (pair for pair in flat(self.to_dict()) if str(pair[1]).startswith("/"))
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
@@ -81,14 +82,6 @@ class Settings(Sections):
         for problem in impossible_combinations(self):
             raise ValueError(problem)
         return self
-
-
-def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _paths(value, f"{prefix}{name}.")
-        elif isinstance(value, str) and value.startswith("/"):
-            yield prefix + name, value
 
 
 def _without_reserved(values: Mapping[str, Any]) -> dict[str, Any]:
