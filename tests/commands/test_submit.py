@@ -84,6 +84,12 @@ def test_what_is_no_dashboards_address_is_told(given: str) -> None:
         parse_dashboard_address(given)
 
 
+def test_a_password_is_not_for_the_address(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SettingsError, match="set RAY_AUTH_TOKEN") as caught:
+        parse_dashboard_address("http://user:secret@head:8265")
+    assert "secret" not in str(caught.value)
+
+
 def test_a_revision_is_the_commit_and_whether_it_is_what_lies_there(tmp_path: Path) -> None:
     assert git_revision(tmp_path) is None
     (tmp_path / "package").mkdir()

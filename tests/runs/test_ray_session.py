@@ -172,7 +172,6 @@ def test_what_is_no_ray_is_one_line_in_ten_seconds(tmp_path: Path) -> None:
             timeout=60,
         )
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == f"vlarl: RAY_ADDRESS: no Ray cluster answers at {address} (no answer in 3 s; is it Ray's port?)\n"
-    )
+    *waiting, line = done.stderr.splitlines()
+    assert line == f"vlarl: RAY_ADDRESS: no Ray cluster answers at {address} (no answer in 3 s; is it Ray's port?)"
+    assert all(text.startswith("waiting for ") for text in waiting), "on a machine that is busy with something else"

@@ -64,7 +64,7 @@ class Cluster:
 
     def command(self, verb: str, job: str, *options: str) -> str:
         """What a person types for it."""
-        return shlex.join(["vlarl", "jobs", verb, job, *options, "--address", _without_password(self.address)])
+        return shlex.join(["vlarl", "jobs", verb, job, *options, "--address", self.address])
 
     def resources(self) -> dict[str, float]:
         """Sums of what the nodes have, by name."""
@@ -130,6 +130,7 @@ class Cluster:
         if info.status in ENDED:
             console.print(f"{job} has ended already: {_state(info)}")
             return 0
+        END.words = lambda: f"{job} goes on ending; see: {self.command('logs', job)}"
         granted = float((info.runtime_env or {}).get("env_vars", {}).get(STOP_VARIABLE, 3))
         with self._asked(job):
             self._client.stop_job(job)
@@ -148,7 +149,7 @@ class Cluster:
         elif time.monotonic() - began >= granted:
             console.print("it was killed before it could write a checkpoint; raise run.stop_seconds", style="yellow")
         if command := (info.metadata or {}).get("command"):
-            console.print(f"go on with the same command: {command} --address {_without_password(self.address)}")
+            console.print(f"go on with the same command: {command} --address {self.address}")
         return 0 if words or info.status == JobStatus.SUCCEEDED else 1
 
     def _info(self, job: str) -> JobDetails:
@@ -249,6 +250,11 @@ def parse_dashboard_address(address: str) -> str:
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:  # a port that is none
         valid = False
+    if valid and parts.username is not None:
+        raise SettingsError(
+            "--address: holds a user's name, and what is behind it would be for all to read; a Ray cluster takes a token "
+            "instead: set RAY_AUTH_TOKEN"
+        )
     if not valid:
         raise SettingsError(
             f"--address: {address!r} is no dashboard's address; give one such as {EXAMPLE} (not Ray's port 6379, and "
@@ -264,7 +270,7 @@ def _probe(address: str) -> None:
     direct = parts.scheme not in getproxies() or proxy_bypass(host)
     if direct and (problem := unreachable(host, port)) is not None:
         raise SettingsError(
-            f"--address: nothing answers at {_without_password(address)} ({problem}); is the cluster up, and this its "
+            f"--address: nothing answers at {address} ({problem}); is the cluster up, and this its "
             f"dashboard's address, such as {EXAMPLE}?"
         )
     try:
@@ -277,7 +283,7 @@ def _probe(address: str) -> None:
         problem = str(error).strip() or type(error).__name__
     if problem is not None:
         raise SettingsError(
-            f"--address: no Ray dashboard at {_without_password(address)} ({problem}); give its address, such as "
+            f"--address: no Ray dashboard at {address} ({problem}); give its address, such as "
             f"{EXAMPLE}; Ray's own port, 6379, is another one"
         )
 
@@ -290,14 +296,9 @@ def _about_token(address: str) -> str:
     else:
         why = "wants a token, and there is none;"
     return (
-        f"--address: {_without_password(address)} {why} set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's "
+        f"--address: {address} {why} set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's "
         "(`ray get-auth-token` on its head prints it)"
     )
-
-
-def _without_password(address: str) -> str:
-    parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _state(job: JobDetails | Any) -> str:
