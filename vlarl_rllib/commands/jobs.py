@@ -252,8 +252,8 @@ def parse_dashboard_address(address: str) -> str:
         valid = False
     if valid and parts.username is not None:
         raise SettingsError(
-            "--address: holds a user's name, and what is behind it would be for all to read; a Ray cluster takes a token "
-            "instead: set RAY_AUTH_TOKEN"
+            "--address: holds a user's name, and what is behind it would be for all to read; a Ray cluster takes a "
+            "token instead: set RAY_AUTH_TOKEN"
         )
     if not valid:
         raise SettingsError(

@@ -31,7 +31,7 @@ from vlarl_rllib.learner.rank_group import LearnerError, RankGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.process.console import make_console, make_progress, pasted, shown
+from vlarl_rllib.process.console import make_console, make_progress, pasted, saying_so, shown
 from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, keep_trying
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
@@ -98,9 +98,10 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
     log.forget_after(first)
     earlier_seconds = sum(row["seconds"] for row in log.rows)
     with _learners(settings) as group, END.polled(partial(_notice, console)):
-        num_steps = sum(group.call("open_data", statistics["action"], first))
-        if checkpoint:
-            group.call("load_sharded", str(checkpoint / "learners"))
+        with saying_so("the learners to open the data"):
+            num_steps = sum(group.call("open_data", statistics["action"], first))
+            if checkpoint:
+                group.call("load_sharded", str(checkpoint / "learners"))
         END.check()
         row = FineTuning(group, settings, run, console, identity).learn(log, first)
         model, unfinished = run.path / MODEL_DIRECTORY, run.path / f".{MODEL_DIRECTORY}.partial"
@@ -229,7 +230,8 @@ def _learners(settings: Settings) -> Iterator[RankGroup]:
     """The learners alone, in a Ray of their own or the cluster's; or in this process for `learners.num: 0`."""
     settings = resolved(settings)
     with ray_session(calculate_runtime_args(settings).only(Role.LEARNER), settings):
-        group = RankGroup(SupervisedLearner, {"settings": settings.to_dict()}, settings)
+        with saying_so(f"{settings.learners.num} learner(s)"):
+            group = RankGroup(SupervisedLearner, {"settings": settings.to_dict()}, settings)
         try:
             yield group
         finally:
