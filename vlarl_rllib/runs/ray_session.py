@@ -100,8 +100,15 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
             ) from error
     check_size(plan, ray.cluster_resources())
     if dashboard:
-        token = "; it asks for a token: ray get-auth-token" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
-        make_console().print(f"dashboard: http://{dashboard}{token}", style="dim")
+        make_console().print(f"dashboard: http://{dashboard}{_how_to_get_in()}", style="dim")
+
+
+def _how_to_get_in() -> str:
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return ""
+    if home_is_writable():
+        return "; it asks for a token: ray get-auth-token"
+    return "; it asks for a token, the one in RAY_AUTH_TOKEN where you have set it"
 
 
 def check_size(plan: RuntimeArgs, available: Mapping[str, float]) -> None:
