@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,19 @@ PATIENCE_SECONDS = 60.0
 STOPPED_CODE = 143
 """As of a process that SIGTERM has ended: whoever follows a job is told that it is not done."""
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+NOT_KNOWN = "status code 404"
+"""Ray's client's words for a job that there is not."""
 NOT_FOUND_CODE = 127
 """A shell's, for a program that is not there."""
 NO_MODULE = "No module named"
 """Python's words for a package that is not installed."""
+
+
+@dataclass
+class Printed:
+    """How much of a job's log is printed."""
+
+    characters: int = 0
 
 
 class Cluster:
@@ -124,7 +134,7 @@ class Cluster:
         return 0
 
     def stop(self, job: str) -> int:
-        """Ask the job to end, and wait until it has; 1 where it had to be killed."""
+        """Ask the job to end, and wait until it has; 1 where a run had to be killed."""
         console = make_console()
         info, began = self._info(job), time.monotonic()
         if info.status in ENDED:
@@ -148,47 +158,45 @@ class Cluster:
             console.print(words[-1].partition("; continue from")[0].partition(": start again")[0])
         elif time.monotonic() - began >= granted:
             console.print("it was killed before it could write a checkpoint; raise run.stop_seconds", style="yellow")
-        if command := (info.metadata or {}).get("command"):
+        command = (info.metadata or {}).get("command")
+        if command:
             console.print(f"go on with the same command: {command} --address {self.address}")
-        return 0 if words or info.status == JobStatus.SUCCEEDED else 1
+        return 1 if command and not words and info.status != JobStatus.SUCCEEDED else 0
 
     def _info(self, job: str) -> JobDetails:
         with self._asked(job):
             return self._client.get_job_info(job)
 
     def _print_log(self, job: str) -> None:
-        """A connection that breaks is made anew, where the log goes on."""
-        told, silent_since = 0, None
+        """Until the job has ended. A connection that breaks is made anew, where the log goes on."""
+        printed, since = Printed(), time.monotonic()
         while True:
             try:
                 with quiet_dashboard_client():
                     ended = self._client.get_job_info(job).status in ENDED
-                    silent_since = None
-                    told = asyncio.run(self._tail(job, told))
+                    asyncio.run(self._tail(job, printed))
                 if ended:
                     return
+                since = time.monotonic()
             except (OSError, HTTPException, RuntimeError, AuthenticationError) as error:
-                silent_since = silent_since or time.monotonic()
-                if time.monotonic() - silent_since > PATIENCE_SECONDS or "404" in str(error):
+                if time.monotonic() - since > PATIENCE_SECONDS or NOT_KNOWN in str(error):
                     raise self._mistake(error, job) from None
             time.sleep(POLL_SECONDS)
 
-    async def _tail(self, job: str, told: int) -> int:
-        """Print what comes behind the first `told` characters; how many there are now."""
+    async def _tail(self, job: str, printed: Printed) -> None:
+        """Print what of the log has not been printed yet, and what comes, until the connection ends."""
         import aiohttp
 
         seen = 0
         try:
             async for text in self._client.tail_job_logs(job):
-                new = text[max(0, told - seen) :]
+                new = text[max(0, printed.characters - seen) :]
                 seen += len(text)
+                printed.characters = max(printed.characters, seen)
                 sys.stdout.write(new)
                 sys.stdout.flush()
         except aiohttp.ClientError as error:
             raise ConnectionError(str(error)) from None
-        finally:
-            told = max(told, seen)
-        return told
 
     def _say_end(self, info: JobDetails) -> int:
         console = make_console()
@@ -218,7 +226,7 @@ class Cluster:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         if isinstance(error, AuthenticationError) or "status code 401" in lines[0] or "status code 403" in lines[0]:
             return SettingsError(_about_token(self.address))
-        if "status code 404" in lines[0] and job is not None:
+        if NOT_KNOWN in lines[0] and job is not None:
             return SettingsError(
                 f"JOB: {job!r} is not known at {self.address}; see vlarl jobs list --address {self.address}"
             )
