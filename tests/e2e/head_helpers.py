@@ -52,16 +52,19 @@ class Head:
         return kept | {"HOME": str(self.home), "RAY_TMPDIR": self._temporary.name} | variables
 
     def answers(self) -> bool:
-        """Whether its dashboard takes jobs, which it does some seconds after it takes connections."""
+        """Whether its dashboard takes jobs and knows its node, which it does some seconds after it takes
+        connections."""
         from urllib.error import URLError
         from urllib.request import Request, urlopen
 
         try:
-            request = Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
-            urlopen(request, timeout=5).close()
+            for what in ("jobs/", "v0/nodes"):
+                request = Request(f"{self.address}/api/{what}", headers={"Authorization": f"Bearer {TOKEN}"})
+                with urlopen(request, timeout=5) as answer:
+                    found = answer.read()
         except (URLError, OSError):
             return False
-        return True
+        return b"ALIVE" in found
 
     def vlarl(
         self, *arguments: str, package: Path | None = None, **variables: str

@@ -79,7 +79,8 @@ def submit(settings: Settings, submission: Submission, address: str) -> int:
     """
     console = make_console()
     cluster = Cluster(address)
-    check_size(calculate_runtime_args(settings), cluster.resources())
+    if has := cluster.resources():  # a head that has just been started knows of no node yet
+        check_size(calculate_runtime_args(settings), has)
     if busy := cluster.job_at(submission.run_dir):
         raise SettingsError(
             f"--run-dir: job {busy} is at {submission.run_dir}; stop it with: {cluster.command('stop', busy)}"
