@@ -116,6 +116,7 @@ def test_a_job_runs_the_edited_code_in_the_run_directory_and_knows_no_secret(
     run = RunDirectory(tmp_path / "runs" / "done already")
     with run.claimed(settings), CheckpointStore(run.path / "checkpoints", keep=1).writing(5) as directory:
         (directory / "learners").mkdir()
+        (directory / "learners" / "rank_0").write_text("weights")
         facts = {"settings": settings.to_dict(), "models": model_fingerprints(settings), "algorithm": {}}
         CheckpointStore.write_facts(directory, iteration=5, policy_version=6, **facts)
     edit(clone / "vlarl_rllib/cli/training.py", "iterations: nothing is left to do", "iterations, says the edited code")
@@ -166,7 +167,9 @@ def test_a_run_is_submitted_followed_stopped_edited_submitted_again_and_resumed(
     def started(name: str, *more: str) -> tuple["subprocess.Popen[str]", Callable[[], str]]:
         file = tmp_path / f"{name}.txt"
         command = [sys.executable, "-m", "vlarl_rllib", *arguments, *more, "--address", head.address]
-        process = subprocess.Popen(command, env=head.client(clone), stdout=file.open("w"), stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=head.client(clone), cwd=tmp_path, stdout=file.open("w"), stderr=subprocess.STDOUT
+        )
         return process, file.read_text
 
     first, output = started("first")

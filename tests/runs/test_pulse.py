@@ -46,6 +46,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Line:
     monkeypatch.setattr(pulse.Notes, "get", lambda key: line.store.get(key))
     monkeypatch.setattr(pulse.Notes, "remove", lambda key: line.store.pop(key, None))
     monkeypatch.setattr(pulse.time, "monotonic", lambda: line.now)
+    monkeypatch.setattr(pulse.Word, "last", line.now)
     monkeypatch.setattr(pulse.os, "kill", lambda pid, number: line.killed.append(pid))
     monkeypatch.setattr(pulse.ray, "kill", lambda actor: line.killed.append(actor))
     monkeypatch.setattr(pulse, "placement_group_table", lambda: line.groups)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-SAY_SECONDS = 6.0
+SAY_SECONDS = 5.0
 """Between two lines that say what a start waits for: on a busy machine they come later, and nobody should wait for more
 than 10 s without a word."""
 
@@ -62,14 +62,30 @@ def make_progress(console: Console, label: str, **options: Any) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal, **options)
 
 
+class Word:
+    """When a start said last what it waits for; at first, when the command began."""
+
+    last = time.monotonic()
+
+    @classmethod
+    def is_due(cls) -> bool:
+        """Whether it is time for another one, which is said then."""
+        due = time.monotonic() - cls.last >= SAY_SECONDS
+        if due:
+            cls.last = time.monotonic()
+        return due
+
+
 @contextmanager
 def saying_so(what: str) -> Iterator[None]:
-    """A line on stderr every `SAY_SECONDS`: what is being waited for, and since when."""
+    """A line on stderr every `SAY_SECONDS`, those of what was waited for before counted: what is being waited for, and
+    since when."""
     over, began = threading.Event(), time.monotonic()
 
     def speak() -> None:
-        while not over.wait(SAY_SECONDS):
-            make_console(stderr=True).print(f"waiting for {what} ... {time.monotonic() - began:.0f} s", style="dim")
+        while not over.wait(max(1.0, Word.last + SAY_SECONDS - time.monotonic())):
+            Word.last = time.monotonic()
+            make_console(stderr=True).print(f"waiting for {what} ... {Word.last - began:.0f} s", style="dim")
 
     thread = threading.Thread(target=speak, name="vlarl-waiting", daemon=True)
     thread.start()

@@ -21,7 +21,7 @@ from ray.tune import Callback
 from ray.util import placement_group_table
 
 from vlarl_rllib.process.calls import LISTEN_SECONDS
-from vlarl_rllib.process.console import SAY_SECONDS
+from vlarl_rllib.process.console import Word
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.rllib_compat import Notes
 
@@ -137,12 +137,12 @@ class TrialWatch(Callback):
 
     Args:
         run_dir: as the trial's.
-        say: is told every `SAY_SECONDS` whom the first iteration waits for.
+        say: is told every few seconds (`Word`) whom the first iteration waits for.
     """
 
     def __init__(self, run_dir: str, say: Callable[[str], None] = lambda line: None) -> None:
         self._heartbeat, self._say = Heartbeat(run_dir), say
-        self._began = self._said = time.monotonic()
+        self._began = time.monotonic()
         self.abandoned = False
         """Whether the trial was killed because the run is to end: it had nothing to keep, or took longer than it may.
         """
@@ -185,11 +185,9 @@ class TrialWatch(Callback):
 
     def _look(self, trial: Any) -> None:
         frozen = self._heartbeat.look()
-        now = time.monotonic()
-        if not self.has_result and now - self._said >= SAY_SECONDS:
-            self._said = now
+        if not self.has_result and Word.is_due():
             doing = self._heartbeat.doing or _room(trial) or "the trial's process"
-            self._say(f"waiting for {doing} ... {now - self._began:.0f} s")
+            self._say(f"waiting for {doing} ... {time.monotonic() - self._began:.0f} s")
         if frozen and not self.is_frozen:
             self.is_frozen = True
             self._heartbeat.kill(trial)
