@@ -2,13 +2,15 @@
 
 import sys
 
+from vlarl_rllib.process.console import saying_so
 from vlarl_rllib.process.signals import END
 
 
 def main() -> None:
     with END.listening():
         try:
-            from vlarl_rllib.cli import main as run
+            with saying_so("the command to be loaded"):
+                from vlarl_rllib.cli import main as run
         except KeyboardInterrupt:
             sys.stderr.write("stopped before anything began\n")
             sys.exit(END.code)

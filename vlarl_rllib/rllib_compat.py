@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from unittest.mock import patch
 import ray
 from ray.job_config import JobConfig
 
-from vlarl_rllib.process.environment import environment_defaults
+from vlarl_rllib.process.environment import environment_defaults, environment_without
 from vlarl_rllib.process.lost_output import LOST
 
 if TYPE_CHECKING:
@@ -96,6 +96,35 @@ def _log_level(name: str, level: int) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def quiet_dashboard_client() -> Iterator[None]:
+    """Around calls to the dashboard of a cluster: Ray's client tells its log of every upload, and of a token that is
+    not there, and takes the address in RAY_ADDRESS for its own, whatever it is given."""
+    modules = (
+        "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging",
+        "ray._private.authentication.http_token_authentication",
+    )  # fmt: skip
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_log_level(module, logging.ERROR))
+        stack.enter_context(environment_without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"))
+        yield
+
+
+def draining_nodes() -> dict[str, float | None]:
+    """Nodes that are about to be taken away (GCS `DrainNode`), each with the Unix time when, None where nobody has said
+    it."""
+    return {node: at / 1000 if at else None for node, at in ray._private.state.state.get_draining_nodes().items()}
+
+
+def nodes_in_use() -> set[str]:
+    """The node of this process, and those of the actors that it and they have started."""
+    context = ray.get_runtime_context()
+    job = ray.JobID(bytes.fromhex(context.get_job_id()))
+    actors = ray._private.state.state.actor_table(None, job_id=job, actor_state_name="ALIVE")
+    return {context.get_node_id(), *(actor["Address"]["NodeID"] for actor in actors.values())}
 
 
 # Tune

@@ -48,6 +48,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     with RunDirectory(root / "runs" / "without_checkpoint").claimed(Settings()):
         pass
+    fine_tuned = RunDirectory(root / "runs" / "fine_tuned")
+    steps = Settings().sft.steps
+    with fine_tuned.claimed(Settings()), fine_tuned.checkpoints(unit="step").writing(steps) as directory:
+        (directory / "learners").mkdir()
+        (directory / "learners" / "rank_0").write_text("weights")
+        (fine_tuned.path / "summary.json").write_text(json.dumps({"steps": steps}))
     return root
 
 
@@ -128,6 +134,36 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["train", "--resume", "--run-dir", "runs/without_checkpoint"],
         ("--resume:", "no complete checkpoint"),
     ),
+    "resume auto nowhere": (["train", "good.yaml", "--resume", "auto"], ("--resume auto: needs --run-dir",)),
+    "resume auto of nothing without a config": (
+        ["train", "--resume", "auto", "--run-dir", "runs/absent"],
+        ("CONFIG: missing",),
+    ),
+    "resume auto with another config": (
+        ["train", "good.yaml", "--run-dir", "runs/done", "--resume=auto"],
+        ("env.name: 'synthetic' in config.yaml, but the run was made with 'libero'",),
+    ),
+    "resume auto of fine-tuning with another config": (
+        ["sft", "good.yaml", "--run-dir", "runs/fine_tuned", "--resume", "auto"],
+        ("env.name: 'synthetic' in config.yaml, but the run was made with 'libero'",),
+    ),
+    "resume auto of training where fine-tuning was": (
+        ["train", "good.yaml", "--run-dir", "runs/fine_tuned", "--resume", "auto"],
+        ("--run-dir: runs/fine_tuned holds a run already",),
+    ),
+    "resume with another word": (["train", "--run-dir", "runs/done", "--resume=perhaps"], ("--resume", "perhaps")),
+    "a job without a run directory": (["submit", "good.yaml", "--address", "head"], ("--run-dir: missing",)),
+    "a job with a relative run directory": (
+        ["submit", "good.yaml", "--address", "head", "--run-dir", "runs/x"],
+        ("--run-dir: runs/x is relative", "Ray's cache of the upload", "give an absolute path"),
+    ),
+    "a job nowhere": (["submit", "good.yaml", "--run-dir", "/runs/x"], ("--address: missing", "http://head:8265")),
+    "a job with a wrong key": (
+        ["submit", "good.yaml", "--address", "head", "--run-dir", "/runs/x", "--set", "training.lrr=1"],
+        ("training.lrr: unknown key",),
+    ),
+    "jobs of no cluster": (["jobs", "list"], ("--address: missing",)),
+    "an unknown command about jobs": (["jobs", "lst"], ("lst",)),
     "a run directory that holds a run": (
         ["train", "good.yaml", "--run-dir", "runs/done"],
         ("--run-dir: runs/done holds a run already", "--resume"),
@@ -240,7 +276,7 @@ def test_help_names_the_commands_at_once(arguments: list[str], place: Path) -> N
     done = vlarl_quickly(arguments, place)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage:" in done.stdout
-    for command in ("train", "eval", "reward-model", "doctor", "make-checkpoint"):
+    for command in ("train", "submit", "jobs", "eval", "reward-model", "doctor", "make-checkpoint"):
         assert f"  {command} " in done.stdout
 
 
@@ -249,6 +285,18 @@ def test_help_of_a_command_names_its_options_at_once(place: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for option in ("--set", "--run-dir", "--resume", "--resume-from"):
         assert option in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_resume_auto_of_what_is_complete_says_so_and_is_no_failure(command: str, place: Path) -> None:
+    run = {"train": "runs/done", "sft": "runs/fine_tuned"}[command]
+    config = place / run / "config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("iterations: 10\n", "iterations: 5\n"))
+    done, _ = vlarl([command, "--run-dir", run, "--resume", "auto"], place)
+    config.write_text(before)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{run} has all its " in done.stdout and done.stdout.endswith("nothing is left to do\n")
 
 
 def test_a_mistake_leaves_nothing_behind(place: Path) -> None:

@@ -1,9 +1,11 @@
 """Commands in processes of their own, which tests interrupt, kill and look at from outside."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,6 +46,7 @@ class Command:
         variables: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self._output = root / name, root / f"{name}.txt"
+        self.began, self.growth = time.monotonic(), list[tuple[float, int]]()
         self.session = f"{os.getpid()}-{root.name}-{name}"
         environment = {
             **os.environ,
@@ -58,6 +61,27 @@ class Command:
             stdout=stdout or self._output.open("a"), stderr=subprocess.STDOUT,
             cwd=cwd, env=environment, start_new_session=True,
         )  # fmt: skip
+
+        if stdout is None:
+            threading.Thread(target=self._watch_output, daemon=True).start()
+
+    def _watch_output(self) -> None:
+        size = 0
+        while self.process.poll() is None:
+            if (new := self._output.stat().st_size) > size:
+                size = new
+                self.growth.append((time.monotonic(), size))
+            time.sleep(0.1)
+
+    def longest_silence(self, end: str) -> float:
+        """Seconds between two pieces of output, from the command's start to the line that holds `end`."""
+        until = len(self.output[: self.output.index(end)].encode())
+        times = [self.began]
+        for when, size in self.growth:
+            times.append(when)
+            if size > until:
+                break
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
 
     @property
     def output(self) -> str:

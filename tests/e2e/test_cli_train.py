@@ -103,6 +103,8 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
         "run.wandb=test",
         "--set",
         "evaluation.episodes=2",
+        "--resume",
+        "auto",
     ]
 
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as scratch:
@@ -145,7 +147,7 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
         "SIGINT: ending within 25 s" in output
         and f"stopped with a checkpoint of iteration {len(rows)}; continue" in output
     )
-    assert f"--resume --run-dir {os.path.relpath(resumed.path)}" in output
+    assert f"--resume --run-dir {resumed.path}" in output
     assert resumed.newest() == resumed.summary()["iterations"] == len(rows)
     assert resumed.summary()["faults"]["trial_restarts"] == 1 and resumed.summary()["wall_seconds"] > 0
     assert weights_in_shared_memory() <= others
@@ -175,6 +177,7 @@ def test_the_smoke_config_on_real_libero_with_real_vllm_and_a_judge(tmp_path: Pa
     options = (part for override in overrides for part in ("--set", override))
     run = Command(tmp_path, "train", "configs/libero_smoke_cpu.yaml", "--run-dir", str(tmp_path / "run"), *options)
     assert run.end(500) == 0, run.output
+    assert run.longest_silence("    1/2 ") < 10, run.output
     first, second = run.rows()
     assert first["policy_version"] < second["policy_version"]
     assert first["initial_evaluation"]["episodes"] == second["evaluation"]["episodes"] == 2

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -162,10 +161,7 @@ def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_
         assert run_command(monkeypatch, config, "--run-dir", second) == 130
     output = capsys.readouterr().out
     assert "no checkpoint of step 50: OSError: No space left on device" in output
-    assert (
-        f"stopped at step 71 of 120; continue from step 71 with: vlarl sft --resume --run-dir {os.path.relpath(second)}"
-        in output
-    )
+    assert f"stopped at step 71 of 120; continue from step 71 with: vlarl sft --resume --run-dir {second}" in output
     assert [path.name for path in (second / "checkpoints").iterdir()] == ["step_000071"]
     stopped = (second / "model" / "model.safetensors").read_bytes()
     monkeypatch.undo()

@@ -4,12 +4,14 @@ Ray and Tune."""
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune import tune as tune_module
 from ray.tune.execution import class_cache
 
 from vlarl_rllib.process.environment import environment_defaults
@@ -94,8 +96,11 @@ def test_a_commands_tune_is_quiet_and_hands_no_secrets_on_and_the_next_one_is_as
 
     before = state()
     assert "AWS_SECRET_ACCESS_KEY" in before[2]
+    handler = signal.getsignal(signal.SIGUSR1)
     with tolerant_tune(print):
         environment, level, handed_on = state()
+        assert not tune_module._setup_signal_catching().is_set()
+        assert signal.getsignal(signal.SIGUSR1) is handler, "a scheduler's warning, which a command listens to"
     assert environment["TUNE_DISABLE_SIGINT_HANDLER"] == "1" and environment["RAY_AIR_NEW_OUTPUT"] == "0"
     assert environment["RAY_CHDIR_TO_TRIAL_DIR"] == "0" and "RAY_CHDIR_TO_TRIAL_DIR" in handed_on
     assert level == logging.CRITICAL and not any(name.startswith("AWS_") for name in handed_on)

@@ -29,7 +29,13 @@ with END.listening():
 
 @pytest.mark.parametrize(
     ("number", "counts_as", "code"),
-    [(signal.SIGINT, signal.SIGINT, 130), (signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGHUP, signal.SIGTERM, 143)],
+    [
+        (signal.SIGINT, signal.SIGINT, 130),
+        (signal.SIGTERM, signal.SIGTERM, 143),
+        (signal.SIGHUP, signal.SIGTERM, 143),
+        (signal.SIGUSR1, signal.SIGTERM, 75),
+        (signal.SIGUSR2, signal.SIGTERM, 75),
+    ],
 )
 def test_the_first_signal_is_remembered_whatever_is_being_done(
     number: signal.Signals, counts_as: signal.Signals, code: int
@@ -82,6 +88,29 @@ def test_one_that_arrives_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) 
     assert ended == [(130, "SIGTERM again: ended at once")]
 
 
+def test_behind_a_schedulers_warning_sigterm_is_no_second_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm sends SIGUSR1 some time before, SIGTERM at the limit, and each of them perhaps twice."""
+    ended: list[tuple[int, str]] = []
+    monkeypatch.setattr(END, "now", lambda code, line: ended.append((code, line)))
+    with END.listening(), END.polled():
+        for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+        assert END.signal == signal.SIGTERM and END.code == 75 and ended == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+    assert ended == [(75, "SIGTERM again: ended at once")]
+
+
+def test_a_warning_may_come_from_a_thread_and_in_words() -> None:
+    told = Queue[str]()
+    END.warn("nobody listens")
+    with END.listening(), END.polled(told.put):
+        END.warn("the node at 10.0.0.3 is going to be taken away")
+        assert told.get(timeout=10) == "the node at 10.0.0.3 is going to be taken away"
+        assert (END.signal, END.code) == (signal.SIGTERM, 75)
+
+
 def start_hanging(limit_seconds: float) -> tuple["subprocess.Popen[str]", psutil.Process]:
     process = subprocess.Popen([sys.executable, "-c", HANGS, str(limit_seconds)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -115,14 +144,15 @@ def test_under_nohup_a_closed_terminal_is_nothing(tmp_path: Path) -> None:
     assert subprocess.run(["nohup", sys.executable, "-c", code], cwd=tmp_path).returncode == 0
 
 
-def test_children_do_not_see_a_closed_terminal_and_this_process_does() -> None:
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_children_do_not_see_a_closed_terminal_or_a_warning_and_this_process_does(number: signal.Signals) -> None:
     with END.listening(), END.polled():
         with children_outlive_the_terminal():
             child = subprocess.Popen(["sleep", "60"])
-            os.kill(os.getpid(), signal.SIGHUP)  # which the thread takes
+            os.kill(os.getpid(), number)  # which the thread takes
             time.sleep(0.2)
         assert END.signal == signal.SIGTERM
-        child.send_signal(signal.SIGHUP)
+        child.send_signal(number)
         time.sleep(0.2)
         assert child.poll() is None
         child.kill()

@@ -1,5 +1,6 @@
 """The line between the driver and its busy trial, with Ray's key-value store replaced."""
 
+import itertools
 import threading
 import time
 from types import SimpleNamespace
@@ -20,7 +21,12 @@ class Line:
         self.store: dict[str, str] = {}
         self.killed: list[int] = []
         self.now = 1000.0
-        self.trial = SimpleNamespace(is_finished=lambda: False, temporary_state=SimpleNamespace(ray_actor="actor"))
+        self.groups: dict[str, Any] = {}
+        self.trial = SimpleNamespace(
+            is_finished=lambda: False,
+            temporary_state=SimpleNamespace(ray_actor="actor"),
+            placement_group_factory=SimpleNamespace(bundles=[{"CPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}]),
+        )
 
     def beat(self, count: int) -> None:
         self.store["run:beat"] = f"node 77 {count} 2 engine(s)"
@@ -40,8 +46,11 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Line:
     monkeypatch.setattr(pulse.Notes, "get", lambda key: line.store.get(key))
     monkeypatch.setattr(pulse.Notes, "remove", lambda key: line.store.pop(key, None))
     monkeypatch.setattr(pulse.time, "monotonic", lambda: line.now)
+    monkeypatch.setattr(pulse.Word, "last", line.now)
     monkeypatch.setattr(pulse.os, "kill", lambda pid, number: line.killed.append(pid))
     monkeypatch.setattr(pulse.ray, "kill", lambda actor: line.killed.append(actor))
+    monkeypatch.setattr(pulse, "placement_group_table", lambda: line.groups)
+    monkeypatch.setattr(pulse.ray, "available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(pulse.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
     END._reset()
     yield line
@@ -52,17 +61,25 @@ def signalled(line: Line, limit_seconds: float = 25.0) -> None:
     END.signal, END._since, END.limit_seconds = 15, line.now, limit_seconds  # type: ignore[assignment]
 
 
-def test_a_start_says_every_ten_seconds_whom_it_waits_for(line: Line) -> None:
-    said: list[str] = []
-    watch = TrialWatch("run", said.append)
+def test_a_start_says_every_few_seconds_whom_it_waits_for(line: Line) -> None:
+    said: list[tuple[float, str]] = []
+    watch = TrialWatch("run", lambda text: said.append((line.now - 1000, text.partition(" ...")[0])))
+    ours = {"bundles": {0: {"CPU": 1.0}, 1: {"CPU": 2.0, "GPU": 1.0}}}
+    line.groups = {"tune's": ours | {"state": "PENDING"}}
+    line.pass_time(watch, 12, alive=False)
+    line.groups = {"tune's": ours | {"state": "CREATED"}, "another's": {"state": "PENDING", "bundles": {}}}
     line.pass_time(watch, 12, alive=False)
     line.pass_time(watch, 12, alive=True)
     watch.on_trial_result(0, [line.trial], line.trial, {})
     line.pass_time(watch, 30, alive=True)
-    assert [text.partition(" ...")[0] for text in said] == [
+    words = [text for _, text in said]
+    assert words == sorted(words, key=words.index) and list(dict.fromkeys(words)) == [
+        "waiting for room on the cluster (free: 1 of 3 CPU, 0 of 1 GPU)",
         "waiting for the trial's process",
         "waiting for 2 engine(s)",
     ]
+    times = [0.0, *(when for when, _ in said), 36.0]
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= 8
 
 
 def test_a_trial_with_something_to_keep_is_asked_to_end_and_has_its_time(line: Line) -> None:

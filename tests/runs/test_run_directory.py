@@ -77,6 +77,16 @@ def test_a_run_is_not_overwritten(run: RunDirectory) -> None:
         new_run_directory(Path("runs/first"), "config", None)
 
 
+def test_a_run_without_a_checkpoint_may_be_begun_again_by_its_own_command(run: RunDirectory) -> None:
+    RowLog(run).add({"iteration": 1})
+    assert new_run_directory(Path("runs/first"), "config", None, again="iteration") == run
+    with pytest.raises(SettingsError, match="holds a run already"):
+        new_run_directory(Path("runs/first"), "config", None, again="step")
+    add_checkpoint(run, 5)
+    with pytest.raises(SettingsError, match="holds a run already"):
+        new_run_directory(Path("runs/first"), "config", None, again="iteration")
+
+
 def test_a_new_run_may_begin_from_a_checkpoint_only(run: RunDirectory) -> None:
     with pytest.raises(SettingsError, match="--resume-from: runs/first: no checkpoint here"):
         new_run_directory(Path("runs/second"), "config", Path("runs/first"))

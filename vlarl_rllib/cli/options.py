@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+import typer.core
 
-from vlarl_rllib.process.console import pasted
+from vlarl_rllib.process.console import pasted, shown
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.settings import Settings, SettingsError
 
@@ -28,9 +30,38 @@ ConfigPath = Annotated[
     ),
 ]
 NewRunDirectory = Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)]
+
+
+class ResumeWhen(StrEnum):
+    """What `--resume` asks for."""
+
+    ALWAYS = "always"
+    """Continue; a mistake where there is nothing to continue. The word may be left out."""
+    AUTO = "auto"
+    """Continue where there is something to continue, else start."""
+
+
+class ResumeCommand(typer.core.TyperCommand):
+    """A command with `--resume` and `--resume auto`: an option of Typer's has a value always, or never."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = [*ResumeWhen]
+        given = [
+            f"--resume={ResumeWhen.ALWAYS}" if word == "--resume" and following not in words else word
+            for word, following in zip(args, [*args[1:], None], strict=True)
+        ]
+        return super().parse_args(ctx, given)
+
+
 Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="Continue the run in --run-dir from its newest checkpoint, with its own config."),
+    ResumeWhen | None,
+    typer.Option(
+        "--resume",
+        metavar="[auto]",
+        show_default=False,
+        help="Continue the run in --run-dir from its newest checkpoint, with its own config; auto: or else start it, "
+        "from CONFIG.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one key; may be repeated.")
@@ -47,13 +78,43 @@ PolicyName = Annotated[
 ]
 
 
+def continues(
+    resume: ResumeWhen | None,
+    run_dir: Path | None,
+    config: Path | None,
+    overrides: list[str] | None,
+    resume_from: Path | None = None,
+    unit: Literal["iteration", "step"] = "iteration",
+) -> Path | None:
+    """The run directory where the command goes on with the run there, None where it starts one.
+
+    Raises `SettingsError` for options that do not go together.
+    """
+    if resume is None:
+        return None
+    if resume is ResumeWhen.AUTO:
+        if run_dir is None or (overrides and config is None):
+            raise SettingsError("--resume auto: needs --run-dir, and CONFIG to start from; --set belongs to CONFIG")
+        from vlarl_rllib.runs.directory import RunDirectory
+
+        return run_dir if RunDirectory(run_dir.resolve()).checkpoints(unit=unit).list() else None
+    if run_dir is None or config is not None or resume_from is not None or overrides:
+        not_from = " or --resume-from" if unit == "iteration" else ""
+        remedy = ": use --resume-from" if unit == "iteration" else ""
+        raise SettingsError(
+            f"--resume: needs --run-dir, and takes no CONFIG, --set{not_from} (a changed config is a new run{remedy}); "
+            "with CONFIG, for what may not have begun yet, it is --resume auto"
+        )
+    return run_dir
+
+
 def report_at_the_end(run: Path) -> None:
     """At a run's end; a picture that cannot be drawn is no reason to fail."""
     from vlarl_rllib.commands.report import write_report
 
     END.words = lambda: f"no report; write it with: vlarl report {pasted(run)}"
     try:
-        typer.echo(f"report: {os.path.relpath(write_report(run))}")
+        typer.echo(f"report: {shown(write_report(run))}")
     except (SettingsError, ImportError, OSError) as error:
         typer.echo(f"no report: {error}", err=True)
 

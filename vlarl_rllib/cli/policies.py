@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -152,11 +151,11 @@ def report(
 ) -> None:
     """Write the report of a run, or one of many beside each other, and print one line for each."""
     from vlarl_rllib.commands.report import report as write
-    from vlarl_rllib.process.console import make_console
+    from vlarl_rllib.process.console import make_console, shown
 
     file, table = write(runs, out)
     make_console().print(table)
-    typer.echo(f"wrote {os.path.relpath(file)}")
+    typer.echo(f"wrote {shown(file)}")
 
 
 @app.command(name="make-checkpoint")

@@ -14,21 +14,27 @@ from vlarl_rllib.cli.options import (
     NewRunDirectory,
     Overrides,
     Resume,
+    ResumeCommand,
+    ResumeWhen,
+    continues,
     load_settings,
     preflight,
     remark,
     report_at_the_end,
 )
+from vlarl_rllib.process.console import saying_so
 from vlarl_rllib.process.signals import END
-from vlarl_rllib.settings import SettingsError
+from vlarl_rllib.settings import Settings, SettingsError
+
+LIBRARIES = "Ray, torch and RLlib to be loaded"
 
 
-@app.command()
+@app.command(cls=ResumeCommand)
 def train(
     config: ConfigPath = None,
     overrides: Overrides = None,
     run_dir: NewRunDirectory = None,
-    resume: Resume = False,
+    resume: Resume = None,
     resume_from: Annotated[
         Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.", **PATH)
     ] = None,
@@ -39,30 +45,32 @@ def train(
         check_unfinished,
         find_checkpoint,
         how_to_go_on,
+        is_complete,
         new_run_directory,
         open_run_directory,
     )
 
     END.sigterm_code = 0  # a scheduler's way to end a run is no failure
-    if resume:
-        if run_dir is None or config is not None or resume_from is not None or overrides:
-            raise SettingsError(
-                "--resume: needs --run-dir, and takes no CONFIG, --set or --resume-from (a changed config is a "
-                "new run: use --resume-from)"
-            )
-        run = open_run_directory(run_dir)
-        settings = run.settings()
+    if goes_on := continues(resume, run_dir, config, overrides, resume_from):
+        run = open_run_directory(goes_on)
+        settings = Settings.from_yaml(config, overrides or []) if config else run.settings()
     else:
         settings, name = load_settings(config, overrides, "configs/libero_smoke_cpu.yaml")
-        run = new_run_directory(run_dir, name, resume_from)
+        run = new_run_directory(run_dir, name, resume_from, again="iteration" if resume is ResumeWhen.AUTO else None)
     END.words = lambda: how_to_go_on(run)
-    checkpoint = run.newest_checkpoint() if resume else resume_from and find_checkpoint(resume_from)
-    preflight(settings)
+    with saying_so("checks of the settings and the checkpoint"):
+        checkpoint = run.newest_checkpoint() if goes_on else resume_from and find_checkpoint(resume_from)
+        preflight(settings)
+        if checkpoint is not None:
+            (check_resume if goes_on else check_resume_from)(checkpoint, settings)
     if checkpoint is not None:
-        (check_resume if resume else check_resume_from)(checkpoint, settings)
+        if goes_on and resume is ResumeWhen.AUTO and is_complete(checkpoint, settings):
+            typer.echo(f"{run.path} has all its {settings.run.iterations} iterations: nothing is left to do")
+            raise typer.Exit(0)
         check_unfinished(checkpoint, settings)
     with run.claimed(settings):
-        from vlarl_rllib.commands.train import run_training
+        with saying_so(LIBRARIES):
+            from vlarl_rllib.commands.train import run_training
 
         code = run_training(settings, run, resume_from=checkpoint)
         if run.read_rows():
@@ -70,35 +78,44 @@ def train(
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(cls=ResumeCommand)
 def sft(
     config: ConfigPath = None,
     overrides: Overrides = None,
     run_dir: NewRunDirectory = None,
-    resume: Resume = False,
+    resume: Resume = None,
 ) -> None:
     """Fine-tune a policy on demonstrations (RLDS); leaves a checkpoint that train and eval take."""
-    from vlarl_rllib.runs.directory import check_sft_unfinished, how_to_go_on, new_run_directory, open_run_directory
+    from vlarl_rllib.runs.continuation import check_same
+    from vlarl_rllib.runs.directory import (
+        check_sft_unfinished,
+        how_to_go_on,
+        new_run_directory,
+        open_run_directory,
+        sft_is_complete,
+    )
     from vlarl_rllib.runs.preflight import check_sft, sft_doubts
 
-    if resume:
-        if run_dir is None or config is not None or overrides:
-            raise SettingsError(
-                "--resume: needs --run-dir, and takes no CONFIG or --set (a changed config is a new run)"
-            )
-        run = open_run_directory(run_dir, "step")
-        settings = run.settings()
+    if goes_on := continues(resume, run_dir, config, overrides, unit="step"):
+        run = open_run_directory(goes_on, "step")
+        settings = Settings.from_yaml(config, overrides or []) if config else run.settings()
+        check_same(run.settings(), settings)
+        if resume is ResumeWhen.AUTO and sft_is_complete(run, settings):
+            typer.echo(f"{run.path} has all its {settings.sft.steps} steps: nothing is left to do")
+            raise typer.Exit(0)
         check_sft_unfinished(run, settings)
     else:
         settings, name = load_settings(config, overrides, "configs/quickstart.yaml")
-        run = new_run_directory(run_dir, name, None)
+        run = new_run_directory(run_dir, name, None, again="step" if resume is ResumeWhen.AUTO else None)
     END.words = lambda: how_to_go_on(run, "step")
-    check_sft(settings)
-    remark(sft_doubts(settings))
+    with saying_so("checks of the settings and the data"):
+        check_sft(settings)
+        remark(sft_doubts(settings))
     with run.claimed(settings):
-        from vlarl_rllib.commands.sft import run_sft
+        with saying_so(LIBRARIES):
+            from vlarl_rllib.commands.sft import run_sft
 
-        code = run_sft(settings, run, resume=resume)
+        code = run_sft(settings, run, resume=goes_on is not None)
     raise typer.Exit(code)
 
 

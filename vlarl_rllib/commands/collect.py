@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from vlarl_rllib.data.collect import CollectRequest, collect
@@ -10,7 +9,7 @@ from vlarl_rllib.data.rlds import read_statistics
 from vlarl_rllib.data.tfds_process import VERSION
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.process.console import make_console, make_progress
+from vlarl_rllib.process.console import make_console, make_progress, shown
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import EnvSpec
@@ -51,20 +50,16 @@ def run_collect(settings: Settings, out: Path) -> int:
         return 1
     except OSError as error:
         console.print(
-            f"{os.path.relpath(out)} cannot be written: {error}; make room, and collect into another directory",
+            f"{shown(out)} cannot be written: {error}; make room, and collect into another directory",
             style="red",
         )
         return 1
     except KeyboardInterrupt:
         kept = out / env.name / VERSION
         console.print(
-            f"stopped; what was kept is in {os.path.relpath(kept)}"
-            if kept.exists()
-            else "stopped; there is no data set"
+            f"stopped; what was kept is in {shown(kept)}" if kept.exists() else "stopped; there is no data set"
         )
         return END.code
     statistics = read_statistics(path, family)[1]
-    console.print(
-        f"{statistics['num_trajectories']} episodes, {statistics['num_transitions']:,} steps: {os.path.relpath(path)}"
-    )
+    console.print(f"{statistics['num_trajectories']} episodes, {statistics['num_transitions']:,} steps: {shown(path)}")
     return 0

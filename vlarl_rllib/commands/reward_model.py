@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from vlarl_rllib.data.rlds import RLDSDataset, find_dataset, fingerprint
-from vlarl_rllib.process.console import make_console, make_progress, pasted
+from vlarl_rllib.process.console import make_console, make_progress, pasted, shown
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.runs.preflight import check_tensorflow_datasets
 from vlarl_rllib.settings import SettingsError
@@ -49,7 +48,7 @@ def run_reward_model(
             frames = read_frames(data, split, image_size)
         num_episodes = int(frames.episode_of.max()) + 1
         what = f"{num_episodes} episodes, {len(frames.images):,} frames, {len(frames.instructions)} instruction(s)"
-        console.print(f"{what}: {os.path.relpath(find_dataset(data))}")
+        console.print(f"{what}: {shown(find_dataset(data))}")
         identity = fingerprint(data)
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise SettingsError(f"--data: {error}") from error

@@ -11,7 +11,6 @@ RUN/config.yaml      the resolved settings
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import traceback
@@ -32,7 +31,7 @@ from vlarl_rllib.learner.rank_group import LearnerError, RankGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.process.console import make_console, make_progress, pasted
+from vlarl_rllib.process.console import make_console, make_progress, pasted, saying_so, shown
 from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, keep_trying
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
@@ -71,7 +70,7 @@ def run_sft(settings: Settings, run: RunDirectory, *, resume: bool = False) -> i
     except Exception as error:  # a learner's, the reader's, the disk's: none is a reason for a traceback on the screen
         run.write_error(traceback.format_exc())
         console.print(
-            f"fine-tuning failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/{ERROR_FILE})",
+            f"fine-tuning failed: {one_line(error)} (whole traceback in {shown(run.path)}/{ERROR_FILE})",
             style="red",
         )
         console.print(how_to_go_on(run, "step"))
@@ -92,16 +91,17 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
         )
     what = f"{statistics['num_transitions']:,} demonstrated steps of {name}"
     whence = f", from step {first:,}" if checkpoint else ""
-    console.print(f"run directory {os.path.relpath(run.path)}: {what}, {settings.learners.num} learner(s){whence}")
+    console.print(f"run directory {shown(run.path)}: {what}, {settings.learners.num} learner(s){whence}")
     for outdated in ("summary.json", ERROR_FILE):
         (run.path / outdated).unlink(missing_ok=True)
     log = RowLog(run, "step")
     log.forget_after(first)
     earlier_seconds = sum(row["seconds"] for row in log.rows)
     with _learners(settings, run.path.name) as group, END.polled(partial(_notice, console)):
-        num_steps = sum(group.call("open_data", statistics["action"], first))
-        if checkpoint:
-            group.call("load_sharded", str(checkpoint / "learners"))
+        with saying_so("the learners to open the data"):
+            num_steps = sum(group.call("open_data", statistics["action"], first))
+            if checkpoint:
+                group.call("load_sharded", str(checkpoint / "learners"))
         END.check()
         row = FineTuning(group, settings, run, console, identity).learn(log, first)
         model, unfinished = run.path / MODEL_DIRECTORY, run.path / f".{MODEL_DIRECTORY}.partial"
@@ -126,7 +126,7 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
 
     if unwritten := keep_trying(write_summary, KEEP_TRYING_SECONDS if END.signal is None else 0.0):
         raise unwritten
-    console.print(f"wrote {os.path.relpath(model)}; {_how_to_use(pasted(model), name, settings)}")
+    console.print(f"wrote {shown(model)}; {_how_to_use(pasted(model), name, settings)}")
     if END.signal is None:
         return 0
     if row["step"] < settings.sft.steps:
@@ -230,7 +230,8 @@ def _learners(settings: Settings, name: str) -> Iterator[RankGroup]:
     """The learners alone, in a Ray of their own or the cluster's; or in this process for `learners.num: 0`."""
     settings = resolved(settings)
     with ray_session(calculate_runtime_args(settings).only(Role.LEARNER), settings):
-        group = RankGroup(SupervisedLearner, {"settings": settings.to_dict()}, settings, run=name)
+        with saying_so(f"{settings.learners.num} learner(s)"):
+            group = RankGroup(SupervisedLearner, {"settings": settings.to_dict()}, settings, run=name)
         try:
             yield group
         finally:

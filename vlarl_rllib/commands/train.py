@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from functools import partial
@@ -21,7 +20,7 @@ from vlarl_rllib.errors import FinalError, cause_of, one_line
 from vlarl_rllib.observability.metrics import FAULTS, SECONDS
 from vlarl_rllib.observability.table import LiveTable
 from vlarl_rllib.observability.wandb_logger import wandb_logger
-from vlarl_rllib.process.console import make_console, pasted
+from vlarl_rllib.process.console import make_console, pasted, shown
 from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
@@ -70,7 +69,7 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
         config.faults, config.policy_version = log.rows[-1]["faults"], log.rows[-1]["policy_version"]
     plan = calculate_runtime_args(settings)
     console.print(
-        f"run directory {os.path.relpath(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), "
+        f"run directory {shown(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), "
         f"{settings.learners.num} learner(s)"
     )
 
@@ -241,9 +240,7 @@ def _lost_output(rows: list[dict[str, Any]]) -> int:
 
 def _finish_failed(run: RunDirectory, error: Exception, console: Console) -> int:
     run.write_error(str(error))
-    console.print(
-        f"the run failed: {one_line(error)} (whole traceback in {os.path.relpath(run.path)}/{ERROR_FILE})", style="red"
-    )
+    console.print(f"the run failed: {one_line(error)} (whole traceback in {shown(run.path)}/{ERROR_FILE})", style="red")
     console.print(how_to_go_on(run))
     return 1
 
@@ -261,7 +258,7 @@ def _finish(settings: Settings, run: RunDirectory, log: RowLog, abandoned: bool,
         )
         return 1
     if END.signal is None:
-        console.print(f"done: {os.path.relpath(run.path)}/summary.json")
+        console.print(f"done: {shown(run.path)}/summary.json")
         return 0
     if kept < done:
         lost = f"iteration {done} has" if kept + 1 == done else f"iterations {kept + 1} to {done} have"
@@ -273,4 +270,5 @@ def _finish(settings: Settings, run: RunDirectory, log: RowLog, abandoned: bool,
         where = eval_options(settings.env.name, settings.env.suite)
         missing = f"; its evaluation was dropped: vlarl eval {pasted(run.path)} {where}" if dropped else ""
         console.print(f"stopped behind the last iteration{missing}")
+        return 0 if END.is_warned else END.code  # nothing is left that the same command would do
     return END.code

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import shlex
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+
+SAY_SECONDS = 5.0
+"""Between two lines that say what a start waits for: on a busy machine they come later, and nobody should wait for more
+than 10 s without a word."""
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -23,9 +32,15 @@ def make_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
+def shown(path: Path) -> str:
+    """A path from here, or from the root where it lies elsewhere: a job's working directory is deep in Ray's cache."""
+    relative = os.path.relpath(path)
+    return os.path.abspath(path) if relative.startswith(os.pardir) else relative
+
+
 def pasted(path: Path) -> str:
-    """A path, from here, as a shell takes it: for commands that a person copies."""
-    return shlex.quote(os.path.relpath(path))
+    """The same as a shell takes it: for commands that a person copies."""
+    return shlex.quote(shown(path))
 
 
 def make_progress(console: Console, label: str, **options: Any) -> Progress:
@@ -45,3 +60,37 @@ def make_progress(console: Console, label: str, **options: Any) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal, **options)
+
+
+class Word:
+    """When a start said last what it waits for; at first, when the command began."""
+
+    last = time.monotonic()
+
+    @classmethod
+    def is_due(cls) -> bool:
+        """Whether it is time for another one, which is said then."""
+        due = time.monotonic() - cls.last >= SAY_SECONDS
+        if due:
+            cls.last = time.monotonic()
+        return due
+
+
+@contextmanager
+def saying_so(what: str) -> Iterator[None]:
+    """A line on stderr every `SAY_SECONDS`, those of what was waited for before counted: what is being waited for, and
+    since when."""
+    over, began = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not over.wait(max(1.0, Word.last + SAY_SECONDS - time.monotonic())):
+            Word.last = time.monotonic()
+            make_console(stderr=True).print(f"waiting for {what} ... {Word.last - began:.0f} s", style="dim")
+
+    thread = threading.Thread(target=speak, name="vlarl-waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

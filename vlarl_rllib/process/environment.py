@@ -17,3 +17,13 @@ def environment_defaults(**values: str) -> Iterator[None]:
     finally:
         for name in missing:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def environment_without(*names: str) -> Iterator[None]:
+    """Without those variables; afterwards they are there again."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

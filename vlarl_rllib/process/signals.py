@@ -1,5 +1,8 @@
 """Ctrl-C, SIGTERM and a closed terminal, from a command's first line to its last.
 
+A scheduler's warning (Slurm's `--signal=USR1`, Ray's notice that a node is drained) is another word for SIGTERM, with
+an exit code that says that the run is not done.
+
 The first signal is remembered, whatever the process is doing, and asks for an end; a second one ends the process and
 its children at once. So does a thread where the end takes too long: a main thread that hangs in C never sees its
 signals.
@@ -32,11 +35,19 @@ LAST_WORDS_SECONDS = 1.0
 """How long the last line may take: a reader that stands still would keep it back for ever."""
 
 
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""What a scheduler sends a while before it ends a job by SIGTERM."""
+AS_SIGTERM = (signal.SIGHUP, *WARNINGS)
+WARNED_CODE = 75
+"""Exit code behind a warning: EX_TEMPFAIL of sysexits.h, the same command is to be run again."""
+
+
 class End:
     """What signals have asked of this process; there is one, `END`.
 
     Attributes:
-        signal: SIGINT or SIGTERM (which SIGHUP counts as), None before the first.
+        signal: SIGINT or SIGTERM (which SIGHUP, SIGUSR1 and SIGUSR2 count as), None before the first.
+        is_warned: whether the first was a scheduler's warning.
         limit_seconds: how long the end may take after it.
         sigterm_code: exit code behind SIGTERM; 0 where being ended is no failure.
         words: how to go on, for whoever reads the last line.
@@ -51,6 +62,8 @@ class End:
 
     def _reset(self) -> None:
         self.signal: signal.Signals | None = None
+        self.is_warned = False
+        self._cause = ""
         self.limit_seconds = STOP_SECONDS
         self.sigterm_code = 128 + signal.SIGTERM
         self.words: Callable[[], str] = str
@@ -64,6 +77,8 @@ class End:
     @property
     def code(self) -> int:
         """The exit code that the first signal asks for."""
+        if self.is_warned:
+            return WARNED_CODE
         return self.sigterm_code if self.signal == signal.SIGTERM else 128 + signal.SIGINT
 
     @property
@@ -134,6 +149,13 @@ class End:
         if self.signal is not None:
             raise KeyboardInterrupt
 
+    def warn(self, cause: str) -> None:
+        """What a scheduler's warning does, from any thread, for a cause that is no signal; nothing where nobody listens
+        to signals."""
+        if self._listens:
+            self._cause = cause
+            os.kill(os.getpid(), WARNINGS[0])
+
     def now(self, code: int, first: str) -> None:
         """End this process and its children at once, from any thread, with a last line: `first`, and how to go on."""
         if not self._ending.acquire(blocking=False):
@@ -173,7 +195,8 @@ class End:
         if self.signal is not None:
             return  # `_watch` counts them
         self._since = time.monotonic()
-        self.signal = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+        self.is_warned = number in WARNINGS
+        self.signal = signal.SIGTERM if number in AS_SIGTERM else signal.Signals(number)
         if self._raises:
             raise KeyboardInterrupt
 
@@ -181,6 +204,7 @@ class End:
         """Python writes the number of each signal to a socket when it arrives, also while the main thread hangs or has
         another's handler."""
         first: tuple[int, float] | None = None
+        asked: tuple[int, float] | None = None  # the first that is no warning
         reader.settimeout(POLL_SECONDS)
         while True:
             numbers = b""
@@ -191,17 +215,20 @@ class End:
             if numbers:
                 signal.alarm(0)  # see `_handle`, which comes late where the main thread is in C
             for number in wanted.intersection(numbers):
+                now = time.monotonic()
                 if first is None:
-                    first = number, time.monotonic()
+                    first = number, now
                     # In a thread of its own, which may wait for a reader: the handler would write in the middle of a
                     # write.
                     threading.Thread(
                         target=self._tell, args=(signal.Signals(number).name,), name="vlarl-notice", daemon=True
                     ).start()
                 elif (
-                    number != signal.SIGHUP and time.monotonic() - first[1] > DUPLICATE_SECONDS
+                    asked and number not in AS_SIGTERM and now - asked[1] > DUPLICATE_SECONDS
                 ):  # a shell passes on the kernel's SIGHUP
                     self.now(self._code_of(first[0]), f"{signal.Signals(number).name} again: ended at once")
+                if asked is None and number not in WARNINGS:
+                    asked = number, now
             if first is not None and time.monotonic() - first[1] > self.limit_seconds + GRACE_SECONDS:
                 self.now(
                     self._code_of(first[0]),
@@ -211,9 +238,11 @@ class End:
     def _tell(self, name: str) -> None:
         if not self._raises:
             with contextlib.suppress(OSError, ValueError, RuntimeError):
-                self._notice(name)
+                self._notice(self._cause or name)
 
     def _code_of(self, number: int) -> int:
+        if number in WARNINGS:
+            return WARNED_CODE
         return 128 + signal.SIGINT if number == signal.SIGINT else self.sigterm_code
 
 
@@ -226,17 +255,19 @@ def _wanted() -> list[signal.Signals]:
     return [
         signal.SIGINT,
         signal.SIGTERM,
+        *WARNINGS,
         *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []),
     ]
 
 
 @contextmanager
 def children_outlive_the_terminal() -> Iterator[None]:
-    """What is started here does not see SIGHUP, which a terminal sends to all at once: a checkpoint needs them.
+    """What is started here does not see SIGHUP, which a terminal sends to all at once, nor Slurm's warnings, which it
+    sends to all processes of a step: a checkpoint needs them.
 
     This process still does.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*AS_SIGTERM})
     try:
         yield
     finally:

@@ -117,7 +117,7 @@ def check_ray() -> None:
     """Raise `SettingsError` where no Ray can be joined or started; not where this process works in one already."""
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
-    _check_auth()
+    check_token()
     address = cluster_address()
     if address is None:
         user_directory()
@@ -196,14 +196,18 @@ def _check_local_cluster() -> None:
         raise SettingsError(f"RAY_ADDRESS: auto, but no Ray cluster runs on this machine; {remedy}")
 
 
-def _check_auth() -> None:
-    """Whether there is the token that RAY_AUTH_MODE asks for."""
+def check_token() -> None:
+    """Raise `SettingsError` where RAY_AUTH_MODE or RAY_AUTH_TOKEN_PATH say what cannot be."""
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode is not None and mode.lower() not in ("token", "disabled"):
         raise SettingsError(f"RAY_AUTH_MODE: {mode!r} does not exist; choose token or disabled")
     if mode is not None and mode.lower() == "disabled":
         return
-    if (path := os.environ.get("RAY_AUTH_TOKEN_PATH")) and not os.environ.get("RAY_AUTH_TOKEN") and not _has_text(path):
+    if (
+        (path := os.environ.get("RAY_AUTH_TOKEN_PATH"))
+        and not os.environ.get("RAY_AUTH_TOKEN")
+        and _text_of(path) is None
+    ):
         raise SettingsError(
             f"RAY_AUTH_TOKEN_PATH: {path} holds no token; give the file that the cluster's token is in, or unset it"
         )
@@ -215,26 +219,26 @@ def _check_auth() -> None:
 
 def has_ray_token() -> bool:
     """Whether Ray would find a token, in the places where it looks."""
-    return bool(os.environ.get("RAY_AUTH_TOKEN") or ray_token_file())
+    return ray_token() is not None
 
 
 def ray_token_file() -> Path | None:
     """The file that Ray would take its token from, where there is one."""
     file = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
-    return Path(file).absolute() if _has_text(file) else None
+    return Path(file).absolute() if _text_of(file) else None
 
 
-def ray_token() -> str:
-    """The token that Ray would use; empty where there is none."""
+def ray_token() -> str | None:
+    """The token that Ray would find, in the places where it looks."""
     file = ray_token_file()
-    return os.environ.get("RAY_AUTH_TOKEN") or (file.read_text().strip() if file else "")
+    return os.environ.get("RAY_AUTH_TOKEN") or (_text_of(str(file)) if file else None)
 
 
-def _has_text(path: str) -> bool:
+def _text_of(path: str) -> str | None:
     try:
-        return bool(Path(path).read_text().strip())
+        return Path(path).read_text().strip() or None
     except (OSError, UnicodeDecodeError):
-        return False
+        return None
 
 
 def check_wandb(project: str) -> None:

@@ -34,11 +34,23 @@ def check_resume(checkpoint: Path, settings: Settings) -> None:
     """Raise `SettingsError` where a run's config has changed since the checkpoint was written, but for its `LIMITS`."""
     for key, old, new in _changes(checkpoint, settings):
         if key not in LIMITS:
-            raise SettingsError(
-                f"{key}: {new!r} in config.yaml, but the run was made with {old!r}, and under --resume only "
-                f"{', '.join(LIMITS)} may change; "
-                "put it back, or start a new run with --resume-from"
-            )
+            raise _changed(key, old, new)
+
+
+def _changed(key: str, old: Any, new: Any) -> SettingsError:
+    return SettingsError(
+        f"{key}: {new!r} in config.yaml, but the run was made with {old!r}, and under --resume only "
+        f"{', '.join(LIMITS)} may change; "
+        "put it back, or start a new run with --resume-from"
+    )
+
+
+def check_same(old: Settings, new: Settings) -> None:
+    """The same where nothing but the config of the run itself says what it was."""
+    before, after = dict(flat(old.to_dict())), dict(flat(new.to_dict()))
+    for key in sorted(before.keys() | after.keys()):
+        if key not in LIMITS and before.get(key) != after.get(key):
+            raise _changed(key, before.get(key), after.get(key))
 
 
 def check_resume_from(checkpoint: Path, settings: Settings) -> None:

@@ -236,8 +236,13 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) -> RunDirectory:
+def new_run_directory(
+    path: Path | None, stem: str, resume_from: Path | None, *, again: Unit | None = None
+) -> RunDirectory:
     """Where a new run goes.
+
+    Args:
+        again: of the command that starts anew where a run of its own ended before the first checkpoint.
 
     Raises `SettingsError` where that holds a run already, or `resume_from` is no checkpoint.
     """
@@ -250,7 +255,8 @@ def new_run_directory(path: Path | None, stem: str, resume_from: Path | None) ->
             f"--run-dir: {path} holds a {foreign[0]} that is no run's and would be written over; give another directory"
         )
     # a run that failed before its first iteration may be started again in place
-    if run.read_rows() or run.checkpoints().list():
+    rows = [row for row in run.read_rows() if again not in row]
+    if rows or any(run.checkpoints(unit=unit).list() for unit in COMMANDS):
         raise SettingsError(
             f"--run-dir: {path} holds a run already; continue it with --resume, or give another directory"
         )
@@ -302,10 +308,18 @@ def open_run_directory(path: Path, unit: Unit = "iteration") -> RunDirectory:
     return run
 
 
+def is_complete(checkpoint: Path, settings: Settings) -> bool:
+    """Whether the checkpoint has all iterations that the settings ask for."""
+    return _iteration_of(checkpoint) >= settings.run.iterations
+
+
+def _iteration_of(checkpoint: Path) -> int:
+    return int(CheckpointStore.read_facts(CheckpointStore.resolve(checkpoint))["iteration"])
+
+
 def check_unfinished(checkpoint: Path, settings: Settings) -> None:
     """Raise `SettingsError` where the checkpoint has all iterations that the settings ask for."""
-    done = CheckpointStore.read_facts(CheckpointStore.resolve(checkpoint))["iteration"]
-    if done >= settings.run.iterations:
+    if (done := _iteration_of(checkpoint)) >= settings.run.iterations:
         raise SettingsError(
             f"run.iterations: the checkpoint is at iteration {done} of {settings.run.iterations}, so nothing is "
             "left to do; "
@@ -313,9 +327,14 @@ def check_unfinished(checkpoint: Path, settings: Settings) -> None:
         )
 
 
+def sft_is_complete(run: RunDirectory, settings: Settings) -> bool:
+    """Whether a run of `vlarl sft` has made all its steps."""
+    return bool((run.read_summary() or {}).get("steps", 0) >= settings.sft.steps)
+
+
 def check_sft_unfinished(run: RunDirectory, settings: Settings) -> None:
     """Raise `SettingsError` where a run of `vlarl sft` has made all its steps."""
-    if (run.read_summary() or {}).get("steps", 0) >= settings.sft.steps:
+    if sft_is_complete(run, settings):
         raise SettingsError(
             f"sft.steps: all {settings.sft.steps} steps are made, and {run.path.name}/model is there; for more "
             "start a new run from it"

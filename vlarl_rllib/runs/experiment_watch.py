@@ -9,9 +9,10 @@ from typing import Any
 
 from ray.tune import Callback
 
+from vlarl_rllib.process.console import SAY_SECONDS
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.rllib_compat import trial_path
-from vlarl_rllib.runs.pulse import SAY_SECONDS, Heartbeat
+from vlarl_rllib.runs.pulse import Heartbeat
 
 RUNNING, WAITING = "RUNNING", "PENDING"
 """Tune's words for trials that train, and that start or wait for their turn."""

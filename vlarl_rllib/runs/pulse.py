@@ -18,16 +18,16 @@ from typing import Any
 
 import ray
 from ray.tune import Callback
+from ray.util import placement_group_table
 
 from vlarl_rllib.process.calls import LISTEN_SECONDS
+from vlarl_rllib.process.console import Word
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.rllib_compat import Notes
 
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 2.0
-SAY_SECONDS = 10.0
-"""Between two lines that say whom the start waits for."""
 FROZEN_SECONDS = 45.0
 """A trial without a sign of life for so long is frozen.
 
@@ -137,12 +137,12 @@ class TrialWatch(Callback):
 
     Args:
         run_dir: as the trial's.
-        say: is told every `SAY_SECONDS` whom the first iteration waits for.
+        say: is told every few seconds (`Word`) whom the first iteration waits for.
     """
 
     def __init__(self, run_dir: str, say: Callable[[str], None] = lambda line: None) -> None:
         self._heartbeat, self._say = Heartbeat(run_dir), say
-        self._began = self._said = time.monotonic()
+        self._began = time.monotonic()
         self.abandoned = False
         """Whether the trial was killed because the run is to end: it had nothing to keep, or took longer than it may.
         """
@@ -185,11 +185,20 @@ class TrialWatch(Callback):
 
     def _look(self, trial: Any) -> None:
         frozen = self._heartbeat.look()
-        now = time.monotonic()
-        if not self.has_result and now - self._said >= SAY_SECONDS:
-            self._said = now
-            doing = self._heartbeat.doing or "the trial's process"
-            self._say(f"waiting for {doing} ... {now - self._began:.0f} s")
+        if not self.has_result and Word.is_due():
+            doing = self._heartbeat.doing or _room(trial) or "the trial's process"
+            self._say(f"waiting for {doing} ... {time.monotonic() - self._began:.0f} s")
         if frozen and not self.is_frozen:
             self.is_frozen = True
             self._heartbeat.kill(trial)
+
+
+def _room(trial: Any) -> str | None:
+    """What the cluster has no room for, while that is what the trial waits for."""
+    needs = trial.placement_group_factory.bundles
+    waiting = [group for group in placement_group_table().values() if group["state"] == "PENDING"]
+    if not any(list(group["bundles"].values()) == needs for group in waiting):
+        return None
+    free, wanted = ray.available_resources(), {kind: sum(b.get(kind, 0.0) for b in needs) for kind in ("CPU", "GPU")}
+    found = ", ".join(f"{free.get(kind, 0.0):g} of {amount:g} {kind}" for kind, amount in wanted.items() if amount)
+    return f"room on the cluster (free: {found})"

@@ -8,8 +8,7 @@ import secrets
 import socket
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from vlarl_rllib.process.console import make_console
+from vlarl_rllib.process.console import make_console, saying_so
 from vlarl_rllib.process.environment import environment_defaults
 from vlarl_rllib.process.import_path import is_import_path
 from vlarl_rllib.process.own_files import replace_file
@@ -34,8 +33,6 @@ PING_SECONDS = 3.0
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 """RFC 9113, section 3.4: what a client begins with, an empty frame of settings behind it."""
 SETTINGS_FRAME = 4
-PATIENCE_SECONDS = 10.0
-"""Between two lines that say that Ray is still being started."""
 
 
 @contextmanager
@@ -90,19 +87,33 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
         if address != "auto":
             _ping(address)
     with (
-        _saying_so(f"waiting for {what}"),
+        saying_so(what),
         children_outlive_the_terminal(),
         apart_from_our_signals(),
         # Ray remembers 100,000 calls for its dashboard, at 3 KB each.
         environment_defaults(RAY_task_events_max_num_task_in_gcs="10000"),
     ):
         try:
-            ray.init(**options)
+            dashboard = ray.init(**options).dashboard_url
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise SettingsError(
                 f"{what} cannot be {'started' if address is None else 'joined'}: {' '.join(str(error).split())}"
             ) from error
-    available = ray.cluster_resources()
+    check_size(plan, ray.cluster_resources())
+    if dashboard:
+        make_console().print(f"dashboard: http://{dashboard}{_how_to_get_in()}", style="dim")
+
+
+def _how_to_get_in() -> str:
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return ""
+    if home_is_writable():
+        return "; it asks for a token: ray get-auth-token"
+    return "; it asks for a token, the one in RAY_AUTH_TOKEN where you have set it"
+
+
+def check_size(plan: RuntimeArgs, available: Mapping[str, float]) -> None:
+    """Raise `SettingsError` where a cluster that has so much in all can never place the plan."""
     for kind, needed in (("CPU", plan.total_cpus), ("GPU", plan.total_gpus)):
         if needed > available.get(kind, 0.0):
             raise SettingsError(
@@ -187,21 +198,3 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-@contextmanager
-def _saying_so(what: str) -> Iterator[None]:
-    """A line on stderr every `PATIENCE_SECONDS`."""
-    over, began = threading.Event(), time.monotonic()
-
-    def speak() -> None:
-        while not over.wait(PATIENCE_SECONDS):
-            make_console(stderr=True).print(f"{what} ... {time.monotonic() - began:.0f} s")
-
-    thread = threading.Thread(target=speak, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()

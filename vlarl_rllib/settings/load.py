@@ -10,6 +10,7 @@ from pydantic import ValidationError, model_validator
 
 from vlarl_rllib.errors import SettingsError
 from vlarl_rllib.settings import messages
+from vlarl_rllib.settings.in_place import flat
 from vlarl_rllib.settings.overrides import apply_override
 from vlarl_rllib.settings.rules import impossible_combinations
 from vlarl_rllib.settings.schema import Sections
@@ -63,6 +64,10 @@ class Settings(Sections):
         named = [("model.family", self.model.family or ""), ("weights.transport", self.weights.transport)]
         named += [("rewards.others", name) for name in self.rewards.others]
         yield from ((key, name) for key, name in named if ":" in name)
+
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """(key, path) of what lies on a disk."""
+        yield from (pair for pair in flat(self.to_dict()) if str(pair[1]).startswith("/"))
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
