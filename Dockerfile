@@ -28,8 +28,8 @@ COPY . .
 RUN sh scripts/install.sh /usr/local/bin/python "requirements/$ACCELERATOR.lock"
 
 # Runs and caches belong to a user without rights; nothing of the installation does.
-RUN useradd --create-home --uid "$USER_ID" vlarl && install --directory --owner vlarl /work
+RUN useradd --create-home --uid "$USER_ID" vlarl && install --directory --owner vlarl /workspace
 USER $USER_ID
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["vlarl"]
 CMD ["--help"]
