@@ -1,7 +1,9 @@
 #!/bin/sh
-# Install a lock file and this package into the environment of the given python. Usage: install.sh PYTHON LOCK
+# Install a lock file and this package into the environment of the given python. Usage: install.sh PYTHON LOCK [lock-only]
+# lock-only: without the package, whose files need not be there; a layer of an image that new code leaves as it is.
 set -eu
-python=$1 lock=$2
+python=$1 lock=$2 package="--editable ."
+[ "${3:-}" != lock-only ] || package=""
 
 # uv has its own configuration; let it use what pip was given, where it was given nothing itself.
 pip_option() { "$python" -m pip config get "global.$1" 2>/dev/null || true; }
@@ -16,7 +18,8 @@ backend=""
 case $lock in *cpu*) ls ${UV_FIND_LINKS:-/nonexistent}/torch-*+cpu-*.whl >/dev/null 2>&1 || backend="--torch-backend=cpu" ;; esac
 
 # shellcheck disable=SC2086
-"$python" -m uv pip install --quiet --python "$python" $backend --no-deps --requirements "$lock" --editable .
+"$python" -m uv pip install --quiet --python "$python" $backend --no-deps --requirements "$lock" $package
+[ -n "$package" ] || exit 0
 
 # The first import compiles bytecode: better now than in every actor of the first run. It is also the check that all is there.
 # TensorFlow is imported alone, as the data process does.

@@ -8,6 +8,7 @@ need_library libOSMesa.so libosmesa6   # MuJoCo without a GPU
 need_library libEGL.so.1 libegl1       # MuJoCo on a GPU
 need_library libGL.so.1 libgl1
 need_library libnuma.so.1 libnuma1     # vLLM on a CPU
+need_library libgthread-2.0.so.0 libglib2.0-0  # OpenCV
 command -v g++ >/dev/null || packages="$packages g++"
 
 [ -n "$packages" ] || exit 0

@@ -1,5 +1,5 @@
-"""A policy family that the package knows nothing of: three actions a decision, all tokens sampled at once, a torch
-model and a processor of a few lines. Workers import it as `pointer_policy:PointerFamily`.
+"""A policy of its own kind: three actions a decision, all tokens sampled at once, a small torch model and its
+processor.
 
 B = batch, L = prompt length, K = 3 actions, D = 7 tokens of each, V = 16 bins.
 """
@@ -179,9 +179,3 @@ class PointerFamily(PolicyFamily):
 
     def freeze_token_head(self, critic: Any) -> None:
         critic.heads.requires_grad_(False)
-
-
-class PointerFamilyInVLLM(PointerFamily):
-    """What cannot be: vLLM samples one token after the other."""
-
-    vllm_model = "pointer_policy:NeverImported"

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
-from tests.families.pointer_policy import ACTIONS, write_checkpoint
+from tests.families.pointer_policy import ACTIONS, PointerFamily, write_checkpoint
 from vlarl_rllib import VLAPPOConfig
 from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
 from vlarl_rllib.models.family import family_name
@@ -29,6 +29,12 @@ HERE = Path(__file__).parent
 POINTER = "tests.families.pointer_policy:PointerFamily"
 SLOTS, DECISIONS, ITERATIONS = 4, 12, 2
 GAMMA = 0.5
+
+
+class PointerFamilyInVLLM(PointerFamily):
+    """What cannot be: vLLM samples one token after the other."""
+
+    vllm_model = "pointer_policy:NeverImported"
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +218,7 @@ def test_an_installed_package_adds_a_family_and_a_reward_by_name(checkpoint: Pat
         ("model", {"family": "pathlib:Path", "path": "tiny"}, "model.family is 'pathlib:Path', but that is no"),
         (
             "model",
-            {"family": f"{POINTER}InVLLM"},
+            {"family": "tests.families.test_family:PointerFamilyInVLLM"},
             "model.path: the family pointer has a `vllm_model`, and one pass gives",
         ),
         ("model", {"path": "tiny"}, "model.path: preset tiny is of the family openvla, not of model.family tests."),

@@ -180,6 +180,21 @@ def test_a_runner_that_does_not_come_back_is_killed_and_its_last_words_are_told(
     assert killed == [1] * runner_pool.MAX_FRUITLESS_ROUNDS
 
 
+def test_what_an_environment_raised_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_pool.time, "sleep", lambda seconds: None)
+    killed: list[int] = []
+    monkeypatch.setattr(RunnerCalls, "_kill", lambda self, index: killed.append(index))
+
+    def raising(self: Runner, starts: list[Start], **options: Any) -> EvaluationRound:
+        raise RuntimeError("environment of slot 0 failed:\nTraceback ...\nKeyError: 'drawer'\n")
+
+    monkeypatch.setattr(Runner, "evaluate", raising)
+    told = "runner 1 failed in evaluate: RuntimeError: environment of slot 0 failed: KeyError: 'drawer'; their own logs"
+    with pytest.raises(RuntimeError, match=f"5 times in a row; the runners' last words: {told}"):
+        list(calls(Runners(1, random.Random(0))).evaluate(EVERYTHING, change_tasks=True, seconds=1.0))
+    assert killed == [1] * runner_pool.MAX_FRUITLESS_ROUNDS
+
+
 def test_rounds_without_a_step_are_patience_where_nothing_failed() -> None:
     """Models are being built."""
     runners = Runners(1, random.Random(0))

@@ -22,6 +22,8 @@ class VLAEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
     either.
     """
 
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium declares it so)
+    """Films are shown at `render_fps`: steps of the policy in a second of the robot's time."""
     render_seconds: float = 0.0
     draws: bool = True
     """False before a `step` whose frame nobody sees: an environment may then return any frame of the right size."""

@@ -176,6 +176,14 @@ def horizon(suite: str, *, name: str = DEFAULT_ENVIRONMENT) -> int:
     return env_class(name).horizon(suite)
 
 
+def frames_per_second(name: str) -> float:
+    """At which films of an environment are shown."""
+    from vlarl_rllib.envs.base import VLAEnv
+
+    rate: float = env_class(name).metadata.get("render_fps", VLAEnv.metadata["render_fps"])
+    return rate
+
+
 def split_initial_states(
     num_states: int, held_out_fraction: float = HELD_OUT_FRACTION
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -50,7 +50,7 @@ class SingleSuiteEnv(VLAEnv):
         return cls.HORIZON
 
     @classmethod
-    def _start(cls, options: dict[str, Any] | None) -> dict[str, Any]:
+    def start_info(cls, options: dict[str, Any] | None) -> dict[str, Any]:
         """The info of `reset`: instruction, task_id, initial_state. Raises ValueError for a start that is not there."""
         task_id, index = (int((options or {}).get(name, 0)) for name in ("task_id", "initial_state"))
         cls._check("task", task_id, len(cls.INSTRUCTIONS))

@@ -44,8 +44,6 @@ class SyntheticEnv(SingleSuiteEnv):
     NUM_INITIAL_STATES = 50
     HORIZON = 20
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium declares it so)
-
     def __init__(self, spec: EnvSpec) -> None:
         super().__init__(spec)
         self._state = SyntheticState(0, 0, 0, (0.0, 0.0), (0.0, 0.0), {})
@@ -65,7 +63,7 @@ class SyntheticEnv(SingleSuiteEnv):
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start an episode; the first frame depends on task and initial state alone, later ones on the seed too."""
         super().reset(seed=seed)
-        info = self._start(options)
+        info = self.start_info(options)
         task_id, index = info["task_id"], info["initial_state"]
         start = np.random.default_rng([task_id, index, 1])  # no seed of `reset` gives this stream
         self._state = SyntheticState(task_id, index, 0, _place(start), _place(start), {})

@@ -199,7 +199,7 @@ class TabletopEnv(SingleSuiteEnv):
             ValueError: no such task or initial state.
         """
         super().reset(seed=seed)
-        info = self._start(options)
+        info = self.start_info(options)
         task_id, index = info["task_id"], info["initial_state"]
         self._task_id, self._initial_state, self._num_steps, self._was_picked = task_id, index, 0, False
         self._mujoco.mj_resetData(self._model, self._data)

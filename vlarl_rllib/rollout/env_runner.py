@@ -32,7 +32,7 @@ from ray.rllib.utils.metrics import NUM_MODULE_STEPS_SAMPLED, NUM_MODULE_STEPS_S
 from vlarl_rllib.engines.client import LocalSampler, RemoteSampler, SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.engines.telemetry import watch_sampling
-from vlarl_rllib.envs.registry import env_class
+from vlarl_rllib.envs.registry import frames_per_second
 from vlarl_rllib.envs.vector import SlotProcesses
 from vlarl_rllib.models.family import ActionFormat, load_family
 from vlarl_rllib.rewards import make_rewards
@@ -288,8 +288,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 self.settings.env.models_per_process,
                 change_tasks=change_tasks,
             )
-            frames_per_second = env_class(self.settings.env.name).metadata["render_fps"]
-            self._evaluation = Evaluation(queue, self.num_envs, frames_per_second)
+            self._evaluation = Evaluation(queue, self.num_envs, frames_per_second(self.settings.env.name))
         evaluation, deaths = self._evaluation, self._loop.env_deaths
         evaluation.begin_round(starts, seconds, record)
         self._loop.run(

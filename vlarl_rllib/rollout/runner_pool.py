@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -55,6 +56,19 @@ class Judges(Protocol):
     def ensure_alive(self) -> None:
         """Replace a dead one."""
         ...
+
+
+@dataclass(frozen=True)
+class Raised:
+    """In place of a runner's answer."""
+
+    words: str
+
+    @classmethod
+    def by(cls, error: Exception) -> Raised:
+        """One line of it: the error, and where that has a traceback in it, the traceback's own last line."""
+        first, *rest = f"{type(error).__name__}: {error}".strip().splitlines()
+        return cls(f"{first} {rest[-1].strip()}" if rest else first)
 
 
 def require_runners(runners: EnvRunnerGroup) -> None:
@@ -112,7 +126,7 @@ class RunnerCalls:
         """
         self._runner_pids: dict[int, int] = {}
         self._last_words: dict[int, str] = {}
-        """Why a runner could not start, by runner."""
+        """What a runner failed with, by runner, as long as it has not played since."""
 
     def evaluate(
         self,
@@ -184,7 +198,7 @@ class RunnerCalls:
         for index in [
             index for index, runner in attached.items() if runner.failure
         ]:  # one that was started anew; it may work the next time
-            self._last_words[index] = str(attached.pop(index).failure).strip().splitlines()[-1]
+            self._last_words[index] = f"cannot start: {str(attached.pop(index).failure).strip().splitlines()[-1]}"
             self._kill(index)
         pids = {index: runner.pid for index, runner in attached.items()}
         self.num_restarts += sum(self._runner_pids.get(index, pid) != pid for index, pid in pids.items())
@@ -201,7 +215,8 @@ class RunnerCalls:
         return attached | self._foreach("attach", dict.fromkeys(others, attach))
 
     def _foreach(self, method: str, arguments: dict[int, dict[str, Any]]) -> dict[int, Any]:
-        """Call `method` on the runners with these numbers; answers by number. Those that died or froze are left out."""
+        """Call `method` on the runners with these numbers; answers by number. Those that died, froze or raised are left
+        out, the latter two killed."""
         indices = list(arguments)
         if not indices:  # which RLlib would take for all
             return {}
@@ -217,6 +232,13 @@ class RunnerCalls:
         results = dict(sorted(answers, key=lambda answer: answer[0]))
         for index in set(self._runners.healthy_worker_ids()) & set(indices) - results.keys():
             self._end(index, method)
+        for index, answer in list(results.items()):
+            if isinstance(answer, Raised):
+                self._last_words[index] = f"failed in {method}: {results.pop(index).words}"
+                logger.warning("runner %d %s", index, self._last_words[index])
+                self._kill(index)
+            elif method in INTERRUPTIBLE:
+                self._last_words.pop(index, None)
         return results
 
     def _end(self, index: int, method: str) -> None:
@@ -238,7 +260,7 @@ class RunnerCalls:
             raise DivergedError(f"the weights give log-probabilities that are not finite; {self._if_diverged}")
         if fruitless >= MAX_FRUITLESS_ROUNDS:
             said = [error or "no error, and nothing played" for error in errors]
-            said += [f"runner {index} cannot start: {words}" for index, words in self._last_words.items()]
+            said += [f"runner {index} {words}" for index, words in self._last_words.items()]
             reasons = ", ".join(said) or "no runner answered"
             raise RuntimeError(
                 f"sampling brought no step {fruitless} times in a row; the runners' last words: {reasons}; "
@@ -291,4 +313,9 @@ def _check_losses(losses: Counter[Start]) -> None:
 
 
 def _numbered(method: str, runner: Any, **kwargs: Any) -> tuple[int, Any]:
-    return runner.worker_index, getattr(runner, method)(**kwargs)
+    """In the runner. RLlib would end its process at an exception, and tell the driver nothing of it."""
+    try:
+        return runner.worker_index, getattr(runner, method)(**kwargs)
+    except Exception as error:  # of an environment or a reward, which may be somebody else's code
+        logger.exception("%s failed", method)
+        return runner.worker_index, Raised.by(error)

@@ -116,9 +116,8 @@ class EnvSettings(Section):
     )
     models_per_process: PositiveInt = Field(
         1,
-        description="MuJoCo models a subprocess may hold; slots with the same task share one. See README for the "
-        "memory "
-        "of each.",
+        description="MuJoCo models a subprocess may hold; slots with the same task share one. The memory of each is in "
+        "docs/measurements.md.",
     )
     max_steps: PositiveInt | None = Field(
         None, description="Environment steps after which an episode is cut off; null = the suite's published horizon."
