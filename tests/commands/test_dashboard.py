@@ -76,6 +76,7 @@ def test_on_one_machine_prometheus_follows_every_ray_of_this_user(place: Path) -
     assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == FILES
     (job,) = yaml.safe_load((out / "prometheus.yml").read_text())["scrape_configs"]
     (found,) = job["file_sd_configs"]
+    assert found["refresh_interval"] == "10s", "what is not there yet is looked for every five minutes otherwise"
     assert found["files"] == [
         f"{place}/vlarl-{os.getuid()}/prometheus/*.json",
         f"{place}/ray/prom_metrics_service_discovery.json",

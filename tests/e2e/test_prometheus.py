@@ -59,6 +59,16 @@ def prometheus(directory: Path, environment: dict[str, str]) -> Iterator[str]:
             process.wait(30)
 
 
+@contextmanager
+def train(root: Path, arguments: list[str], variables: dict[str, str]) -> Iterator[Command]:
+    """A run that is gone afterwards, however the test ends."""
+    run = Command(root, "train", *arguments, name=RUN, cwd=root, variables=variables)
+    try:
+        yield run
+    finally:
+        run.process.kill()
+
+
 def series(url: str, query: str) -> list[dict[str, Any]]:
     """What Prometheus answers: of each series its labels and its number."""
     asked = query.replace(WINDOW, "20s").replace("$run", RUN)
@@ -85,8 +95,10 @@ def test_every_panel_of_the_dashboard_has_something_to_show(tmp_path: Path) -> N
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as scratch:
         variables = {"RAY_TMPDIR": scratch, "RAY_metrics_report_interval_ms": "1000"}
         arguments = ["t.yaml", "--run-dir", str(tmp_path / RUN)]
-        run = Command(tmp_path, "train", *arguments, name=RUN, cwd=tmp_path, variables=variables)
-        with prometheus(tmp_path / "dashboard", {**os.environ, **variables}) as url:
+        with (
+            prometheus(tmp_path / "dashboard", {**os.environ, **variables}) as url,
+            train(tmp_path, arguments, variables) as run,
+        ):
             run.wait_until(lambda: len(run.rows()) >= 2)
             deadline = time.monotonic() + PATIENCE_SECONDS
             while missing := unanswered(url, expected):
@@ -99,6 +111,6 @@ def test_every_panel_of_the_dashboard_has_something_to_show(tmp_path: Path) -> N
             assert unanswered(url, absent) == absent, "the table says that these need what the run does not have"
             faults = {found["kind"]: found["value"] for found in series(url, "ray_vlarl_faults")}
             assert faults["lost_output"] == 0, "a metric could not be told"
-        run.process.send_signal(signal.SIGINT)
-        assert run.end() == 130
+            run.process.send_signal(signal.SIGINT)
+            assert run.end() == 130
         assert not list(Path(scratch).rglob("prometheus/*.json")), "the Ray has ended, and Prometheus would look for it"

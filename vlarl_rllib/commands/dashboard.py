@@ -95,7 +95,8 @@ def scrape_configuration(address: str | None) -> dict[str, Any]:
     """Prometheus's. On one machine the targets come from files, of a cluster from its head."""
     if address is None:
         ray_files = _directory_of_ray() / "prom_metrics_service_discovery.json"
-        found: dict[str, Any] = {"file_sd_configs": [{"files": [f"{targets_directory()}/*.json", str(ray_files)]}]}
+        files = [f"{targets_directory()}/*.json", str(ray_files)]
+        found: dict[str, Any] = {"file_sd_configs": [{"files": files, "refresh_interval": f"{SCRAPE_SECONDS}s"}]}
     else:
         discovery: dict[str, Any] = {"url": address + DISCOVERY, "refresh_interval": f"{SCRAPE_SECONDS}s"}
         if (token_file := ray_token_file()) is not None:
