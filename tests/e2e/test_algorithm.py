@@ -447,9 +447,10 @@ def test_an_end_while_sampling_saves_the_last_iteration_and_drops_the_running_on
     written = saved.stat().st_mtime_ns
     algorithm.save_checkpoint(str(tmp_path))  # Tune's, behind it
     assert CheckpointStore.resolve(tmp_path) == saved and saved.stat().st_mtime_ns == written
-    assert algorithm._evaluate(due=True, after=iteration) is None, "the iteration before it counts"
+    play = functools.partial(algorithm._evaluation.play, algorithm.collector)
+    assert play(after=iteration) is None, "the iteration before it counts"
     with pytest.raises(EndRequested):
-        algorithm._evaluate(due=True, after=0)
+        play(after=0)
     algorithm._pulse.ended.clear()
     algorithm.restore_from_path(saved)
     assert algorithm.weight_sync.version > version and train(algorithm)["iteration"] == iteration + 1

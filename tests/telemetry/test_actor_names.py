@@ -6,14 +6,17 @@ import ray.util
 from vlarl_rllib.telemetry.actors import ActorNames, own_name
 
 
-class Named:
-    """An actor that says what it is called."""
+def named_class() -> type:
+    """An actor that says what it is called; a class of this function, so that Ray ships it by value."""
 
-    def __repr__(self) -> str:
-        return own_name("nobody")
+    class Named:
+        def __repr__(self) -> str:
+            return own_name("nobody")
 
-    def called(self) -> str:
-        return repr(self)
+        def called(self) -> str:
+            return repr(self)
+
+    return Named
 
 
 def names_alive() -> list[str]:
@@ -22,7 +25,7 @@ def names_alive() -> list[str]:
 
 def test_two_owners_give_the_same_name_and_one_gives_the_next(ray_session: None) -> None:
     """Two trials whose runs are called the same; and an engine that is replaced while the old one still dies."""
-    actor_class = ray.remote(num_cpus=0)(Named)
+    actor_class = ray.remote(num_cpus=0)(named_class())
     first, other = ActorNames("same"), ActorNames("same")
     actors = [names.start(actor_class, "engine-0", {"max_restarts": 0}) for names in (first, other, first)]
     called = ray.get([actor.called.remote() for actor in actors])
