@@ -42,6 +42,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/-/ready"):
+                return
+        except urllib.error.URLError:
+            assert process.poll() is None, "Prometheus does not start"
+            time.sleep(0.2)
+
+
 @contextmanager
 def prometheus(directory: Path, environment: dict[str, str]) -> Iterator[str]:
     """Prometheus with the configuration that the command writes, but scraping every second; its URL."""
@@ -56,6 +66,7 @@ def prometheus(directory: Path, environment: dict[str, str]) -> Iterator[str]:
     with (directory / "log.txt").open("w") as log:
         process = subprocess.Popen(["prometheus", *options], stdout=log, stderr=log)
         try:
+            wait_until_ready(f"http://{address}", process)
             yield f"http://{address}"
         finally:
             process.terminate()
