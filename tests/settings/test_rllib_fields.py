@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from ray import tune
+from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.tune.search.variant_generator import generate_variants
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.errors import SettingsError
 from vlarl_rllib.settings import Settings
-from vlarl_rllib.settings.rllib_fields import HONOURED, PASSED_ON, REMEDIES, fields_of, value_of
+from vlarl_rllib.settings.rllib_fields import HONOURED, OWN, PASSED_ON, REMEDIES, fields_of, value_of
 
 Write = Callable[[VLAPPOConfig], Any]
 
@@ -284,3 +285,8 @@ def test_the_tables_name_fields_that_rllib_has() -> None:
 def test_the_documentation_names_every_field_that_is_honoured() -> None:
     table = (Path(__file__).parents[2] / "docs" / "rllib.md").read_text()
     assert [name for name in HONOURED if name.strip("_") not in table] == []
+
+
+def test_what_our_config_has_beyond_rllibs_is_its_own() -> None:
+    """A new attribute that is not listed would be taken for one that somebody has set in vain."""
+    assert set(vars(VLAPPOConfig())) - set(vars(PPOConfig())) == OWN

@@ -112,7 +112,17 @@ PASSED_ON = frozenset(
 """Fields that RLlib, or a subclass of ours, acts on by itself."""
 
 OWN = frozenset(
-    ("vla", "sampled", "run_dir", "restore_from", "faults", "policy_version", "derived_fields", "derived_from")
+    (
+        "vla",
+        "sampled",
+        "run_dir",
+        "run_name",
+        "restore_from",
+        "faults",
+        "policy_version",
+        "derived_fields",
+        "derived_from",
+    )
 )
 """`VLAPPOConfig`'s own fields."""
 INTERNAL = frozenset(
