@@ -136,9 +136,6 @@ def test_a_job_runs_the_edited_code_in_the_run_directory_and_knows_no_secret(
     assert listed[1].startswith(job["submission_id"]) and listed[1].endswith(str(run.path))
     assert "says the edited code" in head.vlarl("jobs", "logs", job["submission_id"]).stdout
 
-    without = head.vlarl("submit", *arguments[:-2], "--python", "no-such-python", "--follow")
-    assert without.returncode == 127 and "name the one that has it with --python" in without.stdout
-
 
 def jobs_of(head: Head) -> list[dict[str, Any]]:
     """As the dashboard tells them."""

@@ -137,7 +137,7 @@ def test_a_dead_thread_of_tensorboards_writer_is_replaced(tmp_path: Path) -> Non
 def test_a_trials_error_is_known_where_tune_cannot_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trial, "handle_error", no_space)
     told: list[Any] = []
-    with tolerant_tune(told.append):
+    with tolerant_tune(lambda trial, error: told.append(error)):
         Trial.handle_error(None, ValueError("boom"))  # type: ignore[arg-type]
     assert [str(error) for error in told] == ["boom"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,7 +49,7 @@ class ResumeCommand(typer.core.TyperCommand):
         words = [*ResumeWhen]
         given = [
             f"--resume={ResumeWhen.ALWAYS}" if word == "--resume" and following not in words else word
-            for word, following in zip(args, [*args[1:], None], strict=True)
+            for word, following in zip_longest(args, args[1:])
         ]
         return super().parse_args(ctx, given)
 
