@@ -14,6 +14,8 @@ from vlarl_rllib.process.own_files import is_inside
 
 INIT_SECONDS = 60.0
 """Of waiting for W&B's answer to a login, before what is logged goes to the disk alone."""
+SERVICE = "WANDB_SERVICE"
+"""Variable that leads to the W&B of a process further up, which would still hold the run of a process that has died."""
 FLUSH_SECONDS = 1.0
 """Between writes to W&B's file: what a kill costs."""
 LEFT_OUT = ("iteration", "initial_evaluation", "evaluation", "success_rate_by_task", "git_revision")
@@ -34,6 +36,7 @@ class WandbRun:
         self, run_dir: str, settings: Mapping[str, Any], options: Mapping[str, Any], variables: Mapping[str, str]
     ) -> None:
         os.environ.update(variables)
+        os.environ.pop(SERVICE, None)
         self._run_dir, self._settings, self._options = Path(run_dir), settings, options
         self._run: Any = None
         self._has_revision = False
