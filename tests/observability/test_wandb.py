@@ -35,7 +35,9 @@ def wandb_run(directory: Path) -> WandbRun:
 
 
 def test_a_rows_numbers() -> None:
-    assert dict(numbers_of(ROW)) == {
+    odd = {"self_test": {"passed": True, "reason": "none", "bounds": {"gap": 0.5, "ratio": None}}}
+    assert dict(numbers_of(ROW | odd)) == {
+        "self_test/passed": True, "self_test/bounds/gap": 0.5,
         "env_steps": 96, "seconds/sample": 1.5, "applied/lr": 1e-5, "success_rate_by_task/4": 0.5,
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 from vlarl_rllib.envs.registry import task_instructions
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.process.own_files import is_inside
+from vlarl_rllib.settings.in_place import flat
 
 INIT_SECONDS = 60.0
 """Of waiting for W&B's answer to a login, before what is logged goes to the disk alone."""
@@ -18,7 +19,7 @@ SERVICE = "WANDB_SERVICE"
 """Variable that leads to the W&B of a process further up, which would still hold the run of a process that has died."""
 FLUSH_SECONDS = 1.0
 """Between writes to W&B's file: what a kill costs."""
-LEFT_OUT = ("iteration", "initial_evaluation", "evaluation", "success_rate_by_task", "git_revision")
+LEFT_OUT = ("iteration", "initial_evaluation", "evaluation")
 """Keys of a row that are logged under other names, or not."""
 
 
@@ -125,10 +126,7 @@ class WandbRun:
 
 
 def numbers_of(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """A row's numbers by name, those of a dictionary as `seconds/sample`; what is null is left out."""
-    for name, value in row.items():
-        if isinstance(value, Mapping) and name not in LEFT_OUT:
-            yield from ((f"{name}/{part}", number) for part, number in value.items())
-        elif isinstance(value, int | float) and name not in LEFT_OUT:
-            yield name, value
-    yield from ((f"success_rate_by_task/{task}", rate) for task, rate in row["success_rate_by_task"].items())
+    """A row's numbers by name, those of a dictionary as `seconds/sample`; what is null, or no number, is left out."""
+    for key, value in flat({name: value for name, value in row.items() if name not in LEFT_OUT}):
+        if isinstance(value, int | float):
+            yield key.replace(".", "/"), value
