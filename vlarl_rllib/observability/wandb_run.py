@@ -94,11 +94,15 @@ class WandbRun:
         try:
             self._run = wandb.init(**options)
         except Exception as error:
+            wandb.teardown()  # its service takes the run to be in use
             self._run = wandb.init(**options, mode="offline")
             place = Path(self._run.dir).parent
             trouble = f"W&B does not take the run ({one_line(error)}); send it later with: wandb sync {place}"
-        with contextlib.suppress(OSError):  # a link to W&B's own log in the home directory, which --resume would refuse
-            (Path(self._run.dir).parent / "logs" / "debug-core.log").unlink()
+        for link in self._run_dir.glob("wandb/*/logs/debug-core.log"):
+            with contextlib.suppress(
+                OSError
+            ):  # it leads to W&B's own log in the home directory: --resume would refuse it
+                link.unlink()
         return trouble
 
     def _evaluation(self, after: int, evaluation: Mapping[str, Any]) -> dict[str, Any]:
