@@ -11,12 +11,15 @@ from typing import Any
 from vlarl_rllib.envs.registry import task_instructions
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.process.own_files import is_inside
+from vlarl_rllib.settings.in_place import flat
 
 INIT_SECONDS = 60.0
 """Of waiting for W&B's answer to a login, before what is logged goes to the disk alone."""
+SERVICE = "WANDB_SERVICE"
+"""Variable that leads to the W&B of a process further up, which would still hold the run of a process that has died."""
 FLUSH_SECONDS = 1.0
 """Between writes to W&B's file: what a kill costs."""
-LEFT_OUT = ("iteration", "initial_evaluation", "evaluation", "success_rate_by_task", "git_revision")
+LEFT_OUT = ("iteration", "initial_evaluation", "evaluation")
 """Keys of a row that are logged under other names, or not."""
 
 
@@ -34,6 +37,7 @@ class WandbRun:
         self, run_dir: str, settings: Mapping[str, Any], options: Mapping[str, Any], variables: Mapping[str, str]
     ) -> None:
         os.environ.update(variables)
+        os.environ.pop(SERVICE, None)
         self._run_dir, self._settings, self._options = Path(run_dir), settings, options
         self._run: Any = None
         self._has_revision = False
@@ -90,11 +94,15 @@ class WandbRun:
         try:
             self._run = wandb.init(**options)
         except Exception as error:
+            wandb.teardown()  # its service takes the run to be in use
             self._run = wandb.init(**options, mode="offline")
             place = Path(self._run.dir).parent
             trouble = f"W&B does not take the run ({one_line(error)}); send it later with: wandb sync {place}"
-        with contextlib.suppress(OSError):  # a link to W&B's own log in the home directory, which --resume would refuse
-            (Path(self._run.dir).parent / "logs" / "debug-core.log").unlink()
+        for link in self._run_dir.glob("wandb/*/logs/debug-core.log"):
+            with contextlib.suppress(
+                OSError
+            ):  # it leads to W&B's own log in the home directory: --resume would refuse it
+                link.unlink()
         return trouble
 
     def _evaluation(self, after: int, evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,10 +130,7 @@ class WandbRun:
 
 
 def numbers_of(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """A row's numbers by name, those of a dictionary as `seconds/sample`; what is null is left out."""
-    for name, value in row.items():
-        if isinstance(value, Mapping) and name not in LEFT_OUT:
-            yield from ((f"{name}/{part}", number) for part, number in value.items())
-        elif isinstance(value, int | float) and name not in LEFT_OUT:
-            yield name, value
-    yield from ((f"success_rate_by_task/{task}", rate) for task, rate in row["success_rate_by_task"].items())
+    """A row's numbers by name, those of a dictionary as `seconds/sample`; what is null, or no number, is left out."""
+    for key, value in flat({name: value for name, value in row.items() if name not in LEFT_OUT}):
+        if isinstance(value, int | float):
+            yield key.replace(".", "/"), value
