@@ -63,7 +63,10 @@ class WandbRun:
         """Wait until everything is written, or sent."""
         try:
             if self._run is not None:
+                import wandb
+
                 self._run.finish()
+                wandb.teardown()  # waits for the last writes, which `finish` does not
             return None
         except Exception as error:
             return f"the last of it is not on W&B ({one_line(error)})"
