@@ -255,7 +255,12 @@ def tolerant_tune(
     handed_on = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
     with (
         patch.dict("os.environ", {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}),
-        environment_defaults(TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0", RAY_CHDIR_TO_TRIAL_DIR="0"),
+        environment_defaults(
+            TUNE_DISABLE_SIGINT_HANDLER="1",
+            RAY_AIR_NEW_OUTPUT="0",
+            RAY_CHDIR_TO_TRIAL_DIR="0",
+            TUNE_GLOBAL_CHECKPOINT_S="2",  # what a kill may cost `Tuner.restore`
+        ),
         _log_level("ray.tune", logging.CRITICAL),
         patch.object(class_cache, "ENV_VARS_TO_PROPAGATE", handed_on),
         patch.object(importlib.import_module("ray.tune.tune"), "_setup_signal_catching", lambda: event),

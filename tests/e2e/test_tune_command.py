@@ -44,7 +44,7 @@ def test_a_population_goes_on_behind_a_kill(tmp_path: Path, commands: list[Comma
     file = write(tmp_path / "pbt.yaml", search=LR, samples=2, scheduler={"pbt": {"perturb_every": 2}})
     directory = tmp_path / "run"
     commands.append(Command(tmp_path, "tune", str(file), "--run-dir", str(directory)))
-    commands[0].wait_until(lambda: any((trial / "summary.json").exists() for trial in directory.glob("0*")))
+    commands[0].wait_until(lambda: any("TERMINATED" in f.read_text() for f in directory.glob("experiment_state*")))
     commands[0].process.kill()
     commands[0].process.wait()
     before = rows_of(directory)
@@ -54,7 +54,9 @@ def test_a_population_goes_on_behind_a_kill(tmp_path: Path, commands: list[Comma
     after = rows_of(directory)
     assert [[row["iteration"] for row in rows] for rows in after.values()] == [list(range(1, ITERATIONS + 1))] * 2
     finished = [name for name in before if (directory / name / "summary.json").exists()]
-    assert all(after[name] == before[name] for name in finished), "a trial that has ended is not played again"
+    assert finished and all(after[name] == before[name] for name in finished), (
+        "a trial that has ended is not played again"
+    )
     rates = [[row["applied"]["lr"] for row in rows] for rows in after.values()]
     assert any(len(set(of_trial)) > 1 for of_trial in rates), "nobody went on with other values"
     assert all(1e-6 <= rate <= 1e-4 for of_trial in rates for rate in of_trial)

@@ -203,6 +203,7 @@ class VLAPPO(CheckpointedPPO):
         except EndRequested:
             self._save_in_run()
             if self._trial_run is not None:  # Tune takes a trial that returns for one that has done its work
+                self.checkpoints.leave()
                 self._pulse.rest()
             return {DONE: True, RESULT_DUPLICATE: True}  # Tune's word for "nothing new"
 

@@ -8,10 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlarl_rllib.learner.rank_group import LearnerError, LearnerGroupError
+from vlarl_rllib.process.lost_output import LOST
+from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.runs.checkpoints import CheckpointStore, number_of
 from vlarl_rllib.runs.sealing import DamagedCheckpointError
 
 logger = logging.getLogger(__name__)
+
+LEFT_FILE = "left_behind.txt"
+"""Name of the checkpoint that an end has left, beside it."""
 
 
 class TrialCheckpoints:
@@ -50,18 +55,29 @@ class TrialCheckpoints:
         return (self.store.newest(self.pass_over) if self.store else None) or self._restore_from
 
     def behind(self, pointer: Path) -> Path:
-        """What Tune's pointer leads to; a newer one of this trial's own, which an end has left, in place of an own
-        one.
+        """What Tune's pointer leads to; where `leave` has named a newer one of this trial, that.
 
         Raises:
             FileNotFoundError: there is none.
             DamagedCheckpointError: it is not as it was written.
         """
         target = CheckpointStore.resolve(pointer)
-        if self.store is None or target.parent != self.store.root.resolve():
+        note = self.store.root / LEFT_FILE if self.store is not None else None
+        if note is None or not note.is_file():
             return target
-        newest = self.store.newest(self.pass_over)
-        return newest if newest is not None and number_of(newest) > number_of(target) else target
+        left = note.with_name(note.read_text().strip() or "none")
+        note.unlink()  # what the trial does from now on has nothing to do with it
+        try:
+            return CheckpointStore.resolve(left) if number_of(left) > number_of(target) else target
+        except (FileNotFoundError, DamagedCheckpointError, ValueError) as error:
+            self.pass_over(str(error))
+            return target
+
+    def leave(self) -> None:
+        """Name the newest one for the next start of this trial: the run ends before Tune hears of it."""
+        if self.store is not None and self.origin is not None and self.origin.parent == self.store.root:
+            with LOST.counting(LEFT_FILE):
+                replace_file(self.store.root / LEFT_FILE, self.origin.name)
 
     def pass_over(self, damage: str) -> None:
         """Count a checkpoint that cannot be used."""
