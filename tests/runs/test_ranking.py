@@ -8,10 +8,10 @@ import pytest
 from vlarl_rllib.runs.ranking import Outcome, mean_interval, rank
 
 
-def outcome(lr: float, seed: int, score: float | None, checkpoint: float | None = None) -> Outcome:
+def outcome(lr: float, seed: int, score: float | None, checkpoint: float | None = None, iterations: int = 5) -> Outcome:
     directory = Path(f"{lr}-{seed}")
     there = directory / "checkpoint" if checkpoint is not None else None
-    return Outcome(directory, {"training.lr": lr, "run.seed": seed}, score, 5, "done", None, there, checkpoint)
+    return Outcome(directory, {"training.lr": lr, "run.seed": seed}, score, iterations, "done", None, there, checkpoint)
 
 
 def test_samples_are_ranked_by_the_mean_over_their_seeds() -> None:
@@ -33,3 +33,8 @@ def test_the_interval_is_students() -> None:
 def test_the_best_checkpoint_is_the_best_evaluated_one() -> None:
     (sample,) = rank([outcome(1e-3, 0, 0.9, checkpoint=0.5), outcome(1e-3, 1, 0.4, checkpoint=0.7)])
     assert sample.best is not None and sample.best.sampled["run.seed"] == 1
+
+
+def test_whoever_was_ended_early_is_behind_those_that_went_on() -> None:
+    early, late = outcome(1e-3, 0, 0.9, iterations=2), outcome(1e-4, 0, 0.2, iterations=9)
+    assert [sample.sampled["training.lr"] for sample in rank([early, late])] == [1e-4, 1e-3]

@@ -98,6 +98,7 @@ def test_a_written_experiment_is_the_same_one(tmp_path: Path) -> None:
         ({"search": LR, "samples": 2, "scheduler": {"asha": {}, "pbt": {}}}, "exclude each other"),
         ({"search": {"training.lr": [0.1]}, "scheduler": {"pbt": {}}}, "pbt changes what is drawn"),
         ({"search": LR, "scheduler": {"pbt": {}}}, "needs at least 2 trials"),
+        ({"search": LR, "samples": 2, "concurrent": 1, "scheduler": {"pbt": {}}}, "concurrent: 1, but all trials"),
         ({"search": LR, "schedular": {}}, "schedular: unknown key; did you mean scheduler?"),
         ({"seeds": [0], "variants": [{"rollout.group_size": 2}]}, "rollout.group_size"),
         ({"config": "nowhere.yaml", "seeds": [0]}, "no such file"),

@@ -92,7 +92,7 @@ def how_to_restore(directory: Path) -> str:
 def plan_of_all(experiment: Experiment) -> RuntimeArgs:
     """The resources of as many trials as are to run at once; of one, where the cluster says how many."""
     plan = calculate_runtime_args(experiment.base)
-    at_once = min(experiment.spec.concurrent or 1, experiment.num_trials)
+    at_once = min(experiment.concurrent or 1, experiment.num_trials)
     return replace(plan, bundles=plan.bundles * at_once)
 
 
@@ -112,7 +112,7 @@ def make_tuner(experiment: Experiment, directory: Path, callbacks: Sequence[Any]
             metric=tuned_metric(experiment),
             mode=MODE,
             num_samples=spec.samples,
-            max_concurrent_trials=spec.concurrent,
+            max_concurrent_trials=experiment.concurrent if spec.sampler == "optuna" else None,
             scheduler=scheduler(experiment),
             search_alg=searcher(experiment),
             reuse_actors=spec.reuse_actors,

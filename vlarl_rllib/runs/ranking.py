@@ -51,6 +51,11 @@ class Ranked:
         return statistics.fmean(self.scores) if self.scores else None
 
     @property
+    def iterations(self) -> int:
+        """How far its furthest trial with a score got."""
+        return max((trial.iterations for trial in self.trials if trial.score is not None), default=0)
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of the mean over seeds, by Student's t; None for fewer than two of them."""
         return mean_interval(self.scores)
@@ -74,12 +79,13 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def rank(trials: Sequence[Outcome]) -> list[Ranked]:
-    """Samples by the mean over their seeds, the best first; those without a score last."""
+    """Samples, the best first: those that went furthest, since a scheduler ends the worse ones early, and among them by
+    the mean over their seeds; those without a score last."""
     groups: dict[str, list[Outcome]] = {}
     for trial in trials:
         groups.setdefault(repr(sorted(_without_seed(trial.sampled).items())), []).append(trial)
     ranked = [Ranked(_without_seed(group[0].sampled), tuple(group)) for group in groups.values()]
-    return sorted(ranked, key=lambda sample: math.inf if sample.mean is None else -sample.mean)
+    return sorted(ranked, key=lambda sample: (-sample.iterations, -_or_least(sample.mean)))
 
 
 def _or_least(score: float | None) -> float:

@@ -57,7 +57,11 @@ def scheduler(experiment: Experiment) -> TrialScheduler | None:
 def searcher(experiment: Experiment) -> SearchAlgorithm | Searcher:
     """What draws samples."""
     if experiment.spec.sampler == "random":
-        return BasicVariantGenerator(constant_grid_search=True, random_state=experiment.base.run.seed)
+        return BasicVariantGenerator(
+            constant_grid_search=True,
+            random_state=experiment.base.run.seed,
+            max_concurrent=experiment.concurrent or 0,  # TuneConfig's would be ignored
+        )
     from ray.tune.search.optuna import OptunaSearch
 
     return OptunaSearch(metric=tuned_metric(experiment), mode=MODE, seed=experiment.base.run.seed)

@@ -95,7 +95,8 @@ class ExperimentSpec(Section):
     )
     sampler: Literal["random", "optuna"] = Field("random", description="What draws samples; optuna where installed.")
     concurrent: PositiveInt | None = Field(
-        1, description="Trials at once, if the resources allow; null = as many as the cluster has room for."
+        1,
+        description="Trials at once, if there is room; null, and always under pbt: as many as there is room for.",
     )
     reuse_actors: bool = Field(False, description="Trials take over the processes and models of earlier ones.")
 
@@ -184,12 +185,18 @@ class Experiment:
 
     def to_dict(self) -> dict[str, Any]:
         """The experiment in one file, whatever becomes of the config's."""
-        return self.spec.model_dump(mode="json") | {"config": self.base.to_dict(), "set": {}}
+        given = self.spec.model_dump(mode="json", exclude_unset=True)
+        return given | {"config": self.base.to_dict(), "set": {}}
 
     @property
     def metric(self) -> str:
         """Name of the number that says which trial is best, in `result["vlarl"]`; larger is better."""
         return self.spec.metric or ("evaluation_success_rate" if self.base.evaluation.episodes else "success_rate")
+
+    @property
+    def concurrent(self) -> int | None:
+        """Trials at once; None = as many as there is room for."""
+        return None if self.spec.scheduler.pbt else self.spec.concurrent
 
     @property
     def grids(self) -> dict[str, tuple[Any, ...]]:
@@ -282,6 +289,11 @@ class Experiment:
             )
         if pbt and (not self.drawn or spec.sampler == "optuna"):
             raise SettingsError("scheduler: pbt changes what is drawn; give distributions and sampler: random")
+        if pbt and "concurrent" in spec.model_fields_set and spec.concurrent is not None:
+            raise SettingsError(
+                f"concurrent: {spec.concurrent}, but all trials of pbt are there from the start, and take turns where "
+                "there is no room for all; leave it out"
+            )
         if pbt and self.num_trials < 2:
             raise SettingsError("samples: 1, but population based training needs at least 2 trials")
 
