@@ -48,14 +48,13 @@ class Command:
         self.path, self._output = root / name, root / f"{name}.txt"
         self.began, self.growth = time.monotonic(), list[tuple[float, int]]()
         self.session = f"{os.getpid()}-{root.name}-{name}"
+        ours = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONSAFEPATH")}
         environment = {
-            **os.environ,
+            **ours,
             "RAY_AUTH_MODE": "disabled",
             "VLARL_TEST_SESSION": self.session,
             **(variables or {}),
         }
-        for name in ("RAY_ADDRESS", "PYTHONSAFEPATH"):
-            environment.pop(name, None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vlarl_rllib", command, *arguments],
             stdout=stdout or self._output.open("a"), stderr=subprocess.STDOUT,

@@ -36,23 +36,39 @@ class Head:
         options = [f"--{name}={value}" for name, value in ports.items()]
         options += [f"--num-cpus={num_cpus}", f"--object-store-memory={2**27}", "--disable-usage-stats", "--block"]
         output = root / "head.txt"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *options],
-            cwd=root, env=self.environment | {OURS: str(root)}, stdout=output.open("w"), stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
         self._session = str(root)
+        self._process = self._start(["--head", *options], output)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not self.answers():
             assert self._process.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.3)
+
+    def _start(self, options: list[str], output: Path, **variables: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
+            cwd=output.parent, env=self.environment | {OURS: self._session} | variables, stdout=output.open("w"),
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def add_node(self, num_cpus: int) -> psutil.Process:
+        """A second node of the cluster; its raylet."""
+        options = [f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={num_cpus}", "--disable-usage-stats", "--block"]
+        options += [f"--object-store-memory={2**27}"]
+        node = psutil.Process(self._start(options, self.home.parent / "node.txt", RAY_AUTH_MODE="token").pid)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            raylets = [child for child in node.children(recursive=True) if child.name() == "raylet"]
+            if raylets and self.answers(num_nodes=2):
+                return raylets[0]
+            assert node.is_running() and time.monotonic() < deadline, (self.home.parent / "node.txt").read_text()
             time.sleep(0.3)
 
     def _environment(self, **variables: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONSAFEPATH"))}
         return kept | {"HOME": str(self.home), "RAY_TMPDIR": self._temporary.name} | variables
 
-    def answers(self) -> bool:
-        """Whether its dashboard takes jobs and knows its node, which it does some seconds after it takes
+    def answers(self, num_nodes: int = 1) -> bool:
+        """Whether its dashboard takes jobs and knows its nodes, which it does some seconds after it takes
         connections."""
         from urllib.error import URLError
         from urllib.request import Request, urlopen
@@ -64,7 +80,7 @@ class Head:
                     found = answer.read()
         except (URLError, OSError):
             return False
-        return b"ALIVE" in found
+        return found.count(b'"ALIVE"') >= num_nodes
 
     def vlarl(
         self, *arguments: str, package: Path | None = None, **variables: str

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from command_helpers import CONFIG, Command
+from head_helpers import Head
 
-from tests.e2e.command_helpers import CONFIG, Command
 from vlarl_rllib.commands.tune import make_tuner
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings.experiment import Experiment
@@ -108,3 +109,23 @@ def test_ctrl_c_keeps_the_last_iteration_of_each_trial(tmp_path: Path, commands:
     assert commands[1].end(120) == 0, commands[1].output
     again = rows_of(directory)
     assert all(rows[: len(told[name])] == told[name] for name, rows in again.items()), "nothing is played twice"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_node_costs_a_trial_what_it_did_since_its_checkpoint(tmp_path: Path, commands: list[Command]) -> None:
+    file = write(tmp_path / "grid.yaml", 12, seeds=[0, 1], concurrent=2, reuse_actors=False)
+    directory = tmp_path / "run"
+    head = Head(2, tmp_path)
+    try:
+        raylet = head.add_node(2)
+        cluster = head.client(RAY_AUTH_MODE="token", RAY_ADDRESS=f"127.0.0.1:{head.gcs_port}")
+        commands.append(Command(tmp_path, "tune", str(file), "--run-dir", str(directory), variables=cluster))
+        commands[0].wait_until(lambda: len(rows_of(directory)) == 2 and min(map(len, rows_of(directory).values())) >= 3)
+        raylet.kill()
+        assert commands[0].process.wait(300) == 0, commands[0].output
+        assert "starts anew from its newest checkpoint" in commands[0].output
+        rows = rows_of(directory)
+        assert [[row["iteration"] for row in of_trial] for of_trial in rows.values()] == [list(range(1, 13))] * 2
+    finally:
+        head.stop()
