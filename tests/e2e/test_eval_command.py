@@ -249,8 +249,8 @@ def test_each_start_is_played_once_though_every_part_dies(
     start_workers = workers.start_workers
 
     @contextmanager
-    def remember(settings: Any) -> Iterator[workers.Workers]:
-        with start_workers(settings) as started:
+    def remember(*arguments: Any) -> Iterator[workers.Workers]:
+        with start_workers(*arguments) as started:
             running.append(started)
             yield started
 
