@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from vlarl_rllib.envs import registry
@@ -65,7 +65,7 @@ def report_checkpoint(name: str, *, suite: str | None, env: str | None, family: 
         raise SettingsError(f"--env: {env!r} is none of {', '.join(registry.environments())}")
     if suite is not None and suite not in (known := registry.suites(env or registry.DEFAULT_ENVIRONMENT)):
         raise SettingsError(f"--suite: {suite!r} is none of {', '.join(known) or 'this environment, which has none'}")
-    table = Table("what", "found", title=name, title_justify="left")
+    table = Table("what", Column("found", overflow="fold"), title=name, title_justify="left")
     problems: list[str] = []
     for what, found in _rows(name, suite, env, family, problems):
         table.add_row(what, Text("".join(letter if letter.isprintable() else "?" for letter in found)))

