@@ -38,7 +38,7 @@ class ExperimentWatch(Callback):
         self._finished: set[str] = set()
         self._heartbeats: dict[str, Heartbeat] = {}
         self._since = self._said = time.monotonic()
-        self._asked: list[Heartbeat] | None = None
+        self._asked: list[tuple[Any, Heartbeat]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks; `Tuner.restore` gets new ones."""
@@ -84,10 +84,11 @@ class ExperimentWatch(Callback):
         self._say(f"waiting for {doing} ... {now - self._since:.0f} s")
 
     def _end(self, trials: list[Any]) -> None:
-        """Ask all that train to keep what they have; done when they have, or when the time is over."""
+        """Ask all that train to keep what they have; done when they have, or have ended, or when the time is over."""
         if self._asked is None:
-            self._asked = [self._heartbeat(trial) for trial in trials if trial.status == RUNNING and trial.last_result]
-            for heartbeat in self._asked:
+            training = [trial for trial in trials if trial.status == RUNNING and trial.last_result]
+            self._asked = [(trial, self._heartbeat(trial)) for trial in training]
+            for _, heartbeat in self._asked:
                 heartbeat.ask_to_end()
-        if END.overdue or all(heartbeat.rests for heartbeat in self._asked):
+        if END.overdue or all(trial.status != RUNNING or heartbeat.rests for trial, heartbeat in self._asked):
             self.interrupted.set()
