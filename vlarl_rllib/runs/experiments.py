@@ -9,6 +9,8 @@ runs/NAME/experiment.yaml   the experiment with its config, complete
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +21,20 @@ from vlarl_rllib.runs.directory import WRITTEN, claimed
 from vlarl_rllib.settings import SettingsError
 from vlarl_rllib.settings.experiment import Experiment
 
+logger = logging.getLogger(__name__)
+
 EXPERIMENT_FILE = "experiment.yaml"
 STATE_FILE = "tuner.pkl"
 """Tune's, a pickle."""
+TRIALS_FILES = "experiment_state-*.json"
+"""Tune's, one of each start: what has become of the trials."""
 
 
 def new_experiment(path: Path) -> Path:
     """Where a new experiment goes. Raises `SettingsError` where that holds one, or a run, already."""
     directory = path.resolve()
     refuse_links(directory, "--run-dir")
-    if (directory / STATE_FILE).exists():
+    if any(directory.glob(TRIALS_FILES)):  # one that was killed before may be started again in place
         raise SettingsError(
             f"--run-dir: {path} holds an experiment already; go on with it by --restore, or give another directory"
         )
@@ -47,8 +53,8 @@ def open_experiment(path: Path) -> tuple[Path, Experiment]:
         SettingsError: there is none, or it is somebody else's.
     """
     directory = path.resolve()
-    for name in (EXPERIMENT_FILE, STATE_FILE):
-        if not (directory / name).is_file():
+    for name in (EXPERIMENT_FILE, STATE_FILE, TRIALS_FILES):
+        if not any(directory.glob(name)):
             raise SettingsError(
                 f"--run-dir: {path} holds no experiment that was begun ({name} is missing); start it anew, or give its "
                 "directory"
@@ -60,7 +66,26 @@ def open_experiment(path: Path) -> tuple[Path, Experiment]:
                 "experiment anew"
             )
     refuse_links(directory, "--run-dir")
+    _pass_over_cut_files(directory)
     return directory, Experiment.from_yaml(directory / EXPERIMENT_FILE)
+
+
+def _pass_over_cut_files(directory: Path) -> None:
+    """Have Tune take an older state where a kill has cut the newest while it was written.
+
+    Raises `SettingsError` where none is whole.
+    """
+    for file in sorted(directory.glob(TRIALS_FILES), reverse=True):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:
+            logger.warning("%s is damaged; an older state is taken", file.name)
+            file.rename(file.with_suffix(".damaged"))
+        else:
+            return
+    raise SettingsError(
+        f"--restore: {directory} has no whole {TRIALS_FILES} any more; start the experiment anew in another directory"
+    )
 
 
 @contextmanager
