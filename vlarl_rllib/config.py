@@ -147,9 +147,9 @@ class VLAPPOConfig(PPOConfig):
         Raises:
             SettingsError: that is impossible, or contradicts itself.
         """
+        if self._is_frozen:  # `validate` has put into `vla` what is sampled
+            return Settings.from_dict(self.vla)
         settings = Settings.from_dict(with_keys(self.vla, self.sampled))
-        if self._is_frozen:
-            return settings
         return rllib_fields.honour(settings, self._written_fields(), Settings.from_dict(self.derived_from))
 
     def _written_fields(self) -> dict[str, Any]:

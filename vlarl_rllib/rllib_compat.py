@@ -155,6 +155,29 @@ def result_without_checkpoint(trainable: Any) -> Any:
     return _TrainingResult(checkpoint=None, metrics=dict(trainable._last_result or {}))
 
 
+def successive_halving(column: str, **options: Any) -> Any:
+    """Tune's ASHA, which `Tuner.restore` makes anew: what the trials have reached is told it again.
+
+    Args:
+        column: the metric, by its name in `metrics.jsonl`.
+        options: of `AsyncHyperBandScheduler`.
+    """
+    from ray.tune.schedulers import AsyncHyperBandScheduler
+
+    class Remembering(AsyncHyperBandScheduler):
+        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            super().on_trial_add(tune_controller, trial)
+            if not (done := (trial.last_result or {}).get(self._time_attr, 0)):
+                return  # it has no directory yet
+            file = Path(trial_path(trial)) / "metrics.jsonl"
+            for line in file.read_text().splitlines() if file.is_file() else ():
+                row = json.loads(line)
+                if row["iteration"] <= done and row[column] is not None:
+                    self._trial_info[trial.trial_id].on_result(trial, row["iteration"], row[column])
+
+    return Remembering(**options)
+
+
 def population_based_training(**options: Any) -> Any:
     """Tune's scheduler in lock-step, which `Tuner.restore` makes anew: it would look at the population too early, and
     then find nobody who may go on.

@@ -316,6 +316,16 @@ def test_a_trial_in_anothers_processes_is_what_it_would_be_in_its_own(
         algorithm.reset_config(build(env={"num_envs": 4}).to_dict())
 
 
+def test_a_sampled_preset_is_there_for_engines_and_runners() -> None:
+    """As VLAPPO takes Tune's config: what is sampled must not undo what this machine has filled in."""
+    config = VLAPPOConfig().update_from_dict({"vla": GIVEN, "sampled": {"model.path": "tiny"}})
+    config.validate()
+    config.freeze()
+    assert (
+        Path(config.engine_spec().model_path).is_dir() and config.settings().model.path == config.vla["model"]["path"]
+    )
+
+
 def test_a_space_that_tune_could_not_write_down_is_asked_for_again() -> None:
     with pytest.raises(SettingsError, match="callbacks_class is not in the files of the experiment"):
         VLAPPOConfig().update_from_dict({"callbacks_class": ("__ref_ph", "1")})

@@ -76,7 +76,7 @@ def test_a_population_goes_on_behind_a_kill(tmp_path: Path, commands: list[Comma
 def test_asha_ends_the_worse_trials_early(ray_session: None, tmp_path: Path) -> None:
     """All play the same first iteration, which is worth less to the others."""
     file = write(
-        tmp_path / "asha.yaml", 4,
+        tmp_path / "asha.yaml", 4, set={"run.checkpoint_every": 1, "run.keep_checkpoints": 1},
         search={"rewards.success": [1.0, 0.5, 0.25]}, metric="reward_mean", scheduler={"asha": {"reduction_factor": 2}},
     )  # fmt: skip
     results = make_tuner(Experiment.from_yaml(file), tmp_path / "asha").fit()
@@ -85,6 +85,9 @@ def test_asha_ends_the_worse_trials_early(ray_session: None, tmp_path: Path) -> 
     best = results.get_best_result(scope="all")
     assert best.checkpoint is not None and CheckpointStore.resolve(Path(best.checkpoint.path)).is_dir()
     assert best.config["sampled"] == {"rewards.success": 1.0}
+    kept = {metrics["training_iteration"] for _, metrics in best.best_checkpoints}
+    rewards = [row["reward_mean"] for row in next(iter(rows_of(tmp_path / "asha").values()))]
+    assert rewards.index(max(rewards)) + 1 in kept and len(kept) < 4, "the best by the metric, not the newest alone"
 
 
 @pytest.mark.slow

@@ -35,7 +35,11 @@ def test_every_shipped_experiment_is_possible(file: Path) -> None:
 def test_a_config_beside_the_file_with_changes(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(CONFIG | {"training": {"lr": 0.5}}))
     found = read(
-        tmp_path, "training.gamma=0.5", config="base.yaml", set={"training.lr": 0.25, "run.seed": 3}, seeds=[0, 1]
+        tmp_path,
+        "training.gamma=0.5",
+        config="base.yaml",
+        set={"training.lr": 0.25, "run.seed": 3},
+        search={"training.num_epochs": [1, 2]},
     )
     assert (found.base.training.lr, found.base.training.gamma, found.base.run.seed) == (0.25, 0.5, 3)
 
@@ -49,12 +53,14 @@ def test_trials_are_counted_and_every_combination_is_looked_at(tmp_path: Path) -
         samples=5,
     )
     assert found.num_trials == 5 * 2 * 2 * 3
-    assert [(s.training.num_epochs, s.env.tasks, s.training.gamma) for s in found.combinations()] == [
-        (1, [0], 0.9),
-        (1, [1], 0.8),
-        (2, [0], 0.9),
-        (2, [1], 0.8),
+    looked_at = [(s.training.num_epochs, s.env.tasks, s.training.gamma, s.training.lr) for s in found.combinations()]
+    assert looked_at == [
+        (epochs, tasks, gamma, lr)
+        for epochs in (1, 2)
+        for tasks, gamma in (([0], 0.9), ([1], 0.8))
+        for lr in (1e-6, 1e-4)
     ]
+    assert [s.env.tasks for s in found.kinds()] == [[0], [1]], "epochs and rates need no other processes"
     assert found.metric == "evaluation_success_rate" and set(found.drawn) == {"training.lr"}
 
 
@@ -95,10 +101,20 @@ def test_a_written_experiment_is_the_same_one(tmp_path: Path) -> None:
         ),
         ({"search": LR, "scheduler": {"asha": {}}, "set": {"evaluation.every": 0}}, "evaluation.every is 0"),
         ({"search": LR, "scheduler": {"asha": {"grace_iterations": 6}}}, "is not below run.iterations"),
-        ({"search": LR, "samples": 2, "scheduler": {"asha": {}, "pbt": {}}}, "exclude each other"),
+        ({"search": LR, "samples": 2, "scheduler": {"asha": {"grace_iterations": 2}, "pbt": {}}}, "exclude each other"),
         ({"search": {"training.lr": [0.1]}, "scheduler": {"pbt": {}}}, "pbt changes what is drawn"),
         ({"search": LR, "scheduler": {"pbt": {}}}, "needs at least 2 trials"),
         ({"search": LR, "samples": 2, "concurrent": 1, "scheduler": {"pbt": {}}}, "concurrent: 1, but all trials"),
+        ({"search": LR, "set": {"training.lr": 0.1}}, "training.lr is given twice"),
+        ({"search": LR, "variants": [{"training.lr": 0.1}]}, "training.lr is given twice"),
+        ({"seeds": [0, 1], "set": {"run.seed": 3}}, "run.seed is given twice"),
+        ({"search": {"run.checkpoint_every": [1, 2]}}, "run.checkpoint_every cannot be searched over"),
+        ({"search": {"training.lr": {"quniform": [0.1, 0.25, 0.1]}}}, "must be multiples of its step"),
+        ({"search": LR, "scheduler": {"asha": {"grace_iterations": 1}}}, "no trial has been evaluated yet"),
+        (
+            {"search": LR, "samples": 2, "seeds": [0, 1], "scheduler": {"pbt": {}}},
+            "leave out lists, variants and seeds",
+        ),
         ({"search": LR, "schedular": {}}, "schedular: unknown key; did you mean scheduler?"),
         ({"seeds": [0], "variants": [{"rollout.group_size": 2}]}, "rollout.group_size"),
         ({"config": "nowhere.yaml", "seeds": [0]}, "no such file"),
@@ -116,7 +132,7 @@ def test_values_are_kept_within_their_bounds() -> None:
     assert Distribution("uniform", (0.1, 0.4)).clamp(0.5) == 0.4
     assert Distribution("quniform", (0.1, 0.4, 0.1)).clamp(0.01) == 0.1
     assert Distribution("randint", (1, 4)).clamp(4) == 3, "Tune leaves out the upper bound"
-    assert Distribution("choice", (0.2, 0.4)).clamp(0.3) == 0.3
+    assert Distribution("choice", (0.2, 0.4, None)).clamp(None) is None
 
 
 def test_what_can_change_without_a_new_process() -> None:
@@ -136,3 +152,21 @@ def test_sampled_keys_are_set_one_by_one_and_as_variants() -> None:
         "env": {"suite": "s"},
     }
     assert values == {"training": {"lr": 1.0}, "model": {"lora": None}}, "the original stays"
+
+
+def test_a_section_under_set_is_its_keys(tmp_path: Path) -> None:
+    assert read(tmp_path, set={"training": {"gamma": 0.5}}, seeds=[0, 1]).base.training.gamma == 0.5
+
+
+def test_a_models_path_means_the_same_wherever_the_experiment_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    found = read(
+        tmp_path,
+        search={"model.path": ["./mine", "tiny"]},
+        variants=[{"model.critic": "separate", "model.critic_path": "./mine"}],
+    )
+    assert found.space["model.path"].values == (str(tmp_path / "mine"), "tiny")
+    assert found.spec.variants[0]["model.critic_path"] == str(tmp_path / "mine")

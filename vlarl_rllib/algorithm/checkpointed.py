@@ -13,6 +13,8 @@ from vlarl_rllib.rllib_compat import without_tensorflow
 with without_tensorflow():
     from ray.rllib.algorithms.ppo import PPO
 
+from ray.tune.utils import flatten_dict
+
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.observability.ledger import Ledger
 from vlarl_rllib.observability.metrics import LastRates, plain_state
@@ -77,13 +79,16 @@ class CheckpointedPPO(PPO):
     def save(self, checkpoint_dir: str | None = None) -> Any:
         """Tune's call. Where Tune cannot copy the pointer, the checkpoint behind it is there all the same."""
         try:
-            return super().save(checkpoint_dir)
+            result = super().save(checkpoint_dir)
         except OSError as error:
             if self.checkpoints.store is None:
                 raise
             logger.warning("Tune's pointer to the checkpoint of iteration %d: %s", self.iteration, error)
             LOST.count += 1
             return result_without_checkpoint(self)
+        # Tune looks for a score by its whole name, which it calls vlarl/... everywhere else.
+        result.metrics.update(flatten_dict({"vlarl": result.metrics.get("vlarl", {})}))
+        return result
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Tune's restart of a trial; where what it names is not there or damaged, as at the trial's own start."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class VLAPPO(CheckpointedPPO):
     def setup(self, config: Any) -> None:
         began = time.perf_counter()
         self._trial_number = 0
+        self._earlier_restarts = Counter[str]()
         self._enter_trial(self.config)
         check_placement(self._plan)
         # Engines and the judge take longest to start and need nothing from the rest, so they start first and are waited
@@ -173,6 +175,7 @@ class VLAPPO(CheckpointedPPO):
             if part is not None:
                 part.follow_run(self._run_name, self._vla.env.label)
         self._connect(max(self.weight_sync.version, self.config.policy_version))
+        self._earlier_restarts = self._restarts()
         self.metrics.reset()
         self._is_to_begin = True
         return True
@@ -222,15 +225,19 @@ class VLAPPO(CheckpointedPPO):
             evaluation=evaluation,
             policy_version=self.weight_sync.version,
             manifest=self.weight_sync.manifest,
-            restarts={
-                "runner_restarts": self.collector.num_restarts,
-                "engine_restarts": self.engine_pool.num_restarts if self.engine_pool else 0,
-                "reward_worker_restarts": self.reward_service.num_restarts if self.reward_service else 0,
-            },
+            restarts={name: count - self._earlier_restarts[name] for name, count in self._restarts().items()},
         )
         if self._trial_run is not None:
             self._trial_run.add(iteration_row(results))
         return results
+
+    def _restarts(self) -> Counter[str]:
+        """Of parts that count them themselves, for all trials that they have worked for."""
+        return Counter(
+            runner_restarts=self.collector.num_restarts,
+            engine_restarts=self.engine_pool.num_restarts if self.engine_pool else 0,
+            reward_worker_restarts=self.reward_service.num_restarts if self.reward_service else 0,
+        )
 
     def training_step(self) -> None:
         """Collect, deliver and update, sync."""

@@ -51,7 +51,7 @@ def tune(
         found = Experiment.from_yaml(experiment, overrides or [])
         directory = new_experiment(run_dir or RUNS / f"{experiment.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     check_searcher(found)
-    for settings in found.combinations():
+    for settings in found.kinds():
         preflight(settings)
     with claimed_experiment(directory):
         from vlarl_rllib.commands.tune import run_experiment

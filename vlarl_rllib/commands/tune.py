@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -42,13 +44,14 @@ from vlarl_rllib.runs.ray_session import ray_session
 from vlarl_rllib.runs.sealing import DamagedCheckpointError
 from vlarl_rllib.runs.tune_objects import ITERATION, MODE, param_space, scheduler, searcher, tuned_metric
 from vlarl_rllib.runs.tune_output import loggers
-from vlarl_rllib.settings import RuntimeArgs, calculate_runtime_args
+from vlarl_rllib.settings import RuntimeArgs, SettingsError, calculate_runtime_args
 from vlarl_rllib.settings.experiment import Experiment
 
 RANKING_FILE, TABLE_FILE = "ranking.json", "ranking.csv"
 
-PBT_KEEPS = 4
-"""Checkpoints of each trial under population based training: another trial may be about to go on from an older one."""
+DONORS_MARGIN = 3
+"""Checkpoints of a trial under population based training, beside those of the interval that it may be ahead of another
+one that is about to go on from an older one."""
 
 
 def run_experiment(experiment: Experiment, directory: Path, *, restore: bool = False) -> int:
@@ -90,8 +93,10 @@ def how_to_restore(directory: Path) -> str:
 
 
 def plan_of_all(experiment: Experiment) -> RuntimeArgs:
-    """The resources of as many trials as are to run at once; of one, where the cluster says how many."""
-    plan = calculate_runtime_args(experiment.base)
+    """The resources of as many trials as are to run at once, each as large as the largest; of one, where the cluster
+    says how many."""
+    plans = map(calculate_runtime_args, experiment.combinations())
+    plan = max(plans, key=lambda plan: (plan.total_gpus, plan.total_cpus))
     at_once = min(experiment.concurrent or 1, experiment.num_trials)
     return replace(plan, bundles=plan.bundles * at_once)
 
@@ -104,7 +109,9 @@ def make_tuner(experiment: Experiment, directory: Path, callbacks: Sequence[Any]
         callbacks: of Tune.
     """
     spec, run = experiment.spec, experiment.base.run
-    keep = max(run.keep_checkpoints, PBT_KEEPS if spec.scheduler.pbt else 1)
+    keep = run.keep_checkpoints
+    if pbt := spec.scheduler.pbt:
+        keep = max(keep, pbt.perturb_every // run.checkpoint_every + DONORS_MARGIN)
     return tune.Tuner(
         VLAPPO,
         param_space=_space(experiment),
@@ -182,9 +189,15 @@ def _outcome(experiment: Experiment, result: Any) -> Outcome:
     """What became of a trial, from its own directory."""
     directory = Path(result.path)
     config, metrics = result.config or {}, result.metrics or {}
-    rows = RunDirectory(directory).read_rows()
+    rows: list[dict[str, Any]] = []
+    broken: str | None = None
+    try:
+        rows = RunDirectory(directory).read_rows()
+    except SettingsError as error:  # somebody has damaged it: the others are ranked
+        broken = str(error)
     iterations = rows[-1]["iteration"] if rows else 0
-    if result.error is not None:
+    scores = [row[experiment.metric] for row in rows if row[experiment.metric] is not None]
+    if result.error is not None or broken:
         state = "failed"
     elif iterations >= experiment.base.run.iterations:
         state = "done"
@@ -193,10 +206,10 @@ def _outcome(experiment: Experiment, result: Any) -> Outcome:
     return Outcome(
         directory,
         flat_sample(config.get("sampled", {})),
-        float(rows[-1][experiment.metric]) if rows and rows[-1][experiment.metric] is not None else None,
+        float(scores[-1]) if scores and math.isfinite(scores[-1]) else None,
         iterations,
         state,
-        one_line(result.error) if result.error is not None else None,
+        one_line(result.error) if result.error is not None else broken,
         *_best_checkpoint(result),
     )
 
@@ -204,9 +217,9 @@ def _outcome(experiment: Experiment, result: Any) -> Outcome:
 def _write_summary(trial: Any) -> None:
     """`summary.json` of a trial that has ended."""
     run = RunDirectory(Path(trial_path(trial)))
-    if rows := run.read_rows():
-        wall = sum(sum(row["seconds"].values()) for row in rows)
-        with LOST.counting("summary.json"):
+    with LOST.counting("summary.json"), suppress(SettingsError):
+        if rows := run.read_rows():
+            wall = sum(sum(row["seconds"].values()) for row in rows)
             summary = summarize(run.settings(), rows, wall)
             replace_file(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 

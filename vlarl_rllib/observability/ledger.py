@@ -47,7 +47,7 @@ class Ledger:
         """Those that ended in the running iteration."""
         self.initial_evaluation: dict[str, Any] | None = None
         """What was played before the first iteration."""
-        self._earlier_faults = earlier_faults
+        self._earlier_faults, self._lost_before = earlier_faults, LOST.count
         self._self_test = self_test
         self._git_revision = source_revision()
 
@@ -108,5 +108,5 @@ class Ledger:
     def _total_faults(self, runners: Mapping[str, Any], restarts: Mapping[str, int]) -> dict[str, int]:
         """Since the run began."""
         self.faults.update({name: int(runners[name]) for name in ("env_deaths", "dropped_steps", *REWARD_FAULTS)})
-        self.faults["lost_output"] = LOST.count
+        self.faults["lost_output"] = LOST.count - self._lost_before
         return {name: self._earlier_faults.get(name, 0) + self.faults[name] + restarts.get(name, 0) for name in FAULTS}

@@ -52,8 +52,8 @@ class Ranked:
 
     @property
     def iterations(self) -> int:
-        """How far its furthest trial with a score got."""
-        return max((trial.iterations for trial in self.trials if trial.score is not None), default=0)
+        """How far all its trials with a score got."""
+        return min((trial.iterations for trial in self.trials if trial.score is not None), default=0)
 
     @property
     def interval(self) -> tuple[float, float] | None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
-from vlarl_rllib.rllib_compat import population_based_training
+from vlarl_rllib.rllib_compat import population_based_training, successive_halving
 from vlarl_rllib.settings.experiment import Distribution, Experiment
 
 ITERATION = "training_iteration"
@@ -36,7 +36,8 @@ def scheduler(experiment: Experiment) -> TrialScheduler | None:
     """None = every trial plays to its end, in order."""
     asha, pbt = experiment.spec.scheduler.asha, experiment.spec.scheduler.pbt
     if asha:
-        return AsyncHyperBandScheduler(
+        return successive_halving(
+            experiment.metric,
             time_attr=ITERATION,
             max_t=experiment.base.run.iterations,
             grace_period=asha.grace_iterations,
@@ -46,7 +47,7 @@ def scheduler(experiment: Experiment) -> TrialScheduler | None:
         return population_based_training(
             time_attr=ITERATION,
             perturbation_interval=pbt.perturb_every,
-            hyperparam_mutations={"sampled": {key: _domain(found) for key, found in experiment.drawn.items()}},
+            hyperparam_mutations={"sampled": {key: _mutations(found) for key, found in experiment.drawn.items()}},
             quantile_fraction=pbt.quantile,
             resample_probability=pbt.resample,
             custom_explore_fn=Clamp(experiment.drawn),
@@ -77,6 +78,11 @@ class Clamp:
         sampled = config["sampled"]
         config["sampled"] = sampled | {key: found.clamp(sampled[key]) for key, found in self._drawn.items()}
         return config
+
+
+def _mutations(found: Distribution) -> Any:
+    """A list is shifted along, a distribution's value multiplied."""
+    return list(found.values) if found.kind == "choice" else _domain(found)
 
 
 def _domain(found: Distribution) -> Any:

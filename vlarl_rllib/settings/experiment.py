@@ -25,14 +25,18 @@ from pydantic import Field, TypeAdapter, ValidationError
 from vlarl_rllib.errors import SettingsError
 from vlarl_rllib.settings import messages
 from vlarl_rllib.settings.fields import Fraction, Natural, PositiveInt, Section
-from vlarl_rllib.settings.in_place import IN_PLACE, can_change_in_place
+from vlarl_rllib.settings.in_place import IN_PLACE, can_change_in_place, flat
 from vlarl_rllib.settings.load import Settings, known_keys
 from vlarl_rllib.settings.overrides import apply_override, with_keys
+from vlarl_rllib.settings.published import absolute_unless_name
 from vlarl_rllib.settings.yaml_text import read_yaml
 
 NOT_SEARCHED = {
     "run.seed": "list them under seeds",
     "run.iterations": "set it under set; a scheduler ends trials earlier",
+    "run.checkpoint_every": "set it under set, for all trials",
+    "evaluation.every": "set it under set, for all trials, or they cannot be compared",
+    "evaluation.episodes": "set it under set, for all trials, or they cannot be compared",
     "run.wandb": "set it under set, for all trials",
     "run.dashboard": "set it under set, for all trials",
     "run.max_restarts": "set it under set, for all trials",
@@ -142,8 +146,7 @@ class Distribution:
 
     def clamp(self, value: Any) -> Any:
         """The nearest value within the bounds; what is chosen from a list stays."""
-        low, high = (self.corners[0], self.corners[-1]) if self.is_numeric else (value, value)
-        return min(max(value, low), high)
+        return min(max(value, self.corners[0]), self.corners[-1]) if self.is_numeric else value
 
 
 _DISTRIBUTIONS: dict[str, type[Section]] = {
@@ -178,9 +181,15 @@ class Experiment:
             spec = ExperimentSpec.model_validate(values)
         except ValidationError as error:
             raise SettingsError(f"{path}: {messages.one_line(error, ExperimentSpec)}") from None
+        spec = spec.model_copy(
+            update={
+                "search": {key: _absolute(key, value) for key, value in spec.search.items()},
+                "variants": [{key: _absolute(key, value) for key, value in one.items()} for one in spec.variants],
+            }
+        )
         base = _base(spec, Path(path).parent, overrides)
         experiment = cls(spec, base, {key: _distribution(key, value) for key, value in spec.search.items()})
-        experiment._check()
+        experiment._check(overrides)
         return experiment
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,30 +227,43 @@ class Experiment:
         return self.spec.samples * math.prod(len(values) for values in self.grids.values())
 
     def combinations(self) -> Iterator[Settings]:
-        """The settings of every combination of the grids, with the first corner of what is drawn.
+        """The settings of every combination of the grids, with each corner of what is drawn.
 
         Raises `SettingsError` for an impossible one.
         """
         grids = {key: values for key, values in self.grids.items() if key != "run.seed"}
-        first = {key: found.corners[0] for key, found in self.drawn.items()}
-        for values in itertools.product(*grids.values()):
-            chosen = dict(zip(grids, values, strict=True))
-            yield Settings.from_dict(with_keys(self.base.to_dict(), first | chosen))
+        num_corners = max((len(found.corners) for found in self.drawn.values()), default=1)
+        for *values, corner in itertools.product(*grids.values(), range(num_corners)):
+            drawn = {key: found.corners[min(corner, len(found.corners) - 1)] for key, found in self.drawn.items()}
+            chosen = drawn | dict(zip(grids, values, strict=True))
+            try:
+                yield Settings.from_dict(with_keys(self.base.to_dict(), chosen))
+            except SettingsError as error:
+                raise SettingsError(f"search: {error}") from None
 
-    def _check(self) -> None:
-        spec, keys = self.spec, [*self.space, *(key for variant in self.spec.variants for key in variant)]
+    def kinds(self) -> Iterator[Settings]:
+        """One of the combinations for each kind of processes that they need."""
+        seen = set()
+        for settings in self.combinations():
+            kind = repr([(key, value) for key, value in flat(settings.to_dict()) if not can_change_in_place(key)])
+            if kind not in seen:
+                seen.add(kind)
+                yield settings
+
+    def _check(self, overrides: Sequence[str]) -> None:
+        spec, keys = self.spec, [*self.space, *{key for variant in self.spec.variants for key in variant}]
         if not keys and not spec.seeds:
             raise SettingsError("search: nothing to search over; give search, variants or seeds, or use vlarl train")
         for key in keys:
             _check_key(key)
-        for key, found in self.space.items():
+        for key in keys:
             if spec.reuse_actors and not can_change_in_place(key):
                 self._refuse_reuse(key)
-            for value in found.corners:
-                _check_value(self.base, key, value)
-        for key in (key for variant in spec.variants for key in variant):
-            if spec.reuse_actors and not can_change_in_place(key):
-                self._refuse_reuse(key)
+        fixed = {*spec.set, *(override.partition("=")[0].strip() for override in overrides)}
+        searched = [*keys, *(["run.seed"] if spec.seeds else [])]
+        for key in searched:
+            if key in fixed or searched.count(key) > 1:
+                raise SettingsError(f"search: {key} is given twice: by search, variants, seeds, set or --set")
         if math.prod(len(values) for values in self.grids.values()) > MAX_COMBINATIONS:
             raise SettingsError(f"search: more than {MAX_COMBINATIONS:,} combinations; use choice instead of a list")
         for _ in self.combinations():
@@ -282,6 +304,12 @@ class Experiment:
                 f"scheduler: {'asha' if asha else 'pbt'} looks at {self.metric} on the way, but evaluation.every is 0, "
                 "so there are evaluations at the ends alone; set it under set, or use metric: success_rate"
             )
+        first_look = asha.grace_iterations if asha else pbt.perturb_every if pbt else 0
+        if (asha or pbt) and of_evaluations and first_look < base.evaluation.every:
+            raise SettingsError(
+                f"scheduler: the first look is behind iteration {first_look}, where no trial has been evaluated yet "
+                f"(evaluation.every: {base.evaluation.every}); evaluate more often, or look later"
+            )
         if asha and asha.grace_iterations >= base.run.iterations:
             raise SettingsError(
                 f"scheduler.asha.grace_iterations: {asha.grace_iterations} is not below run.iterations "
@@ -293,6 +321,11 @@ class Experiment:
             raise SettingsError(
                 f"concurrent: {spec.concurrent}, but all trials of pbt are there from the start, and take turns where "
                 "there is no room for all; leave it out"
+            )
+        if pbt and self.grids:
+            raise SettingsError(
+                "scheduler: under pbt a trial takes over all values of another one, "
+                f"{next(iter(self.grids))} among them; leave out lists, variants and seeds"
             )
         if pbt and self.num_trials < 2:
             raise SettingsError("samples: 1, but population based training needs at least 2 trials")
@@ -311,6 +344,17 @@ def _base(spec: ExperimentSpec, beside: Path, overrides: Sequence[str]) -> Setti
     return Settings.from_dict(values)
 
 
+def _absolute(key: str, value: Any) -> Any:
+    """A model's path means the same wherever the experiment goes on."""
+    if key not in ("model.path", "model.critic_path"):
+        return value
+    if isinstance(value, list):
+        return [_absolute(key, one) for one in value]
+    if isinstance(value, dict):
+        return {name: _absolute(key, one) for name, one in value.items()}
+    return absolute_unless_name(value) if isinstance(value, str) and value else value
+
+
 def _distribution(key: str, value: Any) -> Distribution:
     if isinstance(value, list):
         if not value:
@@ -323,6 +367,8 @@ def _distribution(key: str, value: Any) -> Distribution:
         found = getattr(TypeAdapter(_DISTRIBUTIONS[kind]).validate_python(value), kind)
     except ValidationError as error:
         raise SettingsError(f"search: {key}: {messages.one_line(error, _DISTRIBUTIONS[kind])}") from None
+    if kind == "quniform" and any(abs(bound / found[2] - round(bound / found[2])) > 1e-6 for bound in found[:2]):
+        raise SettingsError(f"search: {key}: the bounds of quniform must be multiples of its step {found[2]}")
     if kind != "choice" and not found[0] < found[1]:
         raise SettingsError(f"search: {key} goes from {found[0]} to {found[1]}; the first must be the smaller")
     return Distribution(kind, tuple(found))
@@ -334,10 +380,3 @@ def _check_key(key: str) -> None:
     known = known_keys()
     if key not in known and not any(key.startswith(f"{name}.") for name in known if name == "rewards.others"):
         raise SettingsError(f"search: {key}: unknown key; {messages.nearest(key, known)}")
-
-
-def _check_value(base: Settings, key: str, value: Any) -> None:
-    try:
-        Settings.from_dict(with_keys(base.to_dict(), {key: value}))
-    except SettingsError as error:
-        raise SettingsError(f"search: {error}") from None

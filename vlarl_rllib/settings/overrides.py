@@ -39,6 +39,10 @@ def with_keys(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     """
     changed = deepcopy(dict(values))
     for name, value in changes.items():
-        for key, wanted in value.items() if isinstance(value, Mapping) and "." not in name else ((name, value),):
+        if isinstance(value, Mapping) and "." not in name:  # a section, or a set of dotted keys under a name
+            several = {key if "." in key else f"{name}.{key}": wanted for key, wanted in value.items()}
+        else:
+            several = {name: value}
+        for key, wanted in several.items():
             set_key(changed, key, wanted, key)
     return changed
