@@ -37,6 +37,7 @@ def test_a_node_of_others_is_none_of_the_runs_business(draining: dict[str, float
 def test_the_notice_asks_for_an_end_once(draining: dict[str, float | None], monkeypatch: pytest.MonkeyPatch) -> None:
     told = Queue[str]()
     monkeypatch.setattr(ray_watch, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(ray_watch, "PROCESSES", ())  # the tests' own Ray is none of it
     monkeypatch.setattr(ray, "get_runtime_context", lambda: type("Context", (), {"get_node_id": lambda self: "a"})())
     draining["a"] = None
     with END.listening(), END.polled(told.put), ray_watch.ray_watched():
