@@ -173,6 +173,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
+@pytest.mark.slow  # tests/docs/test_extending.py has the same way in every run
 def test_an_installed_package_adds_a_family_and_a_reward_by_name(checkpoint: Path, site: Path, tmp_path: Path) -> None:
     """In the processes of a command; two of a decision's three actions are played."""
     values = settings(
