@@ -85,37 +85,19 @@ def assert_continued_on_wandb(run: Path, rows: list[dict[str, Any]]) -> None:
     assert logged and all(step["token_checksum"] == rows[step["_step"] - 1]["token_checksum"] for step in logged)
 
 
-@pytest.mark.timeout(600)
-def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_along(tmp_path: Path) -> None:
-    """The model's directory, which the first command runs in, is somebody else's; others use this machine too."""
-    model, others = tmp_path / "model", weights_left_behind()
+def killed_among_decoys(root: Path) -> Command:
+    """A run that was killed, with everything of it gone; nothing that lay about ran, and no secret was written."""
+    model = root / "model"
     model.mkdir()
     make_model_with_decoys(model)
     (model / "t.yaml").write_text(CONFIG)
-    arguments = [
-        "t.yaml",
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--set",
-        "model.path=.",
-        "--set",
-        "run.checkpoint_every=1",
-        "--set",
-        "run.wandb=test",
-        "--set",
-        "evaluation.episodes=2",
-        "--resume",
-        "auto",
-    ]
-
+    sets = ("model.path=.", "run.checkpoint_every=1", "run.wandb=test", "evaluation.episodes=2")
+    options = [part for override in sets for part in ("--set", override)]
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as scratch:
         killed = Command(
-            tmp_path,
-            "train",
-            *arguments,
-            cwd=model,
+            root, "train", "t.yaml", "--run-dir", str(root / "run"), *options, "--resume", "auto", cwd=model,
             variables={**SECRETS, "RAY_TMPDIR": scratch, "WANDB_MODE": "offline"},
-        )
+        )  # fmt: skip
         killed.wait_until(lambda: len(killed.rows()) >= 3 and len(steps_on_wandb(killed.path)) >= 2)
         killed.process.kill()
         killed.process.wait()
@@ -128,6 +110,14 @@ def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_alo
     assert files_with_secrets(killed.path) == []
     assert_logged_to_wandb(killed.path)
     assert yaml.safe_load((killed.path / "config.yaml").read_text())["model"]["path"] == str(model)
+    return killed
+
+
+@pytest.mark.timeout(600)
+def test_a_run_survives_kills_and_ctrl_c_and_nothing_of_others_runs_or_reads_along(tmp_path: Path) -> None:
+    """The model's directory, which the first command runs in, is somebody else's; others use this machine too."""
+    others = weights_left_behind()
+    killed = killed_among_decoys(tmp_path)
     before = killed.rows()
 
     resumed = Command(tmp_path, "train", "--resume", "--run-dir", str(killed.path), variables={"WANDB_MODE": "offline"})

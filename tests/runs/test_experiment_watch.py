@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vlarl_rllib.process.console import Word
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.runs import experiment_watch, pulse
 from vlarl_rllib.runs.experiment_watch import ExperimentWatch
@@ -55,6 +56,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     monkeypatch.setattr(pulse.ray, "kill", lambda actor: line.killed.append(actor))
     monkeypatch.setattr(pulse.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "elsewhere"))
     monkeypatch.setattr(experiment_watch, "trial_path", lambda trial: trial.trial_id)
+    monkeypatch.setattr(Word, "last", line.now)
     END._reset()
     line.begin()
     yield line

@@ -23,6 +23,8 @@ def expanded(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+LIBRARIES = "Ray, torch and RLlib to be loaded"
+"""What a start waits for, in words."""
 PATH: dict[str, Any] = {"parser": expanded, "metavar": "PATH"}
 ConfigPath = Annotated[
     Path | None,

@@ -9,6 +9,7 @@ import typer
 
 from vlarl_rllib.cli.app import app
 from vlarl_rllib.cli.options import (
+    LIBRARIES,
     PATH,
     ConfigPath,
     NewRunDirectory,
@@ -25,8 +26,6 @@ from vlarl_rllib.cli.options import (
 from vlarl_rllib.process.console import saying_so
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.settings import Settings, SettingsError
-
-LIBRARIES = "Ray, torch and RLlib to be loaded"
 
 
 @app.command(cls=ResumeCommand)

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from vlarl_rllib.cli.app import app
-from vlarl_rllib.cli.options import PATH, Overrides, expanded, preflight
+from vlarl_rllib.cli.options import LIBRARIES, PATH, Overrides, expanded, preflight
+from vlarl_rllib.process.console import saying_so
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.settings import SettingsError
 from vlarl_rllib.settings.experiment import Experiment
@@ -35,8 +36,8 @@ def tune(
     ] = False,
 ) -> None:
     """Train many runs: seeds, grids, random search, ASHA, population based training; ranks them at the end."""
-    from vlarl_rllib.runs.directory import RUNS
-    from vlarl_rllib.runs.experiments import check_searcher, claimed_experiment, new_experiment, open_experiment
+    from vlarl_rllib.runs.directory import RUNS, claimed
+    from vlarl_rllib.runs.experiments import check_searcher, new_experiment, open_experiment
 
     END.sigterm_code = 0  # a scheduler's way to end an experiment is no failure
     if restore:
@@ -51,9 +52,11 @@ def tune(
         found = Experiment.from_yaml(experiment, overrides or [])
         directory = new_experiment(run_dir or RUNS / f"{experiment.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     check_searcher(found)
-    for settings in found.kinds():
-        preflight(settings)
-    with claimed_experiment(directory):
-        from vlarl_rllib.commands.tune import run_experiment
+    with saying_so("checks of the settings and the models"):
+        for settings in found.kinds():
+            preflight(settings)
+    with claimed(directory, "--run-dir"):
+        with saying_so(LIBRARIES):
+            from vlarl_rllib.commands.tune import run_experiment
 
         raise typer.Exit(run_experiment(found, directory, restore=restore))

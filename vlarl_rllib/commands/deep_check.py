@@ -20,14 +20,14 @@ from vlarl_rllib.algorithm import VLAPPO
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.models.family import read_facts
+from vlarl_rllib.observability.driver_callback import DriverCallback
 from vlarl_rllib.observability.metrics import iteration_row
 from vlarl_rllib.observability.self_test import Expectation, expectation, tell
 from vlarl_rllib.process.console import make_console
 from vlarl_rllib.process.signals import END
-from vlarl_rllib.rllib_compat import tolerant_tune
 from vlarl_rllib.runs.pulse import TrialWatch
 from vlarl_rllib.runs.ray_session import ray_session
-from vlarl_rllib.runs.tune_output import loggers
+from vlarl_rllib.runs.tune_output import fit, loggers
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 DECISIONS = 4
@@ -94,16 +94,12 @@ def verdict(rows: Sequence[dict[str, Any]], expected: Expectation) -> tuple[str,
     return f"deep check passed: {what}, so the sampler has the new weights", True
 
 
-class _Watcher(tune.Callback):
+class _Watcher(DriverCallback):
     """Keeps the rows, and prints each self-test."""
 
     def __init__(self, console: Console) -> None:
         self.rows: list[dict[str, Any]] = []
         self._console = console
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks for `Tuner.restore`, which is not used here; a console cannot be pickled."""
-        return {}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -114,7 +110,7 @@ class _Watcher(tune.Callback):
 
 
 def _play(settings: Settings, scratch: Path, console: Console) -> tuple[list[dict[str, Any]], Exception | None]:
-    watcher, errors = _Watcher(console), list[Exception]()
+    watcher = _Watcher(console)
     watch = TrialWatch(str(scratch), partial(console.print, style="dim"))
     tuner = tune.Tuner(
         VLAPPO,
@@ -128,11 +124,7 @@ def _play(settings: Settings, scratch: Path, console: Console) -> tuple[list[dic
             verbose=0,
         ),
     )
-    try:
-        with tolerant_tune(lambda trial, error: errors.append(error)):
-            tuner.fit()
-    except Exception as error:  # Tune's own: of the trial's, of its files
-        errors.append(error)
+    errors = fit(tuner)
     if not errors and len(watcher.rows) < ITERATIONS and END.signal is None:
         errors.append(RuntimeError("the trial ended before its second iteration"))
     return watcher.rows, errors[0] if errors else None

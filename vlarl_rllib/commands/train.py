@@ -24,12 +24,11 @@ from vlarl_rllib.process.console import make_console, pasted, shown
 from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
-from vlarl_rllib.rllib_compat import tolerant_tune
 from vlarl_rllib.runs.checkpoints import CheckpointStore, number_of
 from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on, installed_versions
 from vlarl_rllib.runs.pulse import FROZEN_SECONDS, TrialWatch
 from vlarl_rllib.runs.ray_session import ray_session
-from vlarl_rllib.runs.tune_output import loggers
+from vlarl_rllib.runs.tune_output import fit, loggers
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 
 HURRY_SECONDS = 5.0
@@ -50,7 +49,7 @@ class StopAfter(tune.Stopper):
         return self._watch.abandoned
 
     def __getstate__(self) -> dict[str, Any]:
-        """See `TrialWatch.__getstate__`."""
+        """See `DriverCallback.__getstate__`."""
         return {}
 
 
@@ -156,7 +155,6 @@ def _fit(
     callbacks: list[Any] = [table, watch, *loggers()]
     if settings.run.wandb:
         callbacks.append(wandb_logger(settings.run.wandb))
-    errors: list[Exception] = []
     for outdated in run.path.glob("trial_*/checkpoint_*"):  # pointers of trials before this one, to what may be gone
         shutil.rmtree(outdated, ignore_errors=True)
     tuner = tune.Tuner(
@@ -180,11 +178,7 @@ def _fit(
             verbose=0,
         ),
     )
-    try:
-        with tolerant_tune(lambda trial, error: errors.append(error)):
-            tuner.fit()
-    except Exception as error:  # Tune's own: of the trial's, of its files
-        errors.append(error)
+    errors = fit(tuner)
     if watch.abandoned or watch.is_complete:
         return None, watch.abandoned
     if END.signal is not None and any(

@@ -25,7 +25,6 @@ from vlarl_rllib.errors import FinalError, cause_of, one_line
 from vlarl_rllib.observability.experiment_table import (
     ExperimentTable,
     directory_name,
-    flat_sample,
     label_of,
     short,
 )
@@ -46,6 +45,7 @@ from vlarl_rllib.runs.tune_objects import ITERATION, MODE, param_space, schedule
 from vlarl_rllib.runs.tune_output import loggers
 from vlarl_rllib.settings import RuntimeArgs, SettingsError, calculate_runtime_args
 from vlarl_rllib.settings.experiment import Experiment
+from vlarl_rllib.settings.overrides import dotted
 
 RANKING_FILE, TABLE_FILE = "ranking.json", "ranking.csv"
 
@@ -205,7 +205,7 @@ def _outcome(experiment: Experiment, result: Any) -> Outcome:
         state = "stopped early" if metrics.get("done") else "unfinished"
     return Outcome(
         directory,
-        flat_sample(config.get("sampled", {})),
+        dotted(config.get("sampled", {})),
         float(scores[-1]) if scores and math.isfinite(scores[-1]) else None,
         iterations,
         state,

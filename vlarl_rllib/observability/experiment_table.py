@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ray.tune import Callback
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from vlarl_rllib.observability.driver_callback import DriverCallback
 from vlarl_rllib.observability.metrics import iteration_row
 from vlarl_rllib.observability.self_test import tell
+from vlarl_rllib.settings.overrides import dotted
 
 COLUMNS = (("iter", 6), ("steps", 9), ("success", 8), ("evaluation", 11), ("kl", 9), ("seconds", 8))
 MAX_NAME = 64
@@ -26,7 +27,7 @@ def short(sampled: Mapping[str, Any]) -> str:
 
 def label_of(trial: Any) -> str:
     """What a reader calls one of Tune's trials: its number and its values, as they are now."""
-    return f"{_number(trial)} {short(flat_sample(trial.config['sampled']))}"
+    return f"{_number(trial)} {short(dotted(trial.config['sampled']))}"
 
 
 def directory_name(trial: Any) -> str:
@@ -35,19 +36,11 @@ def directory_name(trial: Any) -> str:
     return words[:80].rstrip("_.")
 
 
-def flat_sample(sampled: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted key; those of a variant each by itself."""
-    flat: dict[str, Any] = {}
-    for name, value in sampled.items():
-        flat |= value if isinstance(value, Mapping) and "." not in name else {name: value}
-    return flat
-
-
 def _number(trial: Any) -> str:
     return trial.trial_id.rsplit("_", 1)[-1][-3:]
 
 
-class ExperimentTable(Callback):
+class ExperimentTable(DriverCallback):
     """Prints each iteration of each trial as Tune reports it.
 
     Args:
@@ -58,10 +51,6 @@ class ExperimentTable(Callback):
         self._iterations, self._console = iterations, console
         self._width = 0
         self._live: Live | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks; `Tuner.restore` gets new ones."""
-        return {}
 
     def __enter__(self) -> ExperimentTable:
         if self._console.is_terminal:

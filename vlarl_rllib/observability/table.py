@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ray.tune import Callback
 from rich.console import Console
 
+from vlarl_rllib.observability.driver_callback import DriverCallback
 from vlarl_rllib.observability.metrics import iteration_row
 from vlarl_rllib.observability.self_test import tell
 
@@ -19,7 +19,7 @@ COLUMNS = (
 RATES = ("env_steps_per_second", "decisions_per_second", "trained_samples_per_second")
 
 
-class LiveTable(Callback):
+class LiveTable(DriverCallback):
     """Prints each iteration as Tune reports it.
 
     Args:
@@ -31,10 +31,6 @@ class LiveTable(Callback):
         self._iterations, self._console, self._add = iterations, console, add
         self._has_header = False
         self._spent: list[float] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks for `Tuner.restore`, which is not used here; a console cannot be pickled."""
-        return {}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ray.tune import Callback
-
-from vlarl_rllib.process.console import SAY_SECONDS
+from vlarl_rllib.observability.driver_callback import DriverCallback
+from vlarl_rllib.process.console import Word
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.rllib_compat import trial_path
 from vlarl_rllib.runs.pulse import Heartbeat
@@ -18,11 +17,11 @@ RUNNING, WAITING = "RUNNING", "PENDING"
 """Tune's words for trials that train, and that start or wait for their turn."""
 
 
-class ExperimentWatch(Callback):
+class ExperimentWatch(DriverCallback):
     """Looks at every trial of an experiment.
 
     Args:
-        say: is told every `SAY_SECONDS`, while no trial trains, whom the next one waits for.
+        say: is told every few seconds (`Word`), while no trial trains, whom the next one waits for.
         on_frozen: is told of a trial that gives no sign of life; it is killed, and Tune starts it anew.
         on_finished: is told of each trial that has ended, with its last checkpoint written.
     """
@@ -37,12 +36,8 @@ class ExperimentWatch(Callback):
         self._say, self._on_frozen, self._on_finished = say, on_frozen, on_finished
         self._finished: set[str] = set()
         self._heartbeats: dict[str, Heartbeat] = {}
-        self._since = self._said = time.monotonic()
+        self._since = time.monotonic()
         self._asked: list[tuple[Any, Heartbeat]] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks; `Tuner.restore` gets new ones."""
-        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._heartbeats.pop(trial.trial_id, None)  # it may be another process now
@@ -63,7 +58,7 @@ class ExperimentWatch(Callback):
                 self._heartbeats.pop(trial.trial_id).kill(trial)
                 self._on_frozen(trial)
         if running:
-            self._since = time.monotonic()
+            self._since = Word.last = time.monotonic()
         else:
             self._say_whom_it_waits_for([trial for trial in trials if trial.status == WAITING])
 
@@ -73,15 +68,13 @@ class ExperimentWatch(Callback):
         return self._heartbeats[trial.trial_id]
 
     def _say_whom_it_waits_for(self, waiting: list[Any]) -> None:
-        now = time.monotonic()
-        if not waiting or now - max(self._said, self._since) < SAY_SECONDS:
+        if not waiting or not Word.is_due():
             return
-        self._said = now
         for trial in waiting:
             self._heartbeat(trial).look()
         at_work = (self._heartbeat(trial).doing for trial in waiting)
         doing = next((doing for doing in at_work if doing), "the next trial's process")
-        self._say(f"waiting for {doing} ... {now - self._since:.0f} s")
+        self._say(f"waiting for {doing} ... {time.monotonic() - self._since:.0f} s")
 
     def _end(self, trials: list[Any]) -> None:
         """Ask all that train to keep what they have; done when they have, or have ended, or when the time is over."""

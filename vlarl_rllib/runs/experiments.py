@@ -12,12 +12,10 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from vlarl_rllib.process.own_files import refuse_links
-from vlarl_rllib.runs.directory import WRITTEN, claimed
+from vlarl_rllib.runs.directory import WRITTEN
 from vlarl_rllib.settings import SettingsError
 from vlarl_rllib.settings.experiment import Experiment
 
@@ -86,13 +84,6 @@ def _pass_over_cut_files(directory: Path) -> None:
     raise SettingsError(
         f"--restore: {directory} has no whole {TRIALS_FILES} any more; start the experiment anew in another directory"
     )
-
-
-@contextmanager
-def claimed_experiment(directory: Path) -> Iterator[None]:
-    """Make the directory ours. Raises `SettingsError` where another process is at it."""
-    with claimed(directory, "--run-dir"):
-        yield
 
 
 def check_searcher(experiment: Experiment) -> None:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.tune import Callback
 from ray.util import placement_group_table
 
+from vlarl_rllib.observability.driver_callback import DriverCallback
 from vlarl_rllib.process.calls import LISTEN_SECONDS
 from vlarl_rllib.process.console import Word
 from vlarl_rllib.process.signals import END
@@ -132,7 +132,7 @@ class Heartbeat:
             ray.kill(trial.temporary_state.ray_actor)
 
 
-class TrialWatch(Callback):
+class TrialWatch(DriverCallback):
     """The driver's end: passes the first signal on to the trial, kills a trial that is frozen or takes too long to end.
 
     Args:
@@ -150,10 +150,6 @@ class TrialWatch(Callback):
         self.has_result = False
         self.is_complete = False
         self._told = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks for `Tuner.restore`, which is not used here."""
-        return {}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -6,9 +6,11 @@ import contextlib
 from functools import partial
 from typing import Any
 
+from ray import tune
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, LoggerCallback, TBXLoggerCallback
 
 from vlarl_rllib.process.lost_output import LOST
+from vlarl_rllib.rllib_compat import tolerant_tune
 
 
 class _Tolerant(LoggerCallback):
@@ -70,6 +72,17 @@ class TolerantTensorBoard(_Tolerant, TBXLoggerCallback):
         if writer := self._trial_writer.pop(trial, None):
             # nobody will read it, and the process could not end
             writer.file_writer.event_writer._event_queue.cancel_join_thread()
+
+
+def fit(tuner: tune.Tuner) -> list[Any]:
+    """`Tuner.fit` of a command; what its trials, or Tune itself, failed with."""
+    errors: list[Any] = []
+    try:
+        with tolerant_tune(lambda trial, error: errors.append(error)):
+            tuner.fit()
+    except Exception as error:  # Tune's own: of the trial's, of its files
+        errors.append(error)
+    return errors
 
 
 def loggers() -> list[LoggerCallback]:

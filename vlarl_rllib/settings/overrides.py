@@ -38,11 +38,17 @@ def with_keys(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     Raises `SettingsError`.
     """
     changed = deepcopy(dict(values))
-    for name, value in changes.items():
-        if isinstance(value, Mapping) and "." not in name:  # a section, or a set of dotted keys under a name
-            several = {key if "." in key else f"{name}.{key}": wanted for key, wanted in value.items()}
-        else:
-            several = {name: value}
-        for key, wanted in several.items():
-            set_key(changed, key, wanted, key)
+    for key, wanted in dotted(changes).items():
+        set_key(changed, key, wanted, key)
     return changed
+
+
+def dotted(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key; a section, or a set of dotted keys under some name, is taken apart."""
+    found: dict[str, Any] = {}
+    for name, value in changes.items():
+        if isinstance(value, Mapping) and "." not in name:
+            found |= {key if "." in key else f"{name}.{key}": wanted for key, wanted in value.items()}
+        else:
+            found[name] = value
+    return found
