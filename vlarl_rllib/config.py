@@ -22,6 +22,7 @@ with without_tensorflow():
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.family import family_name
 from vlarl_rllib.models.presets import presets, resolve_model
+from vlarl_rllib.runs.nodes import runner_cores
 from vlarl_rllib.settings import Role, Settings, SettingsError, calculate_runtime_args, rllib_fields
 from vlarl_rllib.settings.overrides import with_keys
 
@@ -33,17 +34,18 @@ NO_EVALUATION = 2**31 - 1
 
 def resolved(settings: Settings) -> Settings:
     """The settings with what is to be the same for all actors filled in: hub ids of published models, how many cores
-    there are.
+    there are for environments.
 
     A model preset keeps its name: each node writes it for itself (`models.presets.models_here`).
 
     Raises:
         ValueError: a model that is none.
     """
+    cores = runner_cores(calculate_runtime_args(settings))
     paths = {"path": settings.model.path, "critic_path": settings.model.critic_path}
     return settings.replaced(
         model={key: path if path in presets() else resolve_model(path) for key, path in paths.items() if path},
-        env={"num_processes": calculate_runtime_args(settings).num_processes},
+        env={"num_processes": calculate_runtime_args(settings, cores=cores).num_processes},
     )
 
 
