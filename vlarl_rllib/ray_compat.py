@@ -4,6 +4,7 @@ changes (2.60)."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from vlarl_rllib.errors import one_line
 
@@ -16,4 +17,46 @@ def label_mistake(selectors: Sequence[Mapping[str, str]]) -> str | None:
         _validate_bundle_label_selector([dict(selector) for selector in selectors])
     except ValueError as error:
         return one_line(error)
+    return None
+
+
+class ClusterNode(NamedTuple):
+    """A node that is alive."""
+
+    node_id: str
+    address: str
+    total: dict[str, float]
+    """Of every resource."""
+    free: dict[str, float]
+    """The same, less what is reserved; without zeros."""
+    labels: dict[str, str]
+
+
+def cluster_nodes() -> list[ClusterNode]:
+    """Those of the cluster that this process has joined, by address."""
+    import ray
+
+    free = ray._private.state.state.available_resources_per_node()
+    found = [
+        ClusterNode(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            dict(node["Resources"]),
+            dict(free.get(node["NodeID"], node["Resources"])),
+            dict(node["Labels"]),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted(found, key=lambda node: (node.address, node.node_id))
+
+
+def unplaced_bundles(bundles: Sequence[Mapping[str, float]]) -> list[int] | None:
+    """Which bundles of the placement group that asks for these have no node: of one that waits, or of one that has lost
+    a node. None where no such group waits."""
+    from ray.util import placement_group_table
+
+    for group in placement_group_table().values():
+        if group["state"] in ("PENDING", "RESCHEDULING") and list(group["bundles"].values()) == list(bundles):
+            return [place for place, node in group["bundles_to_node_id"].items() if not node.strip("f")]
     return None

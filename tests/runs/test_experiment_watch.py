@@ -20,6 +20,7 @@ class Line:
         self.store: dict[str, str] = {}
         self.now = 1000.0
         self.said: list[str] = []
+        self.lacking: dict[str, str] = {}
         self.frozen: list[str] = []
         self.finished: list[str] = []
         self.killed: list[str] = []
@@ -27,6 +28,7 @@ class Line:
     def begin(self) -> None:
         self.watch = ExperimentWatch(
             self.said.append,
+            lambda trial: f"plan of {trial.trial_id}",  # type: ignore[arg-type, return-value]
             lambda trial: self.frozen.append(trial.trial_id),
             lambda trial: self.finished.append(trial.trial_id),
         )
@@ -55,6 +57,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     monkeypatch.setattr(pulse.time, "monotonic", lambda: line.now)
     monkeypatch.setattr(pulse.ray, "kill", lambda actor: line.killed.append(actor))
     monkeypatch.setattr(pulse.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "elsewhere"))
+    monkeypatch.setattr(experiment_watch, "waits_for_places", lambda plan: line.lacking.get(plan))
     monkeypatch.setattr(experiment_watch, "trial_path", lambda trial: trial.trial_id)
     monkeypatch.setattr(Word, "last", line.now)
     END._reset()
@@ -112,6 +115,10 @@ def test_a_frozen_trial_is_killed_and_tunes_state_is_written_when_one_has_ended(
 
 
 def test_a_start_is_not_silent(line: Line) -> None:
+    line.lacking["plan of a"] = "a place for: engine (1 GPU)"
+    line.pass_time(6, [trial("a", "PENDING")], alive=False)
+    assert line.said.pop().startswith("waiting for a place for: engine (1 GPU) ...") and not line.said
+    line.lacking.clear()
     line.pass_time(6, [trial("a", "PENDING")], alive=False)
     line.pass_time(12, [trial("a", "PENDING")])
     assert line.said[0].startswith("waiting for the next trial's process") and "1 runner(s)" in line.said[-1]

@@ -11,7 +11,10 @@ import pytest
 from vlarl_rllib.process.calls import EndRequested, call_unless
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.runs import pulse
-from vlarl_rllib.runs.pulse import FROZEN_SECONDS, TrialWatch
+from vlarl_rllib.runs.pulse import FROZEN_SECONDS, LOST_SECONDS, TrialWatch
+from vlarl_rllib.settings import Settings, calculate_runtime_args
+
+PLAN = calculate_runtime_args(Settings())
 
 
 class Line:
@@ -21,11 +24,10 @@ class Line:
         self.store: dict[str, str] = {}
         self.killed: list[int] = []
         self.now = 1000.0
-        self.groups: dict[str, Any] = {}
+        self.lacking: str | None = None
         self.trial = SimpleNamespace(
             is_finished=lambda: False,
             temporary_state=SimpleNamespace(ray_actor="actor"),
-            placement_group_factory=SimpleNamespace(bundles=[{"CPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}]),
         )
 
     def beat(self, count: int) -> None:
@@ -49,8 +51,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Line:
     monkeypatch.setattr(pulse.Word, "last", line.now)
     monkeypatch.setattr(pulse.os, "kill", lambda pid, number: line.killed.append(pid))
     monkeypatch.setattr(pulse.ray, "kill", lambda actor: line.killed.append(actor))
-    monkeypatch.setattr(pulse, "placement_group_table", lambda: line.groups)
-    monkeypatch.setattr(pulse.ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(pulse, "waits_for_places", lambda plan: line.lacking if plan is PLAN else "another's")
     monkeypatch.setattr(pulse.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
     END._reset()
     yield line
@@ -63,18 +64,17 @@ def signalled(line: Line, limit_seconds: float = 25.0) -> None:
 
 def test_a_start_says_every_few_seconds_whom_it_waits_for(line: Line) -> None:
     said: list[tuple[float, str]] = []
-    watch = TrialWatch("run", lambda text: said.append((line.now - 1000, text.partition(" ...")[0])))
-    ours = {"bundles": {0: {"CPU": 1.0}, 1: {"CPU": 2.0, "GPU": 1.0}}}
-    line.groups = {"tune's": ours | {"state": "PENDING"}}
+    watch = TrialWatch("run", PLAN, lambda text: said.append((line.now - 1000, text.partition(" ...")[0])))
+    line.lacking = "a place for: engine (1 CPU, 1 GPU) (free: 10.0.0.1: 1 CPU)"
     line.pass_time(watch, 12, alive=False)
-    line.groups = {"tune's": ours | {"state": "CREATED"}, "another's": {"state": "PENDING", "bundles": {}}}
+    line.lacking = None
     line.pass_time(watch, 12, alive=False)
     line.pass_time(watch, 12, alive=True)
     watch.on_trial_result(0, [line.trial], line.trial, {})
     line.pass_time(watch, 30, alive=True)
     words = [text for _, text in said]
     assert words == sorted(words, key=words.index) and list(dict.fromkeys(words)) == [
-        "waiting for room on the cluster (free: 1 of 3 CPU, 0 of 1 GPU)",
+        "waiting for a place for: engine (1 CPU, 1 GPU) (free: 10.0.0.1: 1 CPU)",
         "waiting for the trial's process",
         "waiting for 2 engine(s)",
     ]
@@ -82,8 +82,19 @@ def test_a_start_says_every_few_seconds_whom_it_waits_for(line: Line) -> None:
     assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= 8
 
 
+def test_what_a_lost_node_leaves_without_a_place_is_told_while_the_run_goes_on(line: Line) -> None:
+    said: list[str] = []
+    watch = TrialWatch("run", PLAN, said.append)
+    watch.on_trial_result(0, [line.trial], line.trial, {})
+    line.pass_time(watch, 2 * LOST_SECONDS, alive=True)
+    assert said == []
+    line.lacking = "a place for: runner (1 CPU)"
+    line.pass_time(watch, 2 * LOST_SECONDS, alive=True)
+    assert said == ["waiting for a place for: runner (1 CPU)"] * 2
+
+
 def test_a_trial_with_something_to_keep_is_asked_to_end_and_has_its_time(line: Line) -> None:
-    watch = TrialWatch("run")
+    watch = TrialWatch("run", PLAN)
     watch.on_trial_result(0, [line.trial], line.trial, {})
     line.pass_time(watch, 3, alive=True)
     assert "run:end" not in line.store
@@ -95,14 +106,14 @@ def test_a_trial_with_something_to_keep_is_asked_to_end_and_has_its_time(line: L
 
 
 def test_a_trial_that_has_nothing_to_keep_is_ended_at_once(line: Line) -> None:
-    watch = TrialWatch("run")
+    watch = TrialWatch("run", PLAN)
     signalled(line)
     line.pass_time(watch, 1, alive=True)
     assert watch.abandoned and line.killed == ["actor"] and "run:end" not in line.store
 
 
 def test_a_frozen_trial_is_killed_and_one_that_was_stopped_together_with_the_driver_is_not(line: Line) -> None:
-    watch = TrialWatch("run")
+    watch = TrialWatch("run", PLAN)
     line.pass_time(watch, 100, alive=False)
     assert not watch.is_frozen, "it has not begun to beat"
     line.pass_time(watch, 10, alive=True)
@@ -116,7 +127,7 @@ def test_a_frozen_trial_is_killed_and_one_that_was_stopped_together_with_the_dri
 
 def test_a_watch_begins_with_nothing_said(line: Line) -> None:
     line.store |= {"run:end": "1", "run:beat": "node 5 5", "other:end": "1"}
-    TrialWatch("run")
+    TrialWatch("run", PLAN)
     assert line.store == {"other:end": "1"}
 
 

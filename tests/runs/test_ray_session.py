@@ -15,6 +15,7 @@ import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
+from vlarl_rllib.ray_compat import ClusterNode
 from vlarl_rllib.runs import ray_session
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 
@@ -35,7 +36,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
         return SimpleNamespace(dashboard_url="10.0.0.1:8265")
 
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0})
+    node = ClusterNode("a", "10.0.0.1", {"CPU": 64.0}, {"CPU": 64.0}, {})
+    monkeypatch.setattr(ray_session, "cluster_nodes", lambda: [node])
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     return found
@@ -108,6 +110,24 @@ def test_a_cluster_that_can_be_joined_is(calls: list[dict[str, Any]], monkeypatc
     answering(monkeypatch, {"ray_version": ray.__version__})
     start()
     assert "num_cpus" not in calls[0] and "_temp_dir" not in calls[0]
+
+
+def test_what_has_no_place_is_refused_told_or_waited_for(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two actors of 1 CPU: on a busy node, on one that is too small, and on one that will have company."""
+    answering(monkeypatch, {"ray_version": ray.__version__})
+    node = ClusterNode("a", "10.0.0.1", {"CPU": 2.0}, {"CPU": 1.0}, {})
+    monkeypatch.setattr(ray_session, "cluster_nodes", lambda: [node])
+    start()
+    assert "no place yet for: runner (1 CPU); the run waits for it" in capsys.readouterr().out
+    small = node._replace(total={"CPU": 1.0})
+    monkeypatch.setattr(ray_session, "cluster_nodes", lambda: [small])
+    with pytest.raises(SettingsError, match="the plan needs 2 CPU but the Ray cluster has 1"):
+        start()
+    patient = SETTINGS.replaced(placement={"wait_for_nodes": True})
+    ray_session.start_ray(calculate_runtime_args(patient), patient)
+    assert "no place yet for: runner (1 CPU)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

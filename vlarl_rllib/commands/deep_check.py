@@ -112,7 +112,7 @@ class _Watcher(DriverCallback):
 
 def _play(settings: Settings, scratch: Path, console: Console) -> tuple[list[dict[str, Any]], Exception | None]:
     watcher = _Watcher(console)
-    watch = TrialWatch(str(scratch), partial(console.print, style="dim"))
+    watch = TrialWatch(str(scratch), calculate_runtime_args(settings), partial(console.print, style="dim"))
     tuner = tune.Tuner(
         VLAPPO,
         param_space=VLAPPOConfig.from_settings(settings, scratch),

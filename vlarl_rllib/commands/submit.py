@@ -25,7 +25,7 @@ from vlarl_rllib.commands.jobs import Cluster
 from vlarl_rllib.process.console import make_console
 from vlarl_rllib.process.signals import GRACE_SECONDS
 from vlarl_rllib.process.source_revision import source_revision
-from vlarl_rllib.runs.ray_session import check_size
+from vlarl_rllib.runs.places import too_small
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 
 PACKAGE = Path(__file__).parents[1]
@@ -79,8 +79,11 @@ def submit(settings: Settings, submission: Submission, address: str) -> int:
     """
     console = make_console()
     cluster = Cluster(address)
-    if has := cluster.resources():  # a head that has just been started knows of no node yet
-        check_size(calculate_runtime_args(settings), has)
+    has = cluster.resources()  # none of a head that has just been started and knows of no node yet
+    for problem in (
+        too_small(calculate_runtime_args(settings), has) if has and not settings.placement.wait_for_nodes else ()
+    ):
+        raise SettingsError(problem)
     if busy := cluster.job_at(submission.run_dir):
         raise SettingsError(
             f"--run-dir: job {busy} is at {submission.run_dir}; stop it with: {cluster.command('stop', busy)}"

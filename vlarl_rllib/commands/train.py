@@ -160,7 +160,7 @@ def _fit(
     config: VLAPPOConfig, settings: Settings, run: RunDirectory, table: LiveTable, console: Console
 ) -> tuple[Exception | None, bool]:
     """Run the one trial; what it failed with, or None, and whether it was killed because the run is to end."""
-    watch = TrialWatch(str(run.path), partial(console.print, style="dim"))
+    watch = TrialWatch(str(run.path), calculate_runtime_args(settings), partial(console.print, style="dim"))
     callbacks: list[Any] = [table, watch, *loggers()]
     if settings.run.wandb:
         callbacks.append(wandb_logger(settings.run.wandb))

@@ -98,7 +98,9 @@ def plan_of_all(experiment: Experiment) -> RuntimeArgs:
     plans = map(calculate_runtime_args, experiment.combinations())
     plan = max(plans, key=lambda plan: (plan.total_gpus, plan.total_cpus))
     at_once = min(experiment.concurrent or 1, experiment.num_trials)
-    return replace(plan, bundles=plan.bundles * at_once)
+    if at_once == 1:
+        return plan
+    return replace(plan, bundles=plan.bundles * at_once, strategy="PACK")  # a strategy is of one trial
 
 
 def make_tuner(experiment: Experiment, directory: Path, callbacks: Sequence[Any] = ()) -> tune.Tuner:
@@ -157,7 +159,7 @@ def _fit(
     def tell_frozen(trial: Any) -> None:
         console.print(f"{label_of(trial)} gave no sign of life, and was killed", style="yellow")
 
-    watch = ExperimentWatch(partial(console.print, style="dim"), tell_frozen, _write_summary)
+    watch = ExperimentWatch(partial(console.print, style="dim"), _plan_of, tell_frozen, _write_summary)
     table = ExperimentTable(experiment.base.run.iterations, console)
     callbacks: list[Any] = [table, watch, *loggers()]
     if experiment.base.run.wandb:
@@ -168,6 +170,10 @@ def _fit(
         else:
             tuner = make_tuner(experiment, directory, callbacks)
         return tuner.fit(), watch
+
+
+def _plan_of(trial: Any) -> RuntimeArgs:
+    return calculate_runtime_args(VLAPPO.get_default_config().update_from_dict(trial.config).settings())
 
 
 def _space(experiment: Experiment) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from vlarl_rllib.observability.driver_callback import DriverCallback
 from vlarl_rllib.process.console import Word
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.rllib_compat import trial_path
+from vlarl_rllib.runs.places import waits_for_places
 from vlarl_rllib.runs.pulse import Heartbeat
+from vlarl_rllib.settings import RuntimeArgs
 
 RUNNING, WAITING = "RUNNING", "PENDING"
 """Tune's words for trials that train, and that start or wait for their turn."""
@@ -22,18 +24,23 @@ class ExperimentWatch(DriverCallback):
 
     Args:
         say: is told every few seconds (`Word`), while no trial trains, whom the next one waits for.
+        plan_of: of a trial.
         on_frozen: is told of a trial that gives no sign of life; it is killed, and Tune starts it anew.
         on_finished: is told of each trial that has ended, with its last checkpoint written.
     """
 
     def __init__(
-        self, say: Callable[[str], None], on_frozen: Callable[[Any], None], on_finished: Callable[[Any], None]
+        self,
+        say: Callable[[str], None],
+        plan_of: Callable[[Any], RuntimeArgs],
+        on_frozen: Callable[[Any], None],
+        on_finished: Callable[[Any], None],
     ) -> None:
         self.interrupted = threading.Event()
         """Set when nothing more is to be waited for: every trial has kept what it has."""
         self.to_write = threading.Event()
         """Set when Tune's state has to be written: a trial has ended, and is not to be played again after a kill."""
-        self._say, self._on_frozen, self._on_finished = say, on_frozen, on_finished
+        self._say, self._plan_of, self._on_frozen, self._on_finished = say, plan_of, on_frozen, on_finished
         self._finished: set[str] = set()
         self._heartbeats: dict[str, Heartbeat] = {}
         self._since = time.monotonic()
@@ -73,7 +80,8 @@ class ExperimentWatch(DriverCallback):
         for trial in waiting:
             self._heartbeat(trial).look()
         at_work = (self._heartbeat(trial).doing for trial in waiting)
-        doing = next((doing for doing in at_work if doing), "the next trial's process")
+        doing = next((doing for doing in at_work if doing), None) or waits_for_places(self._plan_of(waiting[0]))
+        doing = doing or "the next trial's process"
         self._say(f"waiting for {doing} ... {time.monotonic() - self._since:.0f} s")
 
     def _end(self, trials: list[Any]) -> None:

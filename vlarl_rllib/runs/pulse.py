@@ -17,13 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.util import placement_group_table
 
 from vlarl_rllib.observability.driver_callback import DriverCallback
 from vlarl_rllib.process.calls import LISTEN_SECONDS
 from vlarl_rllib.process.console import Word
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.rllib_compat import Notes
+from vlarl_rllib.runs.places import waits_for_places
+from vlarl_rllib.settings import RuntimeArgs
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ FROZEN_SECONDS = 45.0
 
 What holds Python's lock for long in a process that computes is far shorter.
 """
+
+LOST_SECONDS = 30.0
+"""Between two looks for bundles that have lost their node."""
 
 RESTS = "rests"
 """Note of a trial that has kept what it has to keep before it is stopped."""
@@ -137,12 +141,14 @@ class TrialWatch(DriverCallback):
 
     Args:
         run_dir: as the trial's.
-        say: is told every few seconds (`Word`) whom the first iteration waits for.
+        plan: of the trial.
+        say: is told every few seconds (`Word`) whom the first iteration waits for, and later every `LOST_SECONDS` what
+            of a lost node has no place yet.
     """
 
-    def __init__(self, run_dir: str, say: Callable[[str], None] = lambda line: None) -> None:
-        self._heartbeat, self._say = Heartbeat(run_dir), say
-        self._began = time.monotonic()
+    def __init__(self, run_dir: str, plan: RuntimeArgs, say: Callable[[str], None] = lambda line: None) -> None:
+        self._heartbeat, self._plan, self._say = Heartbeat(run_dir), plan, say
+        self._began = self._looked_for_places = time.monotonic()
         self.abandoned = False
         """Whether the trial was killed because the run is to end: it had nothing to keep, or took longer than it may.
         """
@@ -182,19 +188,12 @@ class TrialWatch(DriverCallback):
     def _look(self, trial: Any) -> None:
         frozen = self._heartbeat.look()
         if not self.has_result and Word.is_due():
-            doing = self._heartbeat.doing or _room(trial) or "the trial's process"
+            doing = self._heartbeat.doing or waits_for_places(self._plan) or "the trial's process"
             self._say(f"waiting for {doing} ... {time.monotonic() - self._began:.0f} s")
+        elif self.has_result and time.monotonic() - self._looked_for_places >= LOST_SECONDS:
+            self._looked_for_places = time.monotonic()
+            if lacking := waits_for_places(self._plan):
+                self._say(f"waiting for {lacking}")
         if frozen and not self.is_frozen:
             self.is_frozen = True
             self._heartbeat.kill(trial)
-
-
-def _room(trial: Any) -> str | None:
-    """What the cluster has no room for, while that is what the trial waits for."""
-    needs = trial.placement_group_factory.bundles
-    waiting = [group for group in placement_group_table().values() if group["state"] == "PENDING"]
-    if not any(list(group["bundles"].values()) == needs for group in waiting):
-        return None
-    free, wanted = ray.available_resources(), {kind: sum(b.get(kind, 0.0) for b in needs) for kind in ("CPU", "GPU")}
-    found = ", ".join(f"{free.get(kind, 0.0):g} of {amount:g} {kind}" for kind, amount in wanted.items() if amount)
-    return f"room on the cluster (free: {found})"

@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from vlarl_rllib.process.import_path import is_import_path
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END, children_outlive_the_terminal
 from vlarl_rllib.process.surroundings import check_ray, cluster_address, has_ray_token, home_is_writable, user_directory
+from vlarl_rllib.ray_compat import ClusterNode, cluster_nodes
 from vlarl_rllib.rllib_compat import apart_from_our_signals, job_config, ray_version_at
 from vlarl_rllib.runs.nodes import NOTHING, Reads, check_nodes
+from vlarl_rllib.runs.places import check_places, named, without_a_place
 from vlarl_rllib.runs.ray_watch import ray_watched
 from vlarl_rllib.runs.scrape_targets import scrape_target
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
@@ -105,7 +107,7 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
             raise SettingsError(
                 f"{what} cannot be {'started' if address is None else 'joined'}: {' '.join(str(error).split())}"
             ) from error
-    check_size(plan, ray.cluster_resources())
+    look_for_places(plan, cluster_nodes(), wait=settings.placement.wait_for_nodes)
     if dashboard:
         make_console().print(f"dashboard: http://{dashboard}{_how_to_get_in()}", style="dim")
 
@@ -118,14 +120,19 @@ def _how_to_get_in() -> str:
     return "; it asks for a token, the one in RAY_AUTH_TOKEN where you have set it"
 
 
-def check_size(plan: RuntimeArgs, available: Mapping[str, float]) -> None:
-    """Raise `SettingsError` where a cluster that has so much in all can never place the plan."""
-    for kind, needed in (("CPU", plan.total_cpus), ("GPU", plan.total_gpus)):
-        if needed > available.get(kind, 0.0):
-            raise SettingsError(
-                f"resources: the plan needs {needed:g} {kind} but the Ray cluster has {available.get(kind, 0.0):g}; "
-                "lower engines.*, learners.* or rollout.*, or add nodes (`vlarl doctor CONFIG` prints the plan)"
-            )
+def look_for_places(plan: RuntimeArgs, nodes: Sequence[ClusterNode], *, wait: bool) -> None:
+    """Say what has no place on these nodes yet, since others use them.
+
+    Args:
+        wait: say the same of what they can never hold (`placement.wait_for_nodes`).
+
+    Raises:
+        SettingsError: they can never hold the plan, and it is not to wait.
+    """
+    if not wait:
+        check_places(plan, nodes)
+    if lacking := without_a_place(plan, nodes):
+        make_console().print(f"no place yet for: {named(lacking)}; the run waits for it", style="yellow")
 
 
 def _make_token() -> None:

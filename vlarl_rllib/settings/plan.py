@@ -83,8 +83,9 @@ class RuntimeArgs:
         return [place for place, bundle in enumerate(self.bundles) if bundle.role is role][index]
 
     def only(self, *roles: Role) -> RuntimeArgs:
-        """The plan without the bundles of all others, for what runs without an Algorithm."""
-        return replace(self, bundles=tuple(bundle for bundle in self.bundles if bundle.role in roles))
+        """The plan without the bundles of all others, for what runs without an Algorithm: Ray then places each actor by
+        itself, and knows of no strategy."""
+        return replace(self, bundles=tuple(bundle for bundle in self.bundles if bundle.role in roles), strategy="PACK")
 
 
 def calculate_runtime_args(settings: Sections, *, cores: int | None = None) -> RuntimeArgs:
