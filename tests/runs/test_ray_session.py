@@ -120,14 +120,14 @@ def test_what_has_no_place_is_refused_told_or_waited_for(
     node = ClusterNode("a", "10.0.0.1", {"CPU": 2.0}, {"CPU": 1.0}, {})
     monkeypatch.setattr(ray_session, "cluster_nodes", lambda: [node])
     start()
-    assert "no place yet for: runner (1 CPU); the run waits for it" in capsys.readouterr().out
+    assert "no place yet for: runner (1 CPU); the run waits until others make room" in capsys.readouterr().out
     small = node._replace(total={"CPU": 1.0})
     monkeypatch.setattr(ray_session, "cluster_nodes", lambda: [small])
     with pytest.raises(SettingsError, match="the plan needs 2 CPU but the Ray cluster has 1"):
         start()
     patient = SETTINGS.replaced(placement={"wait_for_nodes": True})
     ray_session.start_ray(calculate_runtime_args(patient), patient)
-    assert "no place yet for: runner (1 CPU)" in capsys.readouterr().out
+    assert "no place yet for: runner (1 CPU); the run waits until nodes come that have it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

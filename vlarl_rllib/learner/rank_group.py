@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vlarl_rllib.errors import DivergedError, one_line
@@ -74,11 +75,12 @@ class RankGroup:
     def _start_actors(self) -> None:
         learners, plan = self.settings.learners, calculate_runtime_args(self.settings)
         group = ray.util.get_current_placement_group()
+        bundles = side_by_side(self._bundles, group) if group is not None and self._bundles is not None else None
         actor_class = ray.remote(num_cpus=learners.cpus, num_gpus=learners.gpus, max_restarts=0)(self._rank_class)
         for index in range(learners.num):
             options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}}
-            if group is not None and self._bundles is not None:
-                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, self._bundles[index])
+            if bundles is not None:
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, bundles[index])
             else:
                 options |= plan.bundles[plan.bundle_of(Role.LEARNER, index)].options
             self.workers.append(self.names.start(actor_class, f"learner-{index}", options, **self._arguments))
@@ -185,6 +187,16 @@ class RankGroup:
         for worker in self.workers:
             ray.kill(worker)
         self.workers, self.pids = [], []
+
+
+def side_by_side(bundles: Sequence[int], group: Any) -> list[int]:
+    """The same bundles, those of one node behind one another: FSDP's shards are ranks that follow one another
+    (`learners.fsdp.mesh`), and Ray lays bundles that ask for the same in any order."""
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    first: dict[str, int] = {}
+    for bundle in bundles:
+        first.setdefault(nodes[bundle], bundle)
+    return sorted(bundles, key=lambda bundle: (bundles.index(first[nodes[bundle]]), bundles.index(bundle)))
 
 
 def _env_vars(learners: LearnerSettings) -> dict[str, str]:

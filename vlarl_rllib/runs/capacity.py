@@ -1,4 +1,4 @@
-"""Whether a machine that is described in numbers has room for a plan: bundles on its GPUs, and an estimate of memory.
+"""Whether machines that are described in numbers have room for a plan: bundles on GPUs, and an estimate of memory.
 
 The estimate is arithmetic with a few numbers that were measured with 7B weights (docs/adapters_and_export.md); it came
 out 4 % above the card's 74.9 GB there. It says what is hopeless and what is near the edge, no more.
@@ -6,14 +6,19 @@ out 4 % above the card's 74.9 GB there. It says what is hopeless and what is nea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlarl_rllib.envs import registry
 from vlarl_rllib.models.family import PolicyFamily, family_of, load_family
 from vlarl_rllib.models.files import weight_facts
 from vlarl_rllib.models.presets import presets
-from vlarl_rllib.settings import RuntimeArgs, Settings
+from vlarl_rllib.ray_compat import ClusterNode
+from vlarl_rllib.runs.places import impossible_places, lay, named, without_a_place
+from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
+from vlarl_rllib.settings.placement import MEMORY
 from vlarl_rllib.settings.plan import Bundle, Role
 from vlarl_rllib.settings.published import published_model
 
@@ -38,6 +43,11 @@ VERSIONS = 2
 """Of the weights in /dev/shm during a sync."""
 
 
+BOUNDLESS = 10**9
+SAVED_BYTES = 12
+"""In a checkpoint, of a trained parameter: float32 master and AdamW's two moments (`learner/checkpoint.py`)."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Resources as somebody states them; GB are 1e9 bytes."""
@@ -46,6 +56,35 @@ class Machine:
     gpus: int
     memory_gb: float
     gpu_memory_gb: float
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Custom ones, of a node of a cluster."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parsed(cls, text: str, gpu_memory_gb: float) -> Machine:
+        """From `cpus=64,gpus=8,memory=512,gpu-memory=80,farm=4,zone=a`: a number of another name is a custom resource,
+        a word is a label. Raises `SettingsError`."""
+        amounts, words = {"gpus": 0.0, "gpu-memory": gpu_memory_gb}, {}
+        for part in text.split(","):
+            name, equals, value = (piece.strip() for piece in part.partition("="))
+            if not (name and equals and value):
+                raise SettingsError(f"--node {text}: {part.strip()!r} is no name=value; write cpus=64,memory=256")
+            try:
+                amounts[name] = float(value)
+            except ValueError:
+                words[name] = value
+        for name in ("cpus", "memory"):
+            if not 0 < amounts.get(name, 0.0) < BOUNDLESS:
+                raise SettingsError(f"--node {text}: {name} is missing, or no amount; write cpus=64,memory=256 (GB)")
+        if not amounts["gpus"].is_integer() or not 0 <= amounts["gpus"] < BOUNDLESS:
+            raise SettingsError(f"--node {text}: gpus={amounts['gpus']:g} is no number of GPUs; write gpus=8")
+        cpus, gpus, memory, gpu_memory = (amounts.pop(name) for name in ("cpus", "gpus", "memory", "gpu-memory"))
+        return cls(cpus, int(gpus), memory, gpu_memory, amounts, words)
+
+    def node(self, number: int) -> ClusterNode:
+        """As Ray would see it, with nothing on it."""
+        total = {"CPU": self.cpus, "GPU": float(self.gpus), MEMORY: self.memory_gb * 1e9, **self.resources}
+        return ClusterNode(str(number), f"node {number}", total, dict(total), dict(self.labels))
 
 
 @dataclass
@@ -76,10 +115,20 @@ def place(plan: RuntimeArgs, gpus: int) -> tuple[list[Card], list[Bundle]]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the memory of one actor on its GPU, in GB; None where the size of the model is not known."""
+    """Of the memory of one actor on its GPU, in GB by part; None where the size of the model is not known."""
 
-    engine: float | None
-    learner: float | None
+    engine_parts: Mapping[str, float] | None
+    learner_parts: Mapping[str, float] | None
+    checkpoint: float | None
+    """GB on a disk."""
+
+    @property
+    def engine(self) -> float | None:
+        return None if self.engine_parts is None else sum(self.engine_parts.values())
+
+    @property
+    def learner(self) -> float | None:
+        return None if self.learner_parts is None else sum(self.learner_parts.values())
 
     def of(self, card: Card) -> float | None:
         """All that is on a card."""
@@ -89,35 +138,49 @@ class Estimate:
 
 
 def estimate(settings: Settings, plan: RuntimeArgs) -> Estimate:
-    """GPU memory of an engine and of a learner."""
+    """GPU memory of an engine and of a learner, and what a checkpoint takes."""
     size = num_parameters(settings)
     if size is None:
-        return Estimate(None, None)
+        return Estimate(None, None, None)
     engines, learners, model = settings.engines, settings.learners, settings.model
     published = published_model(model.path)
     cache = _family(settings).cache_bytes(None if published else model.path, engines.dtype)
-    engine = size * (BYTES[engines.dtype] + WORKSPACE_BYTES) + engines.max_batch * cache + CONTEXT_BYTES
     trained = size * ADAPTER_SHARE * model.lora.rank / 32 if model.lora else float(size)
     frozen = size * (QUANTIZED_BYTES[model.quantization] if model.quantization else BYTES[model.dtype])
-    kept = trained * TRAINED_BYTES + (frozen if model.lora else 0.0)
-    kept *= 2 if model.critic == "separate" else 1
-    shards = plan.mesh[1] or 1
+    policies = 2 if model.critic == "separate" else 1
+    held = 0.0 if learners.fsdp.cpu_offload else policies / (plan.mesh[1] or 1)
     row = CHECKPOINTED_ROW_BYTES if learners.fsdp.checkpoint_activations else ROW_BYTES
     of_type = BYTES[model.dtype] / 2  # the measured ones are bfloat16's
-    activations = learners.micro_batch_size * row * of_type * size
-    learner = (0.0 if learners.fsdp.cpu_offload else kept / shards) + activations + CONTEXT_BYTES
-    return Estimate(engine / 1e9, learner / 1e9)
+    engine = {
+        "weights": size * BYTES[engines.dtype],
+        "cache": engines.max_batch * cache,
+        "CUDA graphs and scratch": size * WORKSPACE_BYTES,
+        "CUDA": CONTEXT_BYTES,
+    }
+    learner = {
+        "frozen weights": held * (frozen if model.lora else 0.0),
+        "masters, gradients, AdamW": held * trained * TRAINED_BYTES,
+        "activations": learners.micro_batch_size * row * of_type * size,
+        "CUDA": CONTEXT_BYTES,
+    }
+    return Estimate(_in_gb(engine), _in_gb(learner), policies * trained * SAVED_BYTES / 1e9)
+
+
+def _in_gb(parts: Mapping[str, float]) -> dict[str, float]:
+    return {name: amount / 1e9 for name, amount in parts.items() if amount}
 
 
 def host_gb(settings: Settings, plan: RuntimeArgs) -> float:
-    """Memory that the environments and the weights in transit take at least, in GB."""
+    """Memory that the environments and the weights in transit take at least on the machine of these bundles, in GB."""
     env = settings.env
     tasks = max(len(set(tasks)) for tasks in plan.slot_tasks)
     models = min(env.models_per_process, -(-tasks // plan.num_processes))
     facts = registry.ENVIRONMENTS.get(env.name)
     each = PROCESS_GB + (models - 1) * FURTHER_MODEL_GB if facts and facts.crops else 0.0
-    travelling = VERSIONS * (num_parameters(settings) or 0) * BYTES[settings.engines.dtype] / 1e9
-    return settings.rollout.num_runners * plan.num_processes * each + travelling
+    roles = [bundle.role for bundle in plan.bundles]
+    travels = VERSIONS if {Role.ENGINE, Role.LEARNER, Role.ALGORITHM} & set(roles) else 0
+    travelling = travels * (num_parameters(settings) or 0) * BYTES[settings.engines.dtype] / 1e9
+    return roles.count(Role.RUNNER) * plan.num_processes * each + travelling
 
 
 def too_few_cpus(plan: RuntimeArgs, machine: Machine) -> str | None:
@@ -132,24 +195,76 @@ def too_few_cpus(plan: RuntimeArgs, machine: Machine) -> str | None:
 
 def problems(settings: Settings, plan: RuntimeArgs, machine: Machine) -> list[str]:
     """Why the plan has no room on the machine, a line each."""
-    found = []
+    boundless = replace(machine, cpus=BOUNDLESS, gpus=BOUNDLESS).node(1)
+    found = [*impossible_places(plan, [boundless])]  # what no Ray of this machine alone has
     cards, left = place(plan, machine.gpus)
     if left:
         names = ", ".join(f"{bundle.role.value} ({bundle.resources['GPU']:g} GPU)" for bundle in left)
         found.append(f"resources: no place on {machine.gpus} GPU(s) for {names}; lower engines.* or learners.*")
+    return [*found, *_memory_problems(settings, plan, machine, cards)]
+
+
+def _memory_problems(
+    settings: Settings, plan: RuntimeArgs, machine: Machine, cards: Sequence[Card], of: str = ""
+) -> Iterator[str]:
     each = estimate(settings, plan)
     for number, card in enumerate(cards):
         if (needed := each.of(card)) is not None and needed > machine.gpu_memory_gb:
-            found.append(
-                f"memory: about {needed:.0f} GB on GPU {number} of {machine.gpu_memory_gb:g}; lower "
+            yield (
+                f"memory: about {needed:.0f} GB on GPU {number}{of} of {machine.gpu_memory_gb:g}; lower "
                 "learners.micro_batch_size or engines.max_batch, or set learners.fsdp.checkpoint_activations"
             )
     if (host := host_gb(settings, plan)) > machine.memory_gb:
-        found.append(
-            f"memory: environments and weights in transit take {host:.0f} GB or more of {machine.memory_gb:g}; lower "
-            "env.num_processes"
+        yield (
+            f"memory: environments and weights in transit take {host:.0f} GB or more of {machine.memory_gb:g}{of}; "
+            "lower env.num_processes"
         )
+
+
+# Several machines
+
+
+def parts_of(plan: RuntimeArgs, machines: Sequence[Machine]) -> list[RuntimeArgs]:
+    """The bundles of the plan that are likely to lie on each machine (`places.lay`)."""
+    laid = lay(plan, [machine.node(number) for number, machine in enumerate(machines, 1)], free=False)
+    return [
+        replace(plan, bundles=tuple(b for b, number in zip(plan.bundles, laid, strict=True) if number == this))
+        for this in range(len(machines))
+    ]
+
+
+def cluster_problems(settings: Settings, plan: RuntimeArgs, machines: Sequence[Machine]) -> list[str]:
+    """Why the plan has no room on a cluster of these machines, a line each."""
+    nodes = [machine.node(number) for number, machine in enumerate(machines, 1)]
+    if found := [*impossible_places(plan, nodes)]:
+        return found
+    if lacking := without_a_place(plan, nodes, free=False):
+        found.append(
+            f"placement: Ray, which fills the node with most room first, finds none for {named(lacking)}; reserve "
+            "less, or say by placement.*.resources or labels what is to lie where"
+        )
+    for number, (machine, part) in enumerate(zip(machines, parts_of(plan, machines), strict=True), 1):
+        cards, _ = place(part, machine.gpus)
+        found += _memory_problems(settings, part, machine, cards, of=f" of node {number}")
     return found
+
+
+def mesh_advice(plan: RuntimeArgs, learners_on: Sequence[int]) -> str | None:
+    """What to set `learners.fsdp.mesh` to where shards would lie on several nodes.
+
+    Args:
+        learners_on: how many learners each node has.
+    """
+    counts = [count for count in learners_on if count]
+    replicas, shards = plan.mesh
+    within = math.gcd(*counts) if counts else 0
+    if len(counts) < 2 or not shards or all(count % shards == 0 for count in counts):
+        return None
+    return (
+        f"learners.fsdp.mesh: [{replicas}, {shards}] divides the weights over {len(counts)} nodes, so every layer "
+        f"crosses the network in each pass; [{sum(counts) // within}, {within}] keeps shards within a node, and takes "
+        f"{shards / within:.3g} times the memory for parameters and moments"
+    )
 
 
 def num_parameters(settings: Settings) -> int | None:

@@ -20,6 +20,7 @@ from vlarl_rllib.errors import one_line
 from vlarl_rllib.models.presets import cache_name, presets
 from vlarl_rllib.process.console import saying_so
 from vlarl_rllib.runs.node_probe import SAME_PACKAGES, Lack, Needs, look
+from vlarl_rllib.runs.places import selects
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, SettingsError
 from vlarl_rllib.settings.plan import Bundle
 
@@ -71,6 +72,7 @@ def _roles(node: Mapping[str, Any], bundles: Sequence[Bundle]) -> set[Role]:
         bundle.role
         for bundle in bundles
         if all(node["Resources"].get(kind, 0.0) >= amount for kind, amount in bundle.resources.items())
+        and all(selects(selector, node["Labels"].get(key)) for key, selector in bundle.labels.items())
     }
 
 

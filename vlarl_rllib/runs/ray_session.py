@@ -132,7 +132,8 @@ def look_for_places(plan: RuntimeArgs, nodes: Sequence[ClusterNode], *, wait: bo
     if not wait:
         check_places(plan, nodes)
     if lacking := without_a_place(plan, nodes):
-        make_console().print(f"no place yet for: {named(lacking)}; the run waits for it", style="yellow")
+        until = "nodes come that have it" if without_a_place(plan, nodes, free=False) else "others make room"
+        make_console().print(f"no place yet for: {named(lacking)}; the run waits until {until}", style="yellow")
 
 
 def _make_token() -> None:
