@@ -49,7 +49,7 @@ def test_every_config_has_room_where_it_says(file: Path, capsys: pytest.CaptureF
     assert "the plan fits that machine" in said(capsys)
     plan = calculate_runtime_args(settings)
     cards, left = place(plan, gpus)
-    assert not left and sum(len(card.roles) for card in cards) == sum("GPU" in one.resources for one in plan.bundles)
+    assert not left and sum(map(len, cards)) == sum("GPU" in one.resources for one in plan.bundles)
     assert not gpus or too_few_cpus(plan, machine) is None, "it is to be placed on a cluster's node too"
 
 
@@ -61,7 +61,7 @@ def test_four_cards_hold_an_engine_and_a_learner_each(capsys: pytest.CaptureFixt
     settings = config("libero_spatial_4gpu")
     plan = calculate_runtime_args(settings)
     cards, _ = place(plan, 4)
-    assert [sorted(card.roles, key=str) for card in cards] == [[Role.ENGINE, Role.LEARNER]] * 4
+    assert [sorted(card, key=str) for card in cards] == [[Role.ENGINE, Role.LEARNER]] * 4
     for card in cards:
         assert 40.0 < (estimate(settings, plan).of(card) or 0.0) < 80
     report_on(settings, Machine(64, 4, 256, 80.0))

@@ -157,6 +157,20 @@ def test_nodes_are_matched_and_not_only_counted() -> None:
     check_places(spread, [node("a", CPU=8), node("b", CPU=4)])
 
 
+def test_shares_of_gpus_are_counted_by_gpu_as_ray_does() -> None:
+    """Measured with Ray 2.60: PACK puts three actors of 0.6 on a node of two GPUs, where the third finds no GPU, again
+    and again; SPREAD puts two on each. Five find no place on four GPUs at all."""
+    nodes = [node("a", CPU=8, GPU=2), node("b", CPU=8, GPU=2)]
+    shares: dict[str, Any] = {"engines": {"num": 4, "gpus": 0.4}, "learners": {"num": 4, "gpus": 0.6}}
+    said = refused(plan(**shares), *nodes)
+    assert "counts its GPUs in sum, finds no place for" in said and "set placement.strategy to SPREAD" in said
+    spread = plan(**shares, placement={"strategy": "SPREAD"})
+    check_places(spread, nodes)
+    assert sorted(where(spread, *nodes)[Role.LEARNER]) == ["a", "a", "b", "b"]
+    five = plan(engines={"num": 0}, learners={"num": 5, "gpus": 0.6}, placement={"strategy": "SPREAD"})
+    assert "have places for 4 of 5 x learner" in refused(five, *nodes)
+
+
 # What waits
 
 

@@ -22,6 +22,10 @@ OF_A_CLUSTER = ("--address", "--run-dir")
 
 DASHBOARD_FILES = "Where the files go."
 HEAD = "URL of a cluster's dashboard, http://head:8265; default every Ray that runs on this machine."
+CLUSTER = "Ask every node of the running cluster, with CONFIG whether it fits there."
+GCS = "host:port of that cluster; default RAY_ADDRESS."
+WRITTEN = "With --cluster: whether every node sees this directory and can write to it."
+CPUS = "Plan CONFIG for a machine with so many CPUs, not this one."
 NODE = (
     "Plan CONFIG for a cluster with this node; give it for each of them. cpus=, gpus=, memory= (GB), gpu-memory= (GB), "
     "and what else it is started with: a number is a custom resource (farm=4), a word a label (zone=a)."
@@ -43,20 +47,10 @@ def doctor(
     deep: Annotated[
         bool, typer.Option("--deep", help="Start what CONFIG plans, and compare sampler and learner; trains nothing.")
     ] = False,
-    cluster: Annotated[
-        bool,
-        typer.Option("--cluster", help="Ask every node of the running cluster, with CONFIG whether it fits there."),
-    ] = False,
-    address: Annotated[
-        str | None, typer.Option(help="host:port of that cluster; default RAY_ADDRESS.", show_default=False)
-    ] = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(help="With --cluster: whether every node can write to it.", show_default=False, **PATH),
-    ] = None,
-    cpus: Annotated[
-        float | None, typer.Option(help="Plan CONFIG for a machine with so many CPUs, not this one.", min=1)
-    ] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help=CLUSTER)] = False,
+    address: Annotated[str | None, typer.Option(help=GCS, show_default=False)] = None,
+    run_dir: Annotated[Path | None, typer.Option(help=WRITTEN, show_default=False, **PATH)] = None,
+    cpus: Annotated[float | None, typer.Option(help=CPUS, min=1)] = None,
     gpus: Annotated[int | None, typer.Option(help="The same: GPUs.", min=0)] = None,
     memory: Annotated[float | None, typer.Option(help="The same: memory in GB.", min=0)] = None,
     gpu_memory: Annotated[float, typer.Option(help="The same: memory of each GPU in GB.", min=0)] = 80.0,

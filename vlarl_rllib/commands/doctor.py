@@ -83,9 +83,10 @@ def report_on_nodes(settings: Settings, machines: Sequence[Machine]) -> bool:
         rows += [(f"  {what}", found) for what, found in _on_cards(settings, part, machine)]
         rows.append(("  memory of the host", _on_host(settings, part, machine)[1]))
     learners_on = [sum(bundle.role is Role.LEARNER for bundle in part.bundles) for part in parts]
-    remarks = [advice] if (advice := mesh_advice(plan, learners_on)) else []
+    against = cluster_problems(settings, plan, machines)
+    remarks = [advice] if not against and (advice := mesh_advice(plan, learners_on)) else []
     rows += _estimates(settings, plan)
-    return _report(settings, plan, rows, remarks, cluster_problems(settings, plan, machines), "those nodes")
+    return _report(settings, plan, rows, remarks, against, "those nodes")
 
 
 def _cores_of_runners(settings: Settings, machines: Sequence[Machine]) -> int:
@@ -123,7 +124,7 @@ def _report(
 def _on_cards(settings: Settings, plan: RuntimeArgs, machine: Machine) -> Iterator[tuple[str, str]]:
     each = estimate(settings, plan)
     for number, card in enumerate(place(plan, machine.gpus)[0]):
-        roles = ", ".join(role.value for role in card.roles) or "nobody"
+        roles = ", ".join(role.value for role in card) or "nobody"
         needed = each.of(card)
         amount = "not known: the model is not here" if needed is None else f"about {needed:.1f}"
         yield f"on GPU {number}", f"{roles}; {amount} of {machine.gpu_memory_gb:g} GB"
@@ -183,7 +184,7 @@ def _plan(settings: Settings, plan: RuntimeArgs) -> Table:
         "learner mesh, replicas x shards": " x ".join(map(str, plan.mesh)),
         "evaluation": f"{plan.evaluation_episodes} episodes" if plan.evaluation_episodes else "none",
         "actors, with what Ray reserves": named(plan.bundles),
-        "on nodes": STRATEGIES[plan.strategy],
+        "on nodes": STRATEGIES[settings.placement.strategy],
         "CPUs, GPUs reserved": f"{plan.total_cpus:g}, {plan.total_gpus:g}",
     }
     for name, value in rows.items():

@@ -100,7 +100,7 @@ def plan_of_all(experiment: Experiment) -> RuntimeArgs:
     at_once = min(experiment.concurrent or 1, experiment.num_trials)
     if at_once == 1:
         return plan
-    return replace(plan, bundles=plan.bundles * at_once, strategy="PACK")  # a strategy is of one trial
+    return replace(plan, bundles=plan.bundles * at_once, strategy=None)  # each trial has a group of its own
 
 
 def make_tuner(experiment: Experiment, directory: Path, callbacks: Sequence[Any] = ()) -> tune.Tuner:

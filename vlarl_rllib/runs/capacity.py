@@ -7,7 +7,7 @@ out 4 % above the card's 74.9 GB there. It says what is hopeless and what is nea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from vlarl_rllib.models.family import PolicyFamily, family_of, load_family
 from vlarl_rllib.models.files import weight_facts
 from vlarl_rllib.models.presets import presets
 from vlarl_rllib.ray_compat import ClusterNode
-from vlarl_rllib.runs.places import impossible_places, lay, named, without_a_place
+from vlarl_rllib.runs.places import impossible_places, lay, on_cards
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
 from vlarl_rllib.settings.placement import MEMORY
 from vlarl_rllib.settings.plan import Bundle, Role
@@ -87,30 +87,10 @@ class Machine:
         return ClusterNode(str(number), f"node {number}", total, dict(total), dict(self.labels))
 
 
-@dataclass
-class Card:
-    """One GPU and who is on it."""
-
-    roles: list[Role] = field(default_factory=list)
-    free: float = 1.0
-
-
-def place(plan: RuntimeArgs, gpus: int) -> tuple[list[Card], list[Bundle]]:
-    """Put the bundles on GPUs as Ray does, each where it leaves the least free; the cards, and what found no place."""
-    cards, left = [Card() for _ in range(gpus)], []
-    for bundle in plan.bundles:
-        share = bundle.resources.get("GPU", 0.0)
-        if not share:
-            continue
-        count, part = (int(share), 1.0) if share >= 1 else (1, share)
-        room = sorted((card for card in cards if card.free >= part - 1e-4), key=lambda card: card.free)[:count]
-        if len(room) < count or share > count:
-            left.append(bundle)
-            continue
-        for card in room:
-            card.free -= part
-            card.roles.append(bundle.role)
-    return cards, left
+def place(plan: RuntimeArgs, gpus: int) -> tuple[list[list[Role]], list[Bundle]]:
+    """Who is on each GPU, and what found no place."""
+    cards, left = on_cards(plan.bundles, [1.0] * gpus)
+    return [[plan.bundles[place].role for place in card] for card in cards], [plan.bundles[place] for place in left]
 
 
 @dataclass(frozen=True)
@@ -130,10 +110,10 @@ class Estimate:
     def learner(self) -> float | None:
         return None if self.learner_parts is None else sum(self.learner_parts.values())
 
-    def of(self, card: Card) -> float | None:
-        """All that is on a card."""
+    def of(self, roles: Iterable[Role]) -> float | None:
+        """All that is on a GPU."""
         known = {Role.ENGINE: self.engine, Role.LEARNER: self.learner, Role.ALGORITHM: self.learner}
-        amounts = [known.get(role, 0.0) for role in card.roles]
+        amounts = [known.get(role, 0.0) for role in roles]
         return None if None in amounts else sum(amount or 0.0 for amount in amounts)
 
 
@@ -205,7 +185,7 @@ def problems(settings: Settings, plan: RuntimeArgs, machine: Machine) -> list[st
 
 
 def _memory_problems(
-    settings: Settings, plan: RuntimeArgs, machine: Machine, cards: Sequence[Card], of: str = ""
+    settings: Settings, plan: RuntimeArgs, machine: Machine, cards: Sequence[Sequence[Role]], of: str = ""
 ) -> Iterator[str]:
     each = estimate(settings, plan)
     for number, card in enumerate(cards):
@@ -236,13 +216,7 @@ def parts_of(plan: RuntimeArgs, machines: Sequence[Machine]) -> list[RuntimeArgs
 def cluster_problems(settings: Settings, plan: RuntimeArgs, machines: Sequence[Machine]) -> list[str]:
     """Why the plan has no room on a cluster of these machines, a line each."""
     nodes = [machine.node(number) for number, machine in enumerate(machines, 1)]
-    if found := [*impossible_places(plan, nodes)]:
-        return found
-    if lacking := without_a_place(plan, nodes, free=False):
-        found.append(
-            f"placement: Ray, which fills the node with most room first, finds none for {named(lacking)}; reserve "
-            "less, or say by placement.*.resources or labels what is to lie where"
-        )
+    found = [*impossible_places(plan, nodes)]
     for number, (machine, part) in enumerate(zip(machines, parts_of(plan, machines), strict=True), 1):
         cards, _ = place(part, machine.gpus)
         found += _memory_problems(settings, part, machine, cards, of=f" of node {number}")

@@ -46,7 +46,8 @@ def check(settings: Settings) -> None:
     if settings.run.wandb:
         check_wandb(settings.run.wandb)
     check_ray()
-    if mistake := label_mistake([bundle.labels for bundle in plan.bundles]):
+    selectors = [bundle.labels for bundle in plan.bundles]
+    if any(selectors) and (mistake := label_mistake(selectors)):
         raise SettingsError(f"placement: {mistake}")
     if plan.total_gpus and not cluster_address() and not count_gpus():
         raise SettingsError(

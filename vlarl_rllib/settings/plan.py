@@ -63,8 +63,8 @@ class RuntimeArgs:
     """For each runner, the task of each of its slots."""
     bundles: tuple[Bundle, ...]
     """One for each actor, in the order of the placement group: RLlib looks for its runners behind the Algorithm."""
-    strategy: Strategy
-    """How Ray lays the bundles onto nodes."""
+    strategy: Strategy | None
+    """How Ray lays the bundles onto nodes; None where they are no one placement group."""
     evaluation_episodes: int
     """Episodes of one evaluation: at most one for each held-out (task, start)."""
     demonstrated_tasks: tuple[int, ...]
@@ -85,7 +85,7 @@ class RuntimeArgs:
     def only(self, *roles: Role) -> RuntimeArgs:
         """The plan without the bundles of all others, for what runs without an Algorithm: Ray then places each actor by
         itself, and knows of no strategy."""
-        return replace(self, bundles=tuple(bundle for bundle in self.bundles if bundle.role in roles), strategy="PACK")
+        return replace(self, bundles=tuple(bundle for bundle in self.bundles if bundle.role in roles), strategy=None)
 
 
 def calculate_runtime_args(settings: Sections, *, cores: int | None = None) -> RuntimeArgs:
