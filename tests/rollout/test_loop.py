@@ -145,7 +145,7 @@ class Rig:
         )  # fmt: skip
 
     def run(self) -> None:
-        self.loop.run(self.players, self.engines, VERSION, self.groups)
+        self.loop.run(self.players, self.engines, range(VERSION, VERSION + 1), self.groups)
 
     def more(self, quota: int) -> None:
         for player in self.players.values():
