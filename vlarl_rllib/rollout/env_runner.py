@@ -8,7 +8,6 @@ of steps.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import tempfile
@@ -257,7 +256,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         return self._logged(contribution)
 
     def play_ahead(self, attach: dict[str, Any], order: Order) -> Contribution:
-        """Play on, for `order.seconds` or until the slots have what they may, and hand over the finished shares.
+        """Play on, for `order.seconds` or until all slots have one more share, and hand over what is finished.
 
         Args:
             attach: arguments of `attach`.
@@ -274,9 +273,12 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 player.begin_iteration(order.first, order.quota)
         for player in self._players.values():
             player.run_ahead(order.last)
-        contribution = self._play(range(order.oldest_version, NEWEST), order.seconds)
+        before, end = self._through(), time.monotonic() + order.seconds
+        contribution = self._play(
+            range(order.oldest_version, NEWEST), lambda: self._through() > before or time.monotonic() > end
+        )
         contribution.attached, contribution.generation = attached, order.generation
-        contribution.through = min(player.through for player in self._players.values())
+        contribution.through = self._through()
         for player in self._players.values():
             for iteration, fragments in player.take_shares():
                 self._hand_over(contribution, player, fragments, iteration)
@@ -342,10 +344,14 @@ class VLAEnvRunner(SingleAgentEnvRunner):
     def _current_version(self) -> range:
         return range(self._version, self._version + 1)
 
-    def _play(self, versions: range, seconds: float = math.inf) -> Contribution:
+    def _through(self) -> int:
+        """The newest iteration whose share all slots have played."""
+        return min(player.through for player in self._players.values())
+
+    def _play(self, versions: range, until: Callable[[], bool] = lambda: False) -> Contribution:
         """Run the loop; what it was like, with nothing handed over yet."""
         began, played = time.perf_counter(), sum(player.total_played for player in self._players.values())
-        self._loop.run(self._players, self._require_sampler(), versions, self._groups(2), seconds=seconds)
+        self._loop.run(self._players, self._require_sampler(), versions, self._groups(2), until=until)
         now, error = sum(player.total_played for player in self._players.values()), self._loop.engine_error
         return Contribution(
             played=max(0, now - played),  # below 0 where a death cost more than was played

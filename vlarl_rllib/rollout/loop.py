@@ -10,7 +10,6 @@ import contextlib
 import enum
 import itertools
 import logging
-import math
 import os
 import time
 from collections import Counter, deque
@@ -28,7 +27,7 @@ from vlarl_rllib.types import SampleReply
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.25
 """How often time-outs are looked at while nothing happens."""
 
 
@@ -141,7 +140,7 @@ class SlotLoop:
         groups: Iterable[Sequence[int]],
         purpose: str = "training",
         *,
-        seconds: float = math.inf,
+        until: Callable[[], bool] = lambda: False,
     ) -> None:
         """Play until every player rests, or until the engine failed (`engine_error`) and nothing is in flight any more.
 
@@ -151,18 +150,16 @@ class SlotLoop:
             groups: of slots, which together hold each player's once. A group's requests are sent in one call, when none
                 of its slots is under way.
             purpose: what steps are counted as.
-            seconds: after which it returns in any case; what is under way then is the next run's, of the same players.
+            until: says whether to return at once; what is under way then is the next run's, of the same players.
         """
         self.engine_error = None
         self._purpose = purpose
         self._players, self._sampler, self._versions = players, sampler, versions
         self._groups = [[slot for slot in group if slot in players] for group in groups]
-        end = time.monotonic() + seconds
         self._begin_idle()
         self._send_requests()
-        while self._waiting(players) and time.monotonic() < end:
-            timeout = max(0.0, min(POLL_SECONDS, end - time.monotonic()))
-            wait([*self._processes.connections(), self.completions.fileno()], timeout=timeout)
+        while self._waiting(players) and not until():
+            wait([*self._processes.connections(), self.completions.fileno()], timeout=POLL_SECONDS)
             for event in self._processes.poll(0):
                 self._on_event(event)
             for key, outcome in self.completions.drain():
