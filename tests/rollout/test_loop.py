@@ -410,7 +410,7 @@ def test_completions_from_threads_all_arrive_and_a_full_pipe_blocks_nobody() -> 
 def test_a_run_that_is_cut_short_leaves_what_is_under_way_to_the_next_one() -> None:
     rig = Rig(slots=2, quota=6, length=10)
     rig.environments.held = {1}
-    cut = iter([False, False, True])
+    cut = iter([*[False] * 6, True])
     rig.loop.run(rig.players, rig.engines, range(VERSION, VERSION + 1), rig.groups, until=lambda: next(cut))
     assert rig.steps[1] == 0 and 0 < rig.steps[0] < 6, "slot 1 still waits for its environment"
     rig.environments.held = set()
