@@ -24,6 +24,7 @@ from vlarl_rllib.models.family import family_name
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.settings import Role, Settings, SettingsError, calculate_runtime_args, rllib_fields
 from vlarl_rllib.settings.overrides import with_keys
+from vlarl_rllib.settings.placement import MEMORY, RolePlacement
 
 ENVIRONMENT_NAME = "vlarl_rllib"
 """What Tune calls the environment in a trial's name. RLlib makes none: `VLAEnvRunner` does, from the settings."""
@@ -44,6 +45,11 @@ def resolved(settings: Settings) -> Settings:
         },
         env={"num_processes": calculate_runtime_args(settings).num_processes},
     )
+
+
+def _custom(place: RolePlacement) -> dict[str, float]:
+    """What RLlib calls custom resources, which memory is not."""
+    return {kind: amount for kind, amount in place.resources.items() if kind != MEMORY}
 
 
 class VLAPPOConfig(PPOConfig):
@@ -90,7 +96,6 @@ class VLAPPOConfig(PPOConfig):
         self.reporting(min_time_s_per_iteration=0)
         self.debugging(log_level="WARN")
         self.resources(num_cpus_for_main_process=1)
-        self.placement_strategy = "PACK"
         self._derive(Settings())
 
     @classmethod
@@ -212,7 +217,7 @@ class VLAPPOConfig(PPOConfig):
     def _derive(self, settings: Settings) -> None:
         """Take these settings, and set RLlib's fields from them."""
         plan = calculate_runtime_args(settings)
-        training, learners = settings.training, settings.learners
+        training, learners, placement = settings.training, settings.learners, settings.placement
         self.vla = settings.to_dict()
         self.env_config: dict[str, Any] = {}
         self.environment(env=ENVIRONMENT_NAME, normalize_actions=False, clip_actions=False)
@@ -220,6 +225,7 @@ class VLAPPOConfig(PPOConfig):
             num_env_runners=settings.rollout.num_runners,
             num_envs_per_env_runner=settings.env.num_envs,
             num_cpus_per_env_runner=settings.rollout.cpus_per_runner,
+            custom_resources_per_env_runner=_custom(placement.runners),
             rollout_fragment_length=settings.rollout.quota,
             batch_mode="truncate_episodes",
             sample_timeout_s=None,  # RLlib drops rollouts that take longer
@@ -232,8 +238,10 @@ class VLAPPOConfig(PPOConfig):
             num_learners=learners.num,
             num_cpus_per_learner=learners.cpus,
             num_gpus_per_learner=learners.gpus,
+            custom_resources_per_learner=_custom(placement.learners),
             add_default_connectors_to_learner_pipeline=False,
         )
+        self.resources(placement_strategy=placement.strategy)
         self.training(
             train_batch_size=None,  # the next but two says it
             lr=training.lr,

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 NAMESPACE = b"vlarl_rllib"
-NameOptions = Callable[[str], dict[str, str]]
-"""Role of an actor -> Ray's options that name it."""
+NameOptions = Callable[[str], dict[str, Any]]
+"""Role of an actor -> Ray's options that name it, and say where it lies."""
 
 # Ray
 

@@ -55,6 +55,10 @@ def test_limits_of_a_run_may_be_edited(checkpoint: Path, limits: dict[str, Any])
     check_resume(checkpoint, settings_with(run=limits))
 
 
+def test_actors_may_lie_elsewhere(checkpoint: Path) -> None:
+    check_resume(checkpoint, settings_with(placement={"strategy": "SPREAD", "runners": {"resources": {"farm": 1}}}))
+
+
 def test_weights_may_travel_another_way(checkpoint: Path) -> None:
     check_resume(checkpoint, settings_with(weights={"transport": "shared_memory"}))
 

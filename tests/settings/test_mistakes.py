@@ -156,6 +156,33 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"rewards": {"process": 1, "judge": "judge", "judge_cpus": 0}},
         ("rewards.judge_cpus: 0", "greater than 0"),
     ),
+    "CPUs under placement": (
+        {"placement": {"runners": {"resources": {"cpu": 2}}}},
+        ("placement.runners.resources: cpu", "rollout.cpus_per_runner", "leave cpu out"),
+    ),
+    "nothing of a resource": (
+        {"placement": {"engines": {"resources": {"farm": 0}}}},
+        ("placement.engines.resources.farm: 0", "0.0001"),
+    ),
+    "a resource that is no amount": (
+        {"placement": {"engines": {"resources": {"farm": True}}}},
+        ("placement.engines.resources.farm: True", "valid number"),
+    ),
+    "a role that there is not": (
+        {"placement": {"runner": {}}},
+        ("placement.runner: unknown key", "did you mean placement.runners?"),
+    ),
+    "another strategy": ({"placement": {"strategy": "spread"}}, ("placement.strategy: 'spread'", "'SPREAD'")),
+    "one node with two values of a label": (
+        {
+            "placement": {
+                "strategy": "STRICT_PACK",
+                "runners": {"labels": {"zone": "a"}},
+                "engines": {"labels": {"zone": "b"}},
+            }
+        },
+        ("placement.strategy: STRICT_PACK", "placement.runners.labels want zone: a", "zone: b", "use PACK"),
+    ),
     "a reward that is no number": ({"rewards": {"success": float("inf")}}, ("rewards.success: inf", "finite")),
 }
 

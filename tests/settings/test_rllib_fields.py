@@ -60,6 +60,18 @@ REACHES: dict[str, tuple[Write, dict[str, Any]]] = {
     "learners(num_learners)": (lambda c: c.learners(num_learners=2), {"learners.num": 2}),
     "learners(num_cpus_per_learner)": (lambda c: c.learners(num_cpus_per_learner=2), {"learners.cpus": 2.0}),
     "learners(num_gpus_per_learner)": (lambda c: c.learners(num_gpus_per_learner=1), {"learners.gpus": 1.0}),
+    "resources(placement_strategy)": (
+        lambda c: c.resources(placement_strategy="SPREAD"),
+        {"placement.strategy": "SPREAD"},
+    ),
+    "env_runners(custom_resources_per_env_runner)": (
+        lambda c: c.env_runners(custom_resources_per_env_runner={"farm": 0.5}),
+        {"placement.runners.resources": {"farm": 0.5}},
+    ),
+    "learners(custom_resources_per_learner)": (
+        lambda c: c.learners(custom_resources_per_learner={"farm": 1}),
+        {"placement.learners.resources": {"farm": 1.0}},
+    ),
     "environment(env)": (lambda c: c.environment("tabletop"), {"env.name": "tabletop"}),
     "environment(env_config)": (
         lambda c: c.environment(env_config={"tasks": [3], "max_steps": 7}),

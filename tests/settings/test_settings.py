@@ -161,7 +161,43 @@ def test_what_is_not_there_has_no_bundle() -> None:
 
 def test_without_learner_actors_the_driver_takes_their_resources() -> None:
     result = plan(learners={"num": 0, "cpus": 2, "gpus": 1}, engines={"num": 0})
-    assert result.bundles == ((Role.ALGORITHM, {"CPU": 2.0, "GPU": 1.0}), (Role.RUNNER, {"CPU": 1.0}))
+    assert result.bundles == ((Role.ALGORITHM, {"CPU": 2.0, "GPU": 1.0}, {}), (Role.RUNNER, {"CPU": 1.0}, {}))
+
+
+@pytest.mark.parametrize(
+    ("section", "role", "others"),
+    [
+        ("algorithm", Role.ALGORITHM, {"CPU": 1.0}),
+        ("runners", Role.RUNNER, {"CPU": 3.0}),
+        ("learners", Role.LEARNER, {"CPU": 1.0, "GPU": 0.5}),
+        ("reward_worker", Role.REWARD_WORKER, {"CPU": 1.0}),
+        ("engines", Role.ENGINE, {"CPU": 1.0, "GPU": 1.0}),
+    ],
+)
+def test_what_is_asked_for_a_role_is_in_its_bundles_alone(section: str, role: Role, others: dict[str, float]) -> None:
+    crew: dict[str, Any] = {
+        "rollout": {"num_runners": 2, "cpus_per_runner": 3},
+        "learners": {"num": 2, "gpus": 0.5},
+        "rewards": {"process": 0.5, "judge": "judge"},
+        "engines": {"num": 2, "gpus": 1},
+    }
+    place = {"resources": {"farm": 0.5, "memory": 1e9}, "labels": {"zone": "in(a, b)"}}
+    result, without = plan(**crew, placement={section: place}), plan(**crew)
+    for bundle, before in zip(result.bundles, without.bundles, strict=True):
+        if bundle.role is role:
+            assert (bundle.resources, bundle.labels) == (others | place["resources"], place["labels"])
+            assert bundle.options == {"memory": 1e9, "resources": {"farm": 0.5}, "label_selector": place["labels"]}
+        else:
+            assert bundle == before and not bundle.labels and set(bundle.resources) <= {"CPU", "GPU"}
+
+
+def test_learning_in_the_driver_lies_where_the_algorithm_does() -> None:
+    result = plan(
+        learners={"num": 0, "gpus": 1},
+        placement={"algorithm": {"resources": {"big": 1}}, "learners": {"resources": {"farm": 1}}},
+    )
+    assert result.bundles[0] == (Role.ALGORITHM, {"CPU": 1.0, "GPU": 1.0, "big": 1.0}, {})
+    assert not any("farm" in bundle.resources for bundle in result.bundles)
 
 
 @pytest.mark.parametrize(
@@ -272,10 +308,21 @@ def test_published_models_fit_the_suites_and_vllm() -> None:
 
 # No key without an effect
 
+PLACED: dict[str, dict[str, Any]] = {
+    **{role: {} for role in ("algorithm", "runners", "learners", "engines")},
+    "reward_worker": {"rewards": {"process": 0.5, "judge": "judge"}},
+}
+"""Roles of `placement`, and what there must be for somebody to have them."""
 THROUGH_PLAN: dict[str, tuple[dict[str, Any], str]] = {
     "env.tasks": ({"env": {"tasks": [3]}}, "slot_tasks"),
     "env.num_processes": ({"env": {"num_processes": 1}}, "num_processes"),
     "learners.fsdp.mesh": ({"learners": {"num": 2, "fsdp": {"mesh": [2, 1]}}}, "mesh"),
+    "placement.strategy": ({"placement": {"strategy": "SPREAD"}}, "strategy"),
+    **{
+        f"placement.{role}.{key}": ({"placement": {role: {key: value}}, **more}, "bundles")
+        for role, more in PLACED.items()
+        for key, value in (("resources", {"farm": 1}), ("labels", {"zone": "a"}))
+    },
     "collect.tasks": ({"collect": {"tasks": [1]}}, "demonstrated_tasks"),
     "evaluation.episodes": ({"evaluation": {"episodes": 3}}, "evaluation_episodes"),
 }

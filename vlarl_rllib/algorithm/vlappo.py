@@ -39,9 +39,9 @@ from vlarl_rllib.process.calls import EndRequested
 from vlarl_rllib.rollout.async_collector import AsyncCollector
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
-from vlarl_rllib.rollout.placement import check_placement
+from vlarl_rllib.rollout.placement import check_placement, places
 from vlarl_rllib.rollout.runner_pool import require_runners
-from vlarl_rllib.rollout.services import start_engines, start_reward_worker
+from vlarl_rllib.rollout.services import runner_options, start_engines, start_reward_worker
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.runs.greedy_evaluation import GreedyEvaluation
 from vlarl_rllib.runs.pulse import Pulse
@@ -69,10 +69,9 @@ class VLAPPO(CheckpointedPPO):
         """The plan's bundles."""
         merged = cls.get_default_config().update_from_dict(config)
         try:
-            bundles = [bundle.resources for bundle in calculate_runtime_args(merged.settings()).bundles]
+            return places(calculate_runtime_args(merged.settings()))
         except SettingsError:  # of one sample: its trial ends with that line, the others run
-            bundles = [{"CPU": 1.0}]
-        return PlacementGroupFactory(bundles, strategy=merged.placement_strategy)
+            return PlacementGroupFactory([{"CPU": 1.0}])
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **kwargs: Any) -> VLAPPO:
@@ -106,7 +105,7 @@ class VLAPPO(CheckpointedPPO):
         self.reward_service = start_reward_worker(self._vla, self._run_name) if self._vla.rewards.process else None
         self.engine_pool = start_engines(self.config.engine_spec(), self._vla) if self._vla.engines.num else None
         self._pulse.doing = f"{self._vla.rollout.num_runners} runner(s) and {self._vla.learners.num} learner(s)"
-        with told_why_runners_fail(), named_runners(ActorNames(self._run_name).of):
+        with told_why_runners_fail(), named_runners(runner_options(self._plan, ActorNames(self._run_name))):
             super().setup(self.config)
         require_runners(self.env_runner_group)
         self._connect(self.config.policy_version)

@@ -11,6 +11,7 @@ from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.rllib_compat import kill_runners, make_runner_group
 from vlarl_rllib.rollout.runner_pool import RunnerCalls
+from vlarl_rllib.rollout.services import runner_options
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, calculate_runtime_args
 from vlarl_rllib.telemetry.actors import ActorNames
 from vlarl_rllib.weights.sync import LoadedWeights
@@ -54,7 +55,12 @@ def start_workers(settings: Settings, name: str) -> Iterator[Workers]:
     config.validate()
     config.freeze()
     engines = settings.engines
-    options = [{"num_cpus": engines.cpus, "num_gpus": engines.gpus}] * engines.num
+    plan = evaluation_plan(settings)
+    options = [
+        {"num_cpus": engines.cpus, "num_gpus": engines.gpus, **bundle.options}
+        for bundle in plan.bundles
+        if bundle.role is Role.ENGINE
+    ]
     pool: EnginePool | None = None
     runners: EnvRunnerGroup | None = None
     try:
@@ -65,7 +71,7 @@ def start_workers(settings: Settings, name: str) -> Iterator[Workers]:
                 actor_options=options,
                 start_timeout_seconds=engines.start_timeout_seconds,
             )
-        runners = make_runner_group(config, ActorNames(name).of)
+        runners = make_runner_group(config, runner_options(plan, ActorNames(name)))
         if pool is not None:
             pool.wait_until_ready()
         calls = RunnerCalls(

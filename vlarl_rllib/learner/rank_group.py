@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from vlarl_rllib.errors import DivergedError, one_line
 from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.process.malloc import KEEP_FREED_MEMORY
-from vlarl_rllib.settings import LearnerSettings, Settings
+from vlarl_rllib.settings import LearnerSettings, Role, Settings, calculate_runtime_args
 from vlarl_rllib.telemetry.actors import ActorNames
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class RankGroup:
         rank_class: what the ranks are; has `build` and `shutdown`.
         arguments: of its constructor.
         settings: of the run.
-        bundles: index of each rank's bundle in the current placement group; None = placed by Ray.
+        bundles: index of each rank's bundle in the current placement group; None = where `placement` says.
         run: what the run is called.
     """
 
@@ -74,13 +74,15 @@ class RankGroup:
         return max(1, self.settings.learners.num)
 
     def _start_actors(self) -> None:
-        learners = self.settings.learners
+        learners, plan = self.settings.learners, calculate_runtime_args(self.settings)
         group = ray.util.get_current_placement_group()
         actor_class = ray.remote(num_cpus=learners.cpus, num_gpus=learners.gpus, max_restarts=0)(self._rank_class)
         for index in range(learners.num):
             options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}}
             if group is not None and self._bundles is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, self._bundles[index])
+            else:
+                options |= plan.bundles[plan.bundle_of(Role.LEARNER, index)].options
             self.workers.append(self.names.start(actor_class, f"learner-{index}", options, **self._arguments))
         nodes = self._wait([worker.node.remote() for worker in self.workers])
         address, port = self._wait([self.workers[0].rendezvous.remote(one_node=len(set(nodes)) == 1)])[0]

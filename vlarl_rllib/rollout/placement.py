@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import ray
+from ray.tune import PlacementGroupFactory
 
 from vlarl_rllib.settings import RuntimeArgs, SettingsError
+
+
+def places(plan: RuntimeArgs) -> PlacementGroupFactory:
+    """What Tune is to ask Ray for: the plan's bundles on nodes with their labels."""
+    labels = [bundle.labels for bundle in plan.bundles]
+    selectors = {"bundle_label_selector": labels} if any(labels) else {}
+    return PlacementGroupFactory([bundle.resources for bundle in plan.bundles], plan.strategy, **selectors)
 
 
 def check_placement(plan: RuntimeArgs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -10,21 +11,22 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.rewards.worker import PATIENCE_SECONDS, RewardService
-from vlarl_rllib.settings import Role, Settings, calculate_runtime_args
+from vlarl_rllib.settings import Role, RuntimeArgs, Settings, calculate_runtime_args
+from vlarl_rllib.telemetry.actors import ActorNames
 
 
 def start_engines(spec: EngineSpec, settings: Settings) -> EnginePool:
     engines, plan = settings.engines, calculate_runtime_args(settings)
     options = [
-        {"num_cpus": engines.cpus, "num_gpus": engines.gpus, **_in_bundle(plan.bundle_of(Role.ENGINE, index))}
+        {"num_cpus": engines.cpus, "num_gpus": engines.gpus, **_in_bundle(plan, Role.ENGINE, index)}
         for index in range(engines.num)
     ]
     return EnginePool(spec, engines.num, actor_options=options, start_timeout_seconds=engines.start_timeout_seconds)
 
 
 def start_reward_worker(settings: Settings, run: str) -> RewardService:
-    rewards, bundle = settings.rewards, calculate_runtime_args(settings).bundle_of(Role.REWARD_WORKER)
-    options = {"num_cpus": rewards.judge_cpus, "num_gpus": rewards.judge_gpus, **_in_bundle(bundle)}
+    rewards, place = settings.rewards, _in_bundle(calculate_runtime_args(settings), Role.REWARD_WORKER)
+    options = {"num_cpus": rewards.judge_cpus, "num_gpus": rewards.judge_gpus, **place}
     assert rewards.judge is not None, "validated with rewards.process"
     patience = max(PATIENCE_SECONDS, 2.0 * rewards.timeout_seconds)
     return RewardService(
@@ -37,7 +39,17 @@ def start_reward_worker(settings: Settings, run: str) -> RewardService:
     )
 
 
-def _in_bundle(index: int) -> dict[str, Any]:
-    """Ray options for an actor in this bundle of the trial's placement group; none outside of one."""
-    group = ray.util.get_current_placement_group()
-    return {} if group is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, index)}
+def runner_options(plan: RuntimeArgs, names: ActorNames) -> Callable[[str], dict[str, Any]]:
+    """From a runner's role to Ray options for it: its name; outside of a placement group, where RLlib looks for its
+    bundle, also the nodes that it may lie on."""
+    grouped = ray.util.get_current_placement_group() is not None
+    place = {} if grouped else plan.bundles[plan.bundle_of(Role.RUNNER)].options
+    return lambda role: place | names.of(role)
+
+
+def _in_bundle(plan: RuntimeArgs, role: Role, index: int = 0) -> dict[str, Any]:
+    """Ray options for an actor in its bundle of the trial's placement group; outside of one, on a node as good."""
+    group, place = ray.util.get_current_placement_group(), plan.bundle_of(role, index)
+    if group is None:
+        return plan.bundles[place].options
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, place)}

@@ -21,7 +21,16 @@ LIMITS = (
     "run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.max_restarts",
     "run.stop_seconds", "run.wandb", "run.dashboard", "weights.transport",
 )  # fmt: skip
-"""What may be edited in a run's config.yaml before `--resume`: none of it changes what is learned."""
+"""What may be edited in a run's config.yaml before `--resume`, beside `placement`: none of it changes what is
+learned."""
+PLACEMENT = "placement."
+"""On which nodes the actors lie: another day's cluster has others."""
+
+
+def _is_free(key: str) -> bool:
+    return key in LIMITS or key.startswith(PLACEMENT)
+
+
 MODELS = ("model.path", "model.critic_path")
 """Compared by content: a model may lie elsewhere now."""
 FAMILY = "model.family"
@@ -31,16 +40,17 @@ OF_THE_WEIGHTS = ("model.lora", "model.critic", FAMILY, *MODELS)
 
 
 def check_resume(checkpoint: Path, settings: Settings) -> None:
-    """Raise `SettingsError` where a run's config has changed since the checkpoint was written, but for its `LIMITS`."""
+    """Raise `SettingsError` where a run's config has changed since the checkpoint was written, but for its `LIMITS` and
+    places."""
     for key, old, new in _changes(checkpoint, settings):
-        if key not in LIMITS:
+        if not _is_free(key):
             raise _changed(key, old, new)
 
 
 def _changed(key: str, old: Any, new: Any) -> SettingsError:
     return SettingsError(
         f"{key}: {new!r} in config.yaml, but the run was made with {old!r}, and under --resume only "
-        f"{', '.join(LIMITS)} may change; "
+        f"{', '.join(LIMITS)} and {PLACEMENT}* may change; "
         "put it back, or start a new run with --resume-from"
     )
 
@@ -49,7 +59,7 @@ def check_same(old: Settings, new: Settings) -> None:
     """The same where nothing but the config of the run itself says what it was."""
     before, after = dict(flat(old.to_dict())), dict(flat(new.to_dict()))
     for key in sorted(before.keys() | after.keys()):
-        if key not in LIMITS and before.get(key) != after.get(key):
+        if not _is_free(key) and before.get(key) != after.get(key):
             raise _changed(key, before.get(key), after.get(key))
 
 

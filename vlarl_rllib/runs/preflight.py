@@ -19,6 +19,7 @@ from vlarl_rllib.process.surroundings import (
     forgo_the_hub_where_it_is_not_reached,
     wandb_is_not_reached,
 )
+from vlarl_rllib.ray_compat import label_mistake
 from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.rewards.weighted import make_reward
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
@@ -44,6 +45,8 @@ def check(settings: Settings) -> None:
     if settings.run.wandb:
         check_wandb(settings.run.wandb)
     check_ray()
+    if mistake := label_mistake([bundle.labels for bundle in plan.bundles]):
+        raise SettingsError(f"placement: {mistake}")
     if plan.total_gpus and not cluster_address() and not count_gpus():
         raise SettingsError(
             f"engines.gpus, learners.gpus, rewards.judge_gpus: the plan needs {plan.total_gpus:g} GPU(s) but "
@@ -218,6 +221,14 @@ def _idle_keys(settings: Settings) -> Iterator[tuple[str, str]]:
         (settings.rewards, "rewards.malformed", "samplers that choose among the action tokens alone", True),
         (settings.curriculum, "curriculum.rule", "kind fixed", settings.curriculum.kind == "fixed"),
         (settings.curriculum, "curriculum.temperature", "kind fixed", settings.curriculum.kind == "fixed"),
+        (
+            settings.placement,
+            "placement.learners",
+            "learners.num 0: set placement.algorithm",
+            not settings.learners.num,
+        ),
+        (settings.placement, "placement.engines", "engines.num 0: set placement.runners", not settings.engines.num),
+        (settings.placement, "placement.reward_worker", "rewards.process 0", not settings.rewards.process),
     ):
         name = key.partition(".")[2]
         if idle and getattr(section, name) != type(section).model_fields[name].default:

@@ -60,7 +60,8 @@ def nearest(key: str, known: dict[str, str]) -> str:
         close = difflib.get_close_matches(key, sections, n=1)
         return f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections)}"
     section, leaf = key.rsplit(".", 1)
-    siblings = {name.rsplit(".", 1)[1]: name for name in known if name.rsplit(".", 1)[0] == section}
+    below = (name.removeprefix(f"{section}.") for name in known if name.startswith(f"{section}."))
+    siblings = list(dict.fromkeys(name.split(".")[0] for name in below))
     elsewhere = [name for name in known if name.rsplit(".", 1)[1] == leaf]
-    close = elsewhere or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]
+    close = elsewhere or [f"{section}.{name}" for name in difflib.get_close_matches(leaf, siblings, n=1)]
     return f"did you mean {close[0]}?" if close else f"keys of {section} are {', '.join(siblings)}"

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vlarl_rllib.envs import registry
+from vlarl_rllib.settings.placement import MEMORY, RolePlacement, Strategy
 from vlarl_rllib.settings.schema import EnvSettings, Sections, chosen_tasks
 from vlarl_rllib.types import EnvSpec
 
@@ -24,11 +25,20 @@ class Role(Enum):
 
 
 class Bundle(NamedTuple):
-    """Resources that Ray reserves for one actor."""
+    """What Ray reserves for one actor, and where."""
 
     role: Role
     resources: dict[str, float]
-    """CPU and GPU, without zeros."""
+    """CPU and GPU, and what `placement` adds; without zeros."""
+    labels: dict[str, str]
+    """Selectors of the node's labels."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Ray's options, beside those of CPU and GPU, for an actor that gets such a place without a placement group."""
+        custom = {kind: amount for kind, amount in self.resources.items() if kind not in ("CPU", "GPU", MEMORY)}
+        memory = {MEMORY: self.resources[MEMORY]} if MEMORY in self.resources else {}
+        return memory | {"resources": custom, "label_selector": self.labels}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,8 @@ class RuntimeArgs:
     """For each runner, the task of each of its slots."""
     bundles: tuple[Bundle, ...]
     """One for each actor, in the order of the placement group: RLlib looks for its runners behind the Algorithm."""
+    strategy: Strategy
+    """How Ray lays the bundles onto nodes."""
     evaluation_episodes: int
     """Episodes of one evaluation: at most one for each held-out (task, start)."""
     demonstrated_tasks: tuple[int, ...]
@@ -91,6 +103,7 @@ def calculate_runtime_args(settings: Sections, *, cores: int | None = None) -> R
         mesh=resolve_mesh(learners.fsdp.mesh, ranks),
         slot_tasks=_slot_tasks(settings, cores),
         bundles=_bundles(settings),
+        strategy=settings.placement.strategy,
         evaluation_episodes=min(settings.evaluation.episodes, _num_held_out_starts(env, settings.task_ids)),
         demonstrated_tasks=tuple(demonstrated_tasks(settings)),
     )
@@ -98,19 +111,36 @@ def calculate_runtime_args(settings: Sections, *, cores: int | None = None) -> R
 
 def _bundles(settings: Sections) -> tuple[Bundle, ...]:
     rollout, learners, rewards, engines = settings.rollout, settings.learners, settings.rewards, settings.engines
-    learns_itself = not learners.num
+    alone = not learners.num
+    where = placements(settings)
     crews = (
-        (Role.ALGORITHM, 1, max(1.0, learners.cpus) if learns_itself else 1.0, learners.gpus if learns_itself else 0.0),
+        (Role.ALGORITHM, 1, max(1.0, learners.cpus) if alone else 1.0, learners.gpus if alone else 0.0),
         (Role.RUNNER, rollout.num_runners, rollout.cpus_per_runner, 0.0),
         (Role.LEARNER, learners.num, learners.cpus, learners.gpus),
         (Role.REWARD_WORKER, int(bool(rewards.process)), rewards.judge_cpus, rewards.judge_gpus),
         (Role.ENGINE, engines.num, engines.cpus, engines.gpus),
     )
     return tuple(
-        Bundle(role, {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount})
+        Bundle(
+            role,
+            {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount} | where[role].resources,
+            dict(where[role].labels),
+        )
         for role, num, cpus, gpus in crews
         for _ in range(num)
     )
+
+
+def placements(settings: Sections) -> dict[Role, RolePlacement]:
+    """What `placement` says of each role."""
+    placement = settings.placement
+    return {
+        Role.ALGORITHM: placement.algorithm,
+        Role.RUNNER: placement.runners,
+        Role.LEARNER: placement.learners,
+        Role.REWARD_WORKER: placement.reward_worker,
+        Role.ENGINE: placement.engines,
+    }
 
 
 def num_environment_processes(env: EnvSettings, cores: int | None) -> int:

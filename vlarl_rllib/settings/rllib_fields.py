@@ -17,6 +17,7 @@ from typing import Any
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from vlarl_rllib.settings import Settings, SettingsError
+from vlarl_rllib.settings.overrides import with_keys
 
 Changes = dict[str, Any]
 """Values of settings by dotted key."""
@@ -84,6 +85,9 @@ HONOURED: dict[str, Callable[[Any, Lookup], Changes]] = {
     "num_learners": _same("learners.num"),
     "num_cpus_per_learner": _same("learners.cpus"),
     "num_gpus_per_learner": _same("learners.gpus"),
+    "custom_resources_per_env_runner": _same("placement.runners.resources"),
+    "custom_resources_per_learner": _same("placement.learners.resources"),
+    "placement_strategy": _same("placement.strategy"),
     "env": _same("env.name"),
     "env_config": _env_config,
     "seed": _same("run.seed"),
@@ -103,7 +107,7 @@ PASSED_ON = frozenset(
         "callbacks_on_environment_created", "callbacks_on_episode_end", "callbacks_on_sample_end",
         "callbacks_on_train_result",
         "callbacks_on_evaluate_start", "callbacks_on_evaluate_end",
-        "env_runner_cls", "_learner_class", "learner_config_dict", "placement_strategy", "log_level", "log_sys_usage",
+        "env_runner_cls", "_learner_class", "learner_config_dict", "log_level", "log_sys_usage",
         "metrics_num_episodes_for_smoothing", "stats_cls_lookup", "validate_env_runners_after_construction",
         "max_num_env_runner_restarts", "env_runner_health_probe_timeout_s", "env_runner_restore_timeout_s",
         "num_consecutive_env_runner_failures_tolerance",
@@ -221,11 +225,7 @@ def honour(settings: Settings, fields: Mapping[str, Any], before: Settings) -> S
                     f"{_shown(name)}: sets {key} to {wanted!r}, but the settings say {now!r}; set one of them"
                 )
             said[key] = (name, wanted)
-    sections: dict[str, dict[str, Any]] = {}
-    for key, (_, wanted) in said.items():
-        section, _, leaf = key.partition(".")
-        sections.setdefault(section, {})[leaf] = wanted
-    return settings.replaced(**sections)
+    return Settings.from_dict(with_keys(settings.to_dict(), {key: wanted for key, (_, wanted) in said.items()}))
 
 
 def refuse(fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlarl_rllib.envs import registry
-from vlarl_rllib.settings.plan import demonstrated_tasks, num_environment_processes, resolve_mesh
+from vlarl_rllib.settings.plan import Role, demonstrated_tasks, num_environment_processes, placements, resolve_mesh
 from vlarl_rllib.settings.schema import RewardSettings, Sections
 
 SMALLEST_SHARE = 0.001
@@ -21,6 +21,7 @@ def impossible_combinations(s: Sections) -> Iterator[str]:
     yield from _impossible_tasks(s)
     yield from _impossible_slots(s)
     yield from _impossible_resources(s)
+    yield from _impossible_places(s)
     yield from _impossible_groups(s)
     yield from _impossible_ahead(s)
     yield from _impossible_learners(s)
@@ -160,6 +161,47 @@ def _impossible_resources(s: Sections) -> Iterator[str]:
             )
         if gpus > 1 and gpus != int(gpus):
             yield f"{gpu_key}: {gpus:g} is more than one GPU and not whole; use a fraction of one, or a whole number"
+
+
+RESERVED_BY = {
+    Role.ALGORITHM: "learners.cpus and learners.gpus, where learners.num is 0,",
+    Role.RUNNER: "rollout.cpus_per_runner",
+    Role.LEARNER: "learners.cpus and learners.gpus",
+    Role.REWARD_WORKER: "rewards.judge_cpus and rewards.judge_gpus",
+    Role.ENGINE: "engines.cpus and engines.gpus",
+}
+"""Which keys say how many CPUs and GPUs an actor gets."""
+SECTIONS = {
+    Role.ALGORITHM: "algorithm",
+    Role.RUNNER: "runners",
+    Role.LEARNER: "learners",
+    Role.REWARD_WORKER: "reward_worker",
+    Role.ENGINE: "engines",
+}
+"""What a role is called in `placement`."""
+
+
+def _impossible_places(s: Sections) -> Iterator[str]:
+    wanted: dict[str, tuple[str, str]] = {}
+    for role, place in placements(s).items():
+        key = f"placement.{SECTIONS[role]}"
+        for kind in place.resources:
+            if kind.upper() in ("CPU", "GPU"):
+                yield f"{key}.resources: {kind} is what {RESERVED_BY[role]} reserve(s); set that, and leave {kind} out"
+            if kind == "object_store_memory":
+                yield f"{key}.resources: {kind} is nobody's to reserve; leave it out"
+        for label, value in place.labels.items():
+            other, before = wanted.setdefault(label, (key, value))
+            if s.placement.strategy == "STRICT_PACK" and value != before and _is_plain(value) and _is_plain(before):
+                yield (
+                    f"placement.strategy: STRICT_PACK is one node, but {other}.labels want {label}: {before} and "
+                    f"{key}.labels want {label}: {value}; use PACK, or one value"
+                )
+
+
+def _is_plain(selector: str) -> bool:
+    """A label's value itself, not `!value` or `in(...)`."""
+    return bool(selector) and selector[0] != "!" and not selector.endswith(")")
 
 
 def _impossible_tasks(s: Sections) -> Iterator[str]:

@@ -23,6 +23,7 @@ from vlarl_rllib.settings.fields import (
     Section,
 )
 from vlarl_rllib.settings.learning import CurriculumSettings, RewardSettings, SFTSettings, TrainingSettings
+from vlarl_rllib.settings.placement import PlacementSettings
 from vlarl_rllib.settings.published import published_model
 from vlarl_rllib.settings.transports import AUTO, DEFAULT_TRANSPORT, transport_reference
 
@@ -346,6 +347,7 @@ class Sections(Section):
     rollout: RolloutSettings = RolloutSettings()
     engines: EngineSettings = EngineSettings()
     learners: LearnerSettings = LearnerSettings()
+    placement: PlacementSettings = PlacementSettings()
     training: TrainingSettings = TrainingSettings()
     weights: WeightSettings = WeightSettings()
     rewards: RewardSettings = RewardSettings()
