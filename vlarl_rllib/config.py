@@ -21,7 +21,8 @@ with without_tensorflow():
 
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.family import family_name
-from vlarl_rllib.models.presets import resolve_model
+from vlarl_rllib.models.presets import presets, resolve_model
+from vlarl_rllib.runs.nodes import runner_cores
 from vlarl_rllib.settings import Role, Settings, SettingsError, calculate_runtime_args, rllib_fields
 from vlarl_rllib.settings.overrides import with_keys
 from vlarl_rllib.settings.placement import MEMORY, RolePlacement
@@ -33,17 +34,19 @@ NO_EVALUATION = 2**31 - 1
 
 
 def resolved(settings: Settings) -> Settings:
-    """The settings with what depends on this machine filled in, once for all actors: where models lie, how many cores
-    there are.
+    """The settings with what is to be the same for all actors filled in: hub ids of published models, how many cores
+    there are for environments.
 
-    A model preset is written to disk.
+    A model preset keeps its name: each node writes it for itself (`models.presets.models_here`).
+
+    Raises:
+        ValueError: a model that is none.
     """
-    model = settings.model
+    cores = runner_cores(calculate_runtime_args(settings))
+    paths = {"path": settings.model.path, "critic_path": settings.model.critic_path}
     return settings.replaced(
-        model={
-            key: resolve_model(path) for key, path in (("path", model.path), ("critic_path", model.critic_path)) if path
-        },
-        env={"num_processes": calculate_runtime_args(settings).num_processes},
+        model={key: path if path in presets() else resolve_model(path) for key, path in paths.items() if path},
+        env={"num_processes": calculate_runtime_args(settings, cores=cores).num_processes},
     )
 
 
@@ -105,7 +108,7 @@ class VLAPPOConfig(PPOConfig):
 
     @classmethod
     def from_settings(cls, settings: Settings, run_dir: str | Path | None = None) -> VLAPPOConfig:
-        """Take validated settings. A model preset is written to disk here, so that every actor finds it."""
+        """Take validated settings."""
         config = cls()
         config.run_dir = str(run_dir) if run_dir else None
         config._derive(resolved(settings))
@@ -166,7 +169,7 @@ class VLAPPOConfig(PPOConfig):
         engines = settings.engines
         return EngineSpec(
             model_path=settings.model.path,
-            family=family_name(settings.model.path, settings.model.family),
+            family=family_name(resolve_model(settings.model.path), settings.model.family),
             dtype=engines.dtype,
             gpus=engines.gpus,
             max_batch=engines.max_batch,

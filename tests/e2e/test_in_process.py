@@ -321,9 +321,8 @@ def test_a_sampled_preset_is_there_for_engines_and_runners() -> None:
     config = VLAPPOConfig().update_from_dict({"vla": GIVEN, "sampled": {"model.path": "tiny"}})
     config.validate()
     config.freeze()
-    assert (
-        Path(config.engine_spec().model_path).is_dir() and config.settings().model.path == config.vla["model"]["path"]
-    )
+    assert config.settings().model.path == config.vla["model"]["path"] == "tiny"
+    assert Path(config.engine_spec().here().model_path).is_dir()
 
 
 def test_a_space_that_tune_could_not_write_down_is_asked_for_again() -> None:

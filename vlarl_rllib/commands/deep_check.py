@@ -20,6 +20,7 @@ from vlarl_rllib.algorithm import VLAPPO
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.models.family import read_facts
+from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.observability.driver_callback import DriverCallback
 from vlarl_rllib.observability.metrics import iteration_row
 from vlarl_rllib.observability.self_test import Expectation, expectation, tell
@@ -55,7 +56,7 @@ def run_deep_check(settings: Settings) -> int:
     if error is not None:
         console.print(f"the check ended: {one_line(error)}", style="bold red")
         return 1
-    facts = read_facts(VLAPPOConfig.from_settings(short).settings().model.path, short.model.family)
+    facts = read_facts(resolve_model(short.model.path), short.model.family)
     line, good = verdict(rows, expectation(short, facts.actions))
     console.print(line, style="" if good else "bold red")
     return 0 if good else 1

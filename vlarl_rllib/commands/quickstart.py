@@ -66,7 +66,7 @@ def run_quickstart(settings: Settings, run: RunDirectory) -> int:
         ("PPO", reinforce),
     ]
     seconds: dict[str, float] = {}
-    with ray_session(calculate_runtime_args(settings), settings):
+    with ray_session(calculate_runtime_args(settings), settings, run.path):
         for number, (name, stage) in enumerate(stages, start=1):
             END.check()
             console.print(f"{number}/{len(stages)} {name}", style="bold")

@@ -97,7 +97,7 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pa
     log = RowLog(run, "step")
     log.forget_after(first)
     earlier_seconds = sum(row["seconds"] for row in log.rows)
-    with _learners(settings, run.path.name) as group, END.polled(partial(_notice, console)):
+    with _learners(settings, run.path, data) as group, END.polled(partial(_notice, console)):
         with saying_so("the learners to open the data"):
             num_steps = sum(group.call("open_data", statistics["action"], first))
             if checkpoint:
@@ -226,12 +226,13 @@ def _shown(row: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _learners(settings: Settings, name: str) -> Iterator[RankGroup]:
+def _learners(settings: Settings, run: Path, data: str) -> Iterator[RankGroup]:
     """The learners alone, in a Ray of their own or the cluster's; or in this process for `learners.num: 0`."""
     settings = resolved(settings)
-    with ray_session(calculate_runtime_args(settings).only(Role.LEARNER), settings):
+    plan = calculate_runtime_args(settings).only(Role.LEARNER)
+    with ray_session(plan, settings, run, {"sft.data": data}):
         with saying_so(f"{settings.learners.num} learner(s)"):
-            group = RankGroup(SupervisedLearner, {"settings": settings.to_dict()}, settings, run=name)
+            group = RankGroup(SupervisedLearner, {"settings": settings.to_dict()}, settings, run=run.name)
         try:
             yield group
         finally:

@@ -62,10 +62,7 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     began = time.time()
     log = RowLog(run)
     earlier_seconds = sum(sum(row["seconds"].values()) for row in log.rows)
-    config = VLAPPOConfig.from_settings(settings, run.path)
-    config.restore_from = str(CheckpointStore.resolve(resume_from).absolute()) if resume_from else None
-    if log.rows:
-        config.faults, config.policy_version = log.rows[-1]["faults"], log.rows[-1]["policy_version"]
+    origin = CheckpointStore.resolve(resume_from).absolute() if resume_from else None
     plan = calculate_runtime_args(settings)
     console.print(
         f"run directory {shown(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), "
@@ -84,8 +81,11 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
 
     END.limit_seconds, END.words, END.sigterm_code = settings.run.stop_seconds, partial(how_to_go_on, run), 0
     END.on_loss = keep_at_least
-    with ray_session(plan, settings), END.polled(partial(_notice, console, settings)):
-        error, abandoned = _fit_through_failures(config, settings, run, log, console)
+    with (
+        ray_session(plan, settings, run.path, {"--resume-from": origin}),
+        END.polled(partial(_notice, console, settings)),
+    ):
+        error, abandoned = _fit_through_failures(_config(settings, run, log, origin), settings, run, log, console)
         # All is written and said before Ray ends, which takes seconds: `ray job stop` grants three.
         unwritten = keep(HURRY_SECONDS if END.signal else KEEP_TRYING_SECONDS)
         if lost := _lost_output(log.rows):
@@ -99,6 +99,15 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
             )
             return 1
         return _finish(settings, run, log, abandoned, console)
+
+
+def _config(settings: Settings, run: RunDirectory, log: RowLog, origin: Path | None) -> VLAPPOConfig:
+    """Of the run's first trial."""
+    config = VLAPPOConfig.from_settings(settings, run.path)
+    config.restore_from = str(origin) if origin else None
+    if log.rows:
+        config.faults, config.policy_version = log.rows[-1]["faults"], log.rows[-1]["policy_version"]
+    return config
 
 
 def _write(run: RunDirectory, log: RowLog, summary: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ def run_experiment(experiment: Experiment, directory: Path, *, restore: bool = F
     )
     END.limit_seconds, END.words, END.sigterm_code = settings.run.stop_seconds, partial(how_to_restore, directory), 0
     with (
-        ray_session(plan_of_all(experiment), settings),
+        ray_session(plan_of_all(experiment), settings, directory),
         END.polled(partial(_notice, console, settings.run.stop_seconds)),
     ):
         if not restore:

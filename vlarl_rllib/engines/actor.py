@@ -64,7 +64,7 @@ class EngineActor:
     def __init__(self, spec: EngineSpec, name: str = "vlarl/engine-0") -> None:
         from vlarl_rllib.weights.source import expected_tensors
 
-        self._name = name
+        self._name, spec = name, spec.here()
         family = load_family(spec.family)
         facts = family.read_facts(spec.model_path)
         self._image_size = facts.image_size

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from vlarl_rllib.models.family import ActionFormat
+from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
 
 MAX_PROMPT_TOKENS = 128
@@ -35,7 +36,7 @@ class EngineSpec:
     """All that an engine needs to start; picklable."""
 
     model_path: str
-    """Checkpoint directory (a preset is written to disk before)."""
+    """Checkpoint directory, preset or hub id; see `here`."""
     family: str
     """Of the policy; see `models.family.load_family`."""
     dtype: str
@@ -56,6 +57,10 @@ class EngineSpec:
     """What the run is called, on Ray's dashboard and in metrics."""
     suite: str = ""
     """What its environments are called in metrics."""
+
+    def here(self) -> EngineSpec:
+        """The same with the directory that the model has on this node."""
+        return replace(self, model_path=resolve_model(self.model_path))
 
 
 @dataclass(frozen=True, slots=True)

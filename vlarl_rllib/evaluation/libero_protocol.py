@@ -216,7 +216,8 @@ class EvaluationRequest:
         self._check_choices()
         self._check_starts()
         self._check_sizes()
-        check_environment(self.env)
+        if cluster_address() is None:  # else `check_nodes` asks the nodes that draw
+            check_environment(self.env)
         trained = self._trained
         model = trained.settings.model.path if trained else self.checkpoint  # which its export has the statistics of
         check_model(model, self.statistics, self._family, path_name="CHECKPOINT", key_name="--unnorm-key")

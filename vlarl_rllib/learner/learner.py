@@ -42,6 +42,7 @@ from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, Scores, ShardedPolicy
 from vlarl_rllib.models.build import build_models
 from vlarl_rllib.models.family import family_of
+from vlarl_rllib.models.presets import models_here
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.recorder import Telemetry, watch_gpu_memory
 from vlarl_rllib.types import WeightManifest
@@ -109,7 +110,7 @@ class VLALearner(Rank, PPOTorchLearner):
 
     def _make_module(self) -> Any:
         """Sharding comes before the optimisers, which RLlib keys by parameter identity."""
-        module, training, model = super()._make_module(), self.settings.training, self.settings.model
+        module, training, model = super()._make_module(), self.settings.training, models_here(self.settings.model)
         family = family_of(model.path, model.family)
         self._processor = family.processor(model.path)
         self._actions = family.read_facts(model.path).actions

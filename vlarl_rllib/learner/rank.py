@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vlarl_rllib.learner import fsdp
+from vlarl_rllib.models.presets import models_here
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.actors import own_name
 
@@ -55,6 +56,7 @@ class Rank:
 
         Returns the process id.
         """
+        models_here(self.settings.model)  # transformers writes a preset on rank 0 alone once there is a group
         self._rank, self._world_size = rank, world_size
         timeout = self.settings.learners.timeout_seconds
         if address == LOOPBACK:  # the backends' own sockets too

@@ -32,6 +32,7 @@ from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.learner.sharded_policy import POLICY, ShardedPolicy
 from vlarl_rllib.models.family import family_of
+from vlarl_rllib.models.presets import models_here
 from vlarl_rllib.settings import Settings, SFTSettings
 
 DECODING_THREADS = 4
@@ -64,7 +65,7 @@ class SupervisedLearner(Rank):
         """Load the policy and the list of episodes. Collective."""
         from vlarl_rllib.models.build import build_policy
 
-        model, sft = self.settings.model, self.settings.sft
+        model, sft = models_here(self.settings.model), self.settings.sft
         with ThreadPoolExecutor(
             1, "reader"
         ) as pool:  # TensorFlow takes as long to import, in its process, as the policy to build

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlarl_rllib.models.family import PolicyFamily, family_of
+from vlarl_rllib.models.presets import models_here
 
 if TYPE_CHECKING:
     from vlarl_rllib.settings import ModelSettings
@@ -38,6 +39,7 @@ def build_policy(settings: ModelSettings, device: torch.device | str = "cpu") ->
         device: where a quantised policy is put: on a CPU a 7B one takes minutes. Others stay on the CPU until FSDP
             places them.
     """
+    settings = models_here(settings)
     family = family_of(settings.path, settings.family)
     dtype = getattr(torch, settings.dtype)
     options: dict[str, Any] = {"dtype": dtype if settings.lora else torch.float32}
@@ -58,6 +60,7 @@ def build_critic(settings: ModelSettings, seed: int, device: torch.device | str 
     """A separate critic: a policy of its own with a value head, trained as the policy is: whole, or with fresh
     adapters."""
     lora = settings.lora and settings.lora.model_copy(update={"adapter": None})
+    settings = models_here(settings)
     own = settings.model_copy(update={"path": settings.critic_path or settings.path, "lora": lora})
     critic = build_policy(own, device)
     family_of(own.path, own.family).freeze_token_head(critic)  # a critic reads hidden states

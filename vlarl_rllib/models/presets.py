@@ -3,15 +3,21 @@
 Importing this module loads no torch.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlarl_rllib.models.family import PolicyFacts, PolicyFamily, load_family, own_families
 from vlarl_rllib.process.surroundings import cache_directory
 from vlarl_rllib.settings.published import PUBLISHED_MODELS, absolute_unless_name
+
+if TYPE_CHECKING:
+    from vlarl_rllib.settings import ModelSettings
 
 HUB_MODELS = {name: model.hub_id for name, model in PUBLISHED_MODELS.items()}
 """Hub ids of the published checkpoints, by name."""
@@ -52,6 +58,15 @@ def resolve_model(path_or_preset: str | Path, cache_dir: str | Path | None = Non
     raise ValueError(f"model '{name}' is no directory, preset or Hub id (owner/name); presets are: {choices}")
 
 
+def models_here(model: ModelSettings) -> ModelSettings:
+    """The same with the directories that the models have on this node.
+
+    A preset is written where it is missing; the name and the code are the same on all nodes, so the bytes are.
+    """
+    critic = model.critic_path and resolve_model(model.critic_path)
+    return model.model_copy(update={"path": resolve_model(model.path), "critic_path": critic})
+
+
 def write_checkpoint(preset: str, directory: str | Path, seed: int = 0) -> None:
     """Write a complete checkpoint of a preset with random weights into `directory`.
 
@@ -76,6 +91,8 @@ def _cached_checkpoint(preset: str, cache_dir: Path) -> Path:
     scratch = Path(tempfile.mkdtemp(dir=cache_dir, prefix=f".{preset}-"))
     try:
         write_checkpoint(preset, scratch)
+        if not (scratch / "config.json").is_file():
+            raise RuntimeError(f"preset {preset} was not written whole")
         os.rename(scratch, target)
     except OSError:
         # Another process finished first: renaming onto its directory fails, and its files are the same as ours.

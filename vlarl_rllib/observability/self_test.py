@@ -20,6 +20,7 @@ from rich.console import Console
 
 from vlarl_rllib.errors import SelfTestError
 from vlarl_rllib.models.family import ActionFormat, read_facts
+from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -156,8 +157,8 @@ class SelfTest:
 
     @classmethod
     def of(cls, settings: Settings) -> SelfTest:
-        """For a run with these settings, whose model is a directory or hub id."""
-        actions = read_facts(settings.model.path, settings.model.family).actions
+        """For a run with these settings."""
+        actions = read_facts(resolve_model(settings.model.path), settings.model.family).actions
         return cls(expectation(settings, actions), settings.training.critic_warmup_iterations)
 
     def take(self, iteration: int, numbers: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -97,6 +97,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
     def _make_env(self) -> None:
         self.stop()
         self.telemetry = Telemetry(*self._run_labels(), f"runner-{self.worker_index or 0}")
+        self._engine_spec = self._engine_spec.here()
         family = load_family(self._engine_spec.family)
         model = family.read_facts(self._engine_spec.model_path)
         env, settings = self.settings.env, self.settings

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlarl_rllib.models.family import PolicyFamily, family_of
 from vlarl_rllib.models.files import AGAIN
+from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.models.statistics import action_statistics
 from vlarl_rllib.process.json_files import read_json_object
 from vlarl_rllib.process.own_files import own_folder
@@ -88,8 +89,6 @@ def resolve_policy(path: str, family: str | None = None) -> str:
     Raises:
         SettingsError: none of these.
     """
-    from vlarl_rllib.models.presets import resolve_model
-
     checkpoint = find_training_checkpoint(Path(path).expanduser(), family)
     if checkpoint is None:
         try:
@@ -129,7 +128,7 @@ def export_merged(checkpoint: TrainingCheckpoint, out: Path, dtype: str | None =
     dtype = dtype or checkpoint.settings.engines.dtype
     tensors = dict(iterate_weights(load_policy(checkpoint), getattr(torch, dtype)))
     model = checkpoint.settings.model
-    family = family_of(model.path, model.family)
+    family = family_of(resolve_model(model.path), model.family)
     write_model(tensors, family=family, base=model.path, out=out, dtype=dtype)
     _write_provenance(checkpoint, out, "merged")
 
@@ -159,7 +158,7 @@ def write_model(
             action_statistics(entry, key)
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(tensors, out, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
-    family.write_files(base, out, dtype, norm_stats)
+    family.write_files(resolve_model(base), out, dtype, norm_stats)
 
 
 def export_adapter(checkpoint: TrainingCheckpoint, out: Path) -> None:
@@ -171,7 +170,7 @@ def export_adapter(checkpoint: TrainingCheckpoint, out: Path) -> None:
             "--adapter: the run trained all weights (model.lora is null), so there is no adapter; use --merge"
         )
     policy = load_policy(checkpoint)
-    save_adapter(policy, policy.lora_config, out, checkpoint.settings.model.path)
+    save_adapter(policy, policy.lora_config, out, resolve_model(checkpoint.settings.model.path))
     _write_provenance(checkpoint, out, "adapter")
 
 

@@ -40,7 +40,8 @@ def check(settings: Settings) -> None:
     _check_decisions(settings)
     _check_rewards(settings)
     _check_transport(settings)
-    check_environment(settings.env.name)
+    if cluster_address() is None:  # else `check_nodes` asks the nodes that draw
+        check_environment(settings.env.name)
     plan = calculate_runtime_args(settings)
     if settings.run.wandb:
         check_wandb(settings.run.wandb)

@@ -23,6 +23,7 @@ from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END, children_outlive_the_terminal
 from vlarl_rllib.process.surroundings import check_ray, cluster_address, has_ray_token, home_is_writable, user_directory
 from vlarl_rllib.rllib_compat import apart_from_our_signals, job_config, ray_version_at
+from vlarl_rllib.runs.nodes import NOTHING, Reads, check_nodes
 from vlarl_rllib.runs.ray_watch import ray_watched
 from vlarl_rllib.runs.scrape_targets import scrape_target
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
@@ -36,8 +37,11 @@ SETTINGS_FRAME = 4
 
 
 @contextmanager
-def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
-    """`start_ray`, and the end of what it started; nothing of both where a session is there already.
+def ray_session(
+    plan: RuntimeArgs, settings: Settings, run: Path | None = None, reads: Reads = NOTHING
+) -> Iterator[None]:
+    """`start_ray`, and the end of what it started; nothing of both where a session is there already. In a cluster the
+    nodes are asked for what actors need there (`check_nodes`, of the last two arguments too).
 
     A signal while Ray starts raises KeyboardInterrupt behind that. Where Ray itself dies, the process ends
     (`END.lost`).
@@ -49,6 +53,8 @@ def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
     try:
         with END.deferred():
             start_ray(plan, settings)
+        if cluster_address() is not None:
+            check_nodes(plan, settings, run, reads)
         with ray_watched(), scrape_target() if cluster_address() is None else nullcontext():
             yield
     finally:
