@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace, lockstep: bool) -> dict[str, Any]:
                 "wall_seconds": wall,
                 "env_seconds": env,
                 "engine_seconds": engine,
-                "steps": sum(slot[2] for slot in rollout.slots),
+                "steps": sum(rollout.num_decisions),
             }
         )
     algorithm.stop()

@@ -60,3 +60,14 @@ def unplaced_bundles(bundles: Sequence[Mapping[str, float]]) -> list[int] | None
         if group["state"] in ("PENDING", "RESCHEDULING") and list(group["bundles"].values()) == list(bundles):
             return [place for place, node in group["bundles_to_node_id"].items() if not node.strip("f")]
     return None
+
+
+def nodes_of_actors(run: str) -> dict[str, str]:
+    """Host name and address of the node of each living actor that this job has named `run/ROLE`, by role."""
+    import ray
+
+    nodes = {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in ray.nodes()}
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    actors = ray._private.state.actors(job_id=job, actor_state_name="ALIVE").values()
+    found = ((actor["Name"].rpartition("/"), actor["Address"]["NodeID"]) for actor in actors)
+    return {role: nodes[node] for (owner, _, role), node in sorted(found) if owner == run and node in nodes}

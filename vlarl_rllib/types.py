@@ -20,6 +20,8 @@ LOG_PROBS_KEY = "token_log_probs"
 """Extra model output [A]: the sampler's log-probabilities of the action tokens."""
 STEP_REWARDS_KEY = "step_rewards"
 """Extra model output [K] float32: the environment's reward of each action; 0 for those that were not played."""
+VERSION_KEY = "policy_version"
+"""Extra model output: version of the weights that made the decision."""
 DURATION_KEY = "duration"
 """Extra model output: actions of the decision that were played, in environment steps."""
 

@@ -1,7 +1,7 @@
 """A long run under random kills: every part dies again and again, and the run goes on as if it had not.
 
-VLARL_CHAOS_KILLS (50) kills with seed VLARL_CHAOS_SEED (drawn and printed), one after the other has been mended. Prints
-the seconds from each kill to the end of the first iteration that knows of it.
+VLARL_CHAOS_KILLS (50, and 10 where sampling runs ahead) kills with seed VLARL_CHAOS_SEED (drawn and printed), one after
+the other has been mended. Prints the seconds from each kill to the end of the first iteration that knows of it.
 """
 
 import itertools
@@ -23,7 +23,8 @@ import pytest
 
 from vlarl_rllib.rewards.classifier import ClassifierConfig, SuccessClassifier
 
-KILLS = int(os.environ.get("VLARL_CHAOS_KILLS", "50"))
+KILLS = os.environ.get("VLARL_CHAOS_KILLS")
+NUM_KILLS = {"sync": 50, "async": 10}
 SEED = int(os.environ.get("VLARL_CHAOS_SEED", str(random.SystemRandom().randrange(10**6))))
 CHECKPOINT_EVERY = 3
 STEPS = 2 * 2 * 24
@@ -31,9 +32,9 @@ STEPS = 2 * 2 * 24
 PATIENCE_SECONDS = 300.0
 CONFIG = """
 env: {{name: synthetic, tasks: [0, 1], num_envs: 2, num_processes: 2, max_steps: 10}}
-rollout: {{num_runners: 2, steps_per_iteration: 24}}
+rollout: {{num_runners: 2, steps_per_iteration: 24, async_mode: {ahead}}}
 learners: {{num: 2, micro_batch_size: 32, timeout_seconds: 60}}
-training: {{minibatch_size: 48, lr: 1.0e-5}}
+training: {{minibatch_size: 48, lr: 1.0e-5, old_log_probs: {old_log_probs}}}
 rewards: {{process: 0.1, judge: "{judge}"}}
 evaluation: {{episodes: 0}}
 run: {{iterations: 100000, max_restarts: 50, checkpoint_every: {checkpoint_every}, seed: 3, dashboard: false}}
@@ -65,10 +66,17 @@ COSTS_EPISODES_ONLY = ("environment", "runner", "engine", "reward worker")
 class Run:
     """`vlarl train`, and what it leaves in its directory."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.path = root, root / "run"
+    def __init__(self, root: Path, mode: str) -> None:
+        self.root, self.path, self.mode = root, root / "run", mode
         SuccessClassifier(ClassifierConfig(28, ("reach", "push"))).save(root / "judge")
-        (root / "config.yaml").write_text(CONFIG.format(judge=root / "judge", checkpoint_every=CHECKPOINT_EVERY))
+        ahead = mode == "async"
+        config = CONFIG.format(
+            judge=root / "judge",
+            checkpoint_every=CHECKPOINT_EVERY,
+            ahead=str(ahead).lower(),
+            old_log_probs="recompute" if ahead else "behaviour",
+        )
+        (root / "config.yaml").write_text(config)
         self.output = (root / "output.txt").open("w")
         self.seen: list[dict[str, Any]] = []
         """Every row in the order it was written, those that were played again too."""
@@ -134,6 +142,7 @@ def check_cost(kind: str, before: dict[str, Any], rows: list[dict[str, Any]]) ->
     checkpoint."""
     for previous, row in itertools.pairwise([before, *rows]):
         assert row["logprob_gap_max"] < 1e-4, f"{kind}: sampled with other weights than the learner's: {row}"
+        assert row["staleness_max"] <= 1, f"{kind}: learned from a policy that is too old: {row}"
         assert row["policy_version"] > previous["policy_version"], (
             f"{kind}: {previous['policy_version']} -> {row['policy_version']}"
         )
@@ -159,9 +168,9 @@ def check_repeats(rows: list[dict[str, Any]]) -> int:
     return sum(len(checksums) - 1 for checksums in played.values())
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    run = Run(tmp_path)
+@pytest.fixture(params=NUM_KILLS)
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
+    run = Run(tmp_path, request.param)
     yield run
     run.process.kill()
 
@@ -169,12 +178,13 @@ def run(tmp_path: Path) -> Iterator[Run]:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_run_under_random_kills(run: Run) -> None:
-    print(f"\n{KILLS} kills, seed {SEED}, {run.root}")
+    num_kills = int(KILLS or NUM_KILLS[run.mode])
+    print(f"\n{num_kills} kills, {run.mode}, seed {SEED}, {run.root}")
     rng = random.Random(SEED)
     seconds: dict[str, list[float]] = defaultdict(list)
     iteration_seconds: list[float] = []
     run.wait_for("the start")
-    while sum(map(len, seconds.values())) < KILLS:
+    while sum(map(len, seconds.values())) < num_kills:
         began = time.monotonic()
         rows = run.wait_for("a quiet iteration")
         iteration_seconds.append((time.monotonic() - began) / len(rows))
@@ -206,8 +216,10 @@ def test_a_run_under_random_kills(run: Run) -> None:
     run.process.terminate()
     assert run.process.wait(120) == 0, (run.root / "output.txt").read_text()[-2000:]
     run.new_rows()
-    repeated = check_repeats(run.seen)
-    print(f"\n{len(run.seen)} iterations, {repeated} of them played again with the same actions")
+    if run.mode == "sync":
+        print(f"\n{check_repeats(run.seen)} of {len(run.seen)} iterations were played again with the same actions")
+    else:
+        print(f"\n{len(run.seen)} iterations, at most {max(row['staleness_max'] for row in run.seen)} update(s) behind")
     print(f"median quiet iteration {statistics.median(iteration_seconds):.1f} s")
     print(f"{'killed':15} {'times':>5} {'median':>8} {'longest':>8}")
     for kind, values in seconds.items():

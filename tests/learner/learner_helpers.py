@@ -13,7 +13,7 @@ from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.models.family import ActionFormat
 from vlarl_rllib.settings import Settings
-from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY
+from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VERSION_KEY
 from vlarl_rllib.weights.shared_memory import SharedMemoryReader
 
 IMAGE_SIZE = 28
@@ -33,7 +33,7 @@ def fragment(rng: np.random.Generator, length: int, terminated: bool, instructio
             rng.integers(256, 512, 7),
             float(rng.normal()),
             terminated=terminated and t == length - 1,
-            extra_model_outputs={LOG_PROBS_KEY: np.full(7, -5.5, np.float32), DURATION_KEY: 1},
+            extra_model_outputs={LOG_PROBS_KEY: np.full(7, -5.5, np.float32), DURATION_KEY: 1, VERSION_KEY: 0},
         )
     return episode.to_numpy()
 

@@ -7,7 +7,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from vlarl_rllib.learner.collate import UpdatePlan, assign_owners, collate
 from vlarl_rllib.models.family import ActionFormat
-from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY
+from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VERSION_KEY
 
 
 def fragment(length: int, first: int, *, terminated: bool = False, instruction: str = "reach") -> SingleAgentEpisode:
@@ -21,7 +21,11 @@ def fragment(length: int, first: int, *, terminated: bool = False, instruction: 
             np.arange(7) + first + t,
             10.0 * (first + t),
             terminated=terminated and t == length - 1,
-            extra_model_outputs={LOG_PROBS_KEY: np.full(7, -0.5 * (first + t), np.float32), DURATION_KEY: 1},
+            extra_model_outputs={
+                LOG_PROBS_KEY: np.full(7, -0.5 * (first + t), np.float32),
+                DURATION_KEY: 1,
+                VERSION_KEY: 0,
+            },
         )
     return episode.to_numpy()
 

@@ -145,7 +145,7 @@ class Rig:
         )  # fmt: skip
 
     def run(self) -> None:
-        self.loop.run(self.players, self.engines, VERSION, self.groups)
+        self.loop.run(self.players, self.engines, range(VERSION, VERSION + 1), self.groups)
 
     def more(self, quota: int) -> None:
         for player in self.players.values():
@@ -405,3 +405,28 @@ def test_completions_from_threads_all_arrive_and_a_full_pipe_blocks_nobody() -> 
         items += completions.drain()
     assert sorted(items) == list(range(2 * number))
     completions.close()
+
+
+def test_a_run_that_is_cut_short_leaves_what_is_under_way_to_the_next_one() -> None:
+    rig = Rig(slots=2, quota=6, length=10)
+    rig.environments.held = {1}
+    cut = iter([*[False] * 6, True])
+    rig.loop.run(rig.players, rig.engines, range(VERSION, VERSION + 1), rig.groups, until=lambda: next(cut))
+    assert rig.steps[1] == 0 and 0 < rig.steps[0] < 6, "slot 1 still waits for its environment"
+    rig.environments.held = set()
+    rig.environments.answer("reset", 1)
+    rig.run()
+    assert rig.steps == [6, 6] and rig.loop.engine_error is None
+    assert rig.environments.commands.count(("reset", 1)) == 1
+
+
+def test_of_policies_that_run_ahead_a_range_is_taken() -> None:
+    rig = Rig(slots=1, quota=3, length=10)
+    versions = [VERSION, VERSION + 2, VERSION - 1]
+    rig.engines.answer = lambda number: reply(versions[number])
+    rig.loop.run(rig.players, rig.engines, range(VERSION, VERSION + 100), rig.groups)
+    assert rig.steps == [2]
+    assert (
+        str(rig.loop.engine_error)
+        == f"an engine answered with policy version {VERSION - 1} where {VERSION} or a newer one is current"
+    )

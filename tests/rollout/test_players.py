@@ -200,3 +200,34 @@ def test_a_reward_that_asks_for_them_sees_the_frames_between_the_actions() -> No
     ((fragment,),) = slot.take()
     # 5 (1 + 0.5*2 + 0.25*3), 5 (4 + 0.5*5)
     assert fragment.get_rewards().tolist() == [13.75, 32.5]
+
+
+def test_a_slot_that_runs_ahead_goes_from_share_to_share_and_hands_over_whole_ones() -> None:
+    slot = player()
+    slot.begin_iteration(4, 2)
+    slot.run_ahead(5)
+    slot.started(event("reset", 0))
+    for frame in range(1, 4):
+        assert slot.wants_action() and slot.through == (3 if frame < 3 else 4)
+        slot.stepped(reply(version=frame), event("step", frame))
+    ((iteration, fragments),) = slot.take_shares()
+    assert (iteration, [len(fragment) for fragment in fragments]) == (4, [2]) and slot.take_shares() == []
+    slot.stepped(reply(), event("step", 4))
+    assert slot.through == 5 and not slot.wants_action(), "iteration 6 is not allowed yet"
+    slot.run_ahead(6)
+    assert slot.wants_action() and slot.through == 5
+    ((iteration, (share,)),) = slot.take_shares()
+    assert iteration == 5 and share.get_extra_model_outputs("policy_version").tolist() == [3, 7]
+    assert not share.is_done and len(np.asarray(share.get_observations())) == 3
+
+
+def test_an_evaluation_costs_a_slot_that_runs_ahead_the_running_share_alone() -> None:
+    slot = player()
+    slot.begin_iteration(0, 2)
+    slot.run_ahead(3)
+    slot.started(event("reset", 0))
+    for frame in range(1, 4):
+        slot.stepped(reply(), event("step", frame))
+    slot.begin_share_anew()
+    assert (slot.through, slot.missing, slot.dropped_steps, slot.playing) == (0, 2, 1, False)
+    assert [iteration for iteration, _ in slot.take_shares()] == [0]

@@ -12,7 +12,7 @@ from vlarl_rllib.engines.protocol import NOT_FINITE
 from vlarl_rllib.errors import DivergedError, lower_the_rates
 from vlarl_rllib.rollout import runner_pool
 from vlarl_rllib.rollout.collector import Rollout
-from vlarl_rllib.rollout.contribution import Attached
+from vlarl_rllib.rollout.contribution import Attached, Portion
 from vlarl_rllib.rollout.evaluation import EvaluationRound, StartQueue
 from vlarl_rllib.rollout.runner_pool import RunnerCalls
 from vlarl_rllib.types import EpisodeResult, Start
@@ -236,10 +236,10 @@ def test_with_several_runners_a_task_is_in_few_hands() -> None:
 
 def test_uniform_groups_are_left_out_but_for_what_every_learner_needs() -> None:
     def kept(uniform: list[bool], enough: int) -> list[str]:
-        rollout = Rollout([(1, f"group {index}", 8, same) for index, same in enumerate(uniform)])
+        rollout = Rollout([(1, Portion(f"group {i}", 0, 8, 8, same, {0: 8})) for i, same in enumerate(uniform)])
         rollout.filter_groups(enough)
         assert rollout.lost_steps == 0
-        return [ref for _, ref, _, _ in rollout.slots]
+        return rollout.refs
 
     assert kept([True, False, True, False], enough=1) == ["group 1", "group 3"]
     assert kept([True, False, True], enough=2) == ["group 1", "group 0"]

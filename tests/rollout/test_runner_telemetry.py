@@ -54,7 +54,7 @@ def test_seconds_are_told_once_whenever_the_loop_counts_anew() -> None:
     for seconds in (2.0, 3.0):  # the second time more than the first: nothing looks as if it had begun anew
         loop.env_seconds += seconds
         loop.env_steps[7, "training"] += 5
-        sums = runner.take_sums(Contribution(), seconds=9.0, dropped=1, failures=failures)
+        sums = runner.take_sums(Contribution(seconds=9.0), dropped=1, failures=failures)
         assert (sums["env_seconds"], sums["rollout_seconds"], sums["dropped_steps"]) == (seconds, 9.0, 1.0)
     assert told.counts["env_busy_seconds",] == 5.0
     assert told.counts["env_steps", "7", "training"] == 10

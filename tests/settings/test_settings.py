@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vlarl_rllib.envs.registry import suites
-from vlarl_rllib.settings import NOT_YET, Role, RuntimeArgs, Settings, calculate_runtime_args, known_keys
+from vlarl_rllib.settings import Role, RuntimeArgs, Settings, calculate_runtime_args, known_keys
 from vlarl_rllib.settings.published import PUBLISHED_MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -72,12 +72,6 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
 def test_settings_cannot_be_changed_behind_the_validation() -> None:
     with pytest.raises(ValueError, match="frozen"):
         settings().training.lr = 1.0  # type: ignore[misc]
-
-
-@pytest.mark.parametrize(("key", "only"), NOT_YET.items())
-def test_a_reserved_key_is_accepted_at_its_only_value(key: str, only: Any) -> None:
-    section, leaf = key.split(".")
-    assert settings(**{section: {leaf: only}}) == settings()
 
 
 def test_every_key_has_a_description() -> None:

@@ -69,7 +69,7 @@ class CheckpointedPPO(PPO):
         self.checkpoints.point(directory)
         write_rllib_files(directory, type(self), {"vla": self.config.vla})
         if not self._pulse.ended.is_set():  # the runners may still be at what nobody waits for
-            self.collector.begin_new_episodes()
+            self.collector.leave_checkpoint()
 
     def _save_in_run(self) -> None:
         """Write this iteration's checkpoint; at the end of a run it may be there already."""
@@ -115,7 +115,7 @@ class CheckpointedPPO(PPO):
         directory = Path(path) if path else Path(tempfile.mkdtemp(prefix="vlarl-checkpoint-"))
         with replacing(directory) as partial:
             self._write_checkpoint(partial)
-        self.collector.begin_new_episodes()
+        self.collector.leave_checkpoint()
         return str(directory)
 
     def restore_from_path(self, path: str | Path, **kwargs: Any) -> None:  # type: ignore[override]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from vlarl_rllib.observability.metrics import LastRates, iteration_row, rllib_ev
 from vlarl_rllib.observability.processes import write_processes
 from vlarl_rllib.observability.self_test import SelfTest
 from vlarl_rllib.process.calls import EndRequested
+from vlarl_rllib.ray_compat import nodes_of_actors
+from vlarl_rllib.rollout.async_collector import AsyncCollector
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
 from vlarl_rllib.rollout.placement import check_placement, places
@@ -137,16 +140,20 @@ class VLAPPO(CheckpointedPPO):
     def _connect(self, version: int) -> None:
         """Wire learners, engines and runners for this trial; `version` is the newest one of the weights so far."""
         self.weight_sync = WeightSync(self.learner_group, self.engine_pool, version)
-        self.collector = RolloutCollector(
+        rollout = self._vla.rollout
+        make_collector = (
+            partial(AsyncCollector, max_staleness=rollout.max_staleness) if rollout.async_mode else RolloutCollector
+        )
+        self.collector = make_collector(
             self.env_runner_group,
             self.weight_sync,
             self.engine_pool,
             enough=max(1, len(self.learner_group)),
             reward_service=self.reward_service,
             restore_runners=lambda: self.restore_env_runners(self.env_runner_group),
-            timeout_seconds=self._vla.rollout.timeout_seconds,
+            timeout_seconds=rollout.timeout_seconds,
             ended=self._pulse.ended,
-            filter_groups=self._vla.rollout.filter_groups,
+            filter_groups=rollout.filter_groups,
             if_diverged=lower_the_rates(self._vla.training.rates),
             trial=(self._trial_number, self.config),
         )
@@ -224,6 +231,8 @@ class VLAPPO(CheckpointedPPO):
             evaluation=evaluation,
             policy_version=self.weight_sync.version,
             manifest=self.weight_sync.manifest,
+            engines=self.engine_pool.statuses() if self.engine_pool else [],
+            num_processes=self._plan.num_processes * self._vla.rollout.num_runners,
             restarts={name: count - self._earlier_restarts[name] for name, count in self._restarts().items()},
         )
         if self._trial_run is not None:
@@ -243,19 +252,34 @@ class VLAPPO(CheckpointedPPO):
         with self.ledger.timed("sample"), self.metrics.log_time((names.TIMERS, names.ENV_RUNNER_SAMPLING_TIMER)):
             wanted = self.iteration, self._vla.rollout.quota, self._successes.weights()
             rollout = self.collector.collect(*wanted)
-            while lost := self.learner_group.receive(rollout.refs, rollout.num_decisions):  # with their runner
+            while lost := self._deliver(rollout):
                 rollout.drop(lost)
                 self.collector.collect(*wanted, rollout)
             self._take_note(rollout)
 
-        with self.ledger.timed("update"), self.metrics.log_time((names.TIMERS, names.LEARNER_UPDATE_TIMER)):
+        with (
+            self.ledger.timed("update"),
+            self.ledger.learners_work(),
+            self.metrics.log_time((names.TIMERS, names.LEARNER_UPDATE_TIMER)),
+        ):
             steps = self.metrics.peek((names.ENV_RUNNER_RESULTS, names.NUM_ENV_STEPS_SAMPLED_LIFETIME))
             timesteps = {names.NUM_ENV_STEPS_SAMPLED_LIFETIME: steps}
-            learner_results = self.learner_group.update(iteration=self.iteration, timesteps=timesteps)
+            learner_results = self.learner_group.update(
+                iteration=self.iteration, timesteps=timesteps, meanwhile=self.collector.meanwhile
+            )
             self.metrics.aggregate(learner_results, key=names.LEARNER_RESULTS)
 
-        with self.ledger.timed("sync"), self.metrics.log_time((names.TIMERS, names.SYNCH_WORKER_WEIGHTS_TIMER)):
+        with (
+            self.ledger.timed("sync"),
+            self.ledger.learners_work(),
+            self.metrics.log_time((names.TIMERS, names.SYNCH_WORKER_WEIGHTS_TIMER)),
+        ):
             self.weight_sync.push()
+
+    def _deliver(self, rollout: Rollout) -> list[int]:
+        """Have the learners fetch what was sampled; the portions that were lost with their runners."""
+        with self.ledger.learners_work():
+            return self.learner_group.receive(rollout.refs, rollout.num_decisions)
 
     def _take_note(self, rollout: Rollout) -> None:
         """What an iteration's rollout says beside its steps."""
@@ -263,7 +287,8 @@ class VLAPPO(CheckpointedPPO):
         for result in rollout.results:
             self._successes.add(result.task_id, result.initial_state, result.success)
         self.metrics.aggregate(rollout.metrics, key=names.ENV_RUNNER_RESULTS)
-        self.ledger.faults["dropped_steps"] += rollout.lost_steps
+        self.ledger.staleness = rollout.staleness or {0: sum(rollout.num_decisions)}
+        self.ledger.faults.update(dropped_steps=rollout.lost_steps, stale_steps=rollout.stale_steps)
         if (store := self.checkpoints.store) is not None:
             write_processes(
                 store.root.parent,
@@ -271,6 +296,7 @@ class VLAPPO(CheckpointedPPO):
                 learners=self.learner_group.pids,
                 engines=self.engine_pool.pids if self.engine_pool else [],
                 reward_worker=self.reward_service.pid if self.reward_service else None,
+                nodes=nodes_of_actors(self._run_name),
             )
 
     # Faults

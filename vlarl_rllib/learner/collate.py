@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlarl_rllib.models.family import ActionFormat
-from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY
+from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VERSION_KEY
 
 if TYPE_CHECKING:
     from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -42,6 +42,8 @@ class RolloutBatch:
     """[N, A] bool: tokens of actions that were played."""
     durations: Tensor
     """[N] int64: environment steps of each decision."""
+    versions: Tensor
+    """[N] int64: policy version that made each decision."""
     rewards: Tensor
     """[N] float32: the discounted sum of those of its environment steps (the plain one where group advantages have no
     discount)."""
@@ -121,14 +123,10 @@ def collate(
             "contributions: every learner needs at least one fragment, and a fragment at least one decision; got an "
             "empty one"
         )
-    frames, rewards, tokens, log_probs, durations = [], [], [], [], []
-    for episode in fragments:
-        images = np.asarray(episode.get_observations())
-        frames.append(images)
-        rewards.append(np.asarray(episode.get_rewards(), dtype=np.float32))
-        tokens.append(np.asarray(episode.get_actions(), dtype=np.int64))
-        log_probs.append(np.asarray(episode.get_extra_model_outputs(LOG_PROBS_KEY), dtype=np.float32))
-        durations.append(np.asarray(episode.get_extra_model_outputs(DURATION_KEY), dtype=np.int64))
+    frames = [np.asarray(episode.get_observations()) for episode in fragments]
+    rewards = np.concatenate([np.asarray(episode.get_rewards(), dtype=np.float32) for episode in fragments])
+    tokens = np.concatenate([np.asarray(episode.get_actions(), dtype=np.int64) for episode in fragments])
+    durations = _column(fragments, DURATION_KEY, np.int64)
     lengths = np.array([len(episode) for episode in fragments])
     terminated = np.array([bool(episode.is_terminated) for episode in fragments])
     num_decisions = int(lengths.sum())
@@ -146,11 +144,12 @@ def collate(
         ),
         frame_prompt=np.concatenate([fragment_prompt[fragment], fragment_prompt[~terminated]]),
         prompts=[prompt_ids(instruction) for instruction in prompts],
-        tokens=np.concatenate(tokens),
-        behaviour_log_probs=torch.from_numpy(np.concatenate(log_probs)),
-        executed=torch.from_numpy(actions.executed_tokens(np.concatenate(durations))),
-        durations=torch.from_numpy(np.concatenate(durations)),
-        rewards=torch.from_numpy(np.concatenate(rewards)),
+        tokens=tokens,
+        behaviour_log_probs=torch.from_numpy(_column(fragments, LOG_PROBS_KEY, np.float32)),
+        executed=torch.from_numpy(actions.executed_tokens(durations)),
+        durations=torch.from_numpy(durations),
+        versions=torch.from_numpy(_column(fragments, VERSION_KEY, np.int64)),
+        rewards=torch.from_numpy(rewards),
         fragment=fragment,
         column=np.concatenate([np.arange(length) for length in lengths]),
         fragment_contribution=np.repeat(
@@ -160,6 +159,11 @@ def collate(
         fragment_bootstrap=bootstrap,
         contribution_steps=tuple(sum(len(episode) for episode in contribution) for contribution in contributions),
     )
+
+
+def _column(fragments: Sequence[SingleAgentEpisode], key: str, dtype: Any) -> np.ndarray:
+    """An extra model output of all decisions, [N, ...]."""
+    return np.concatenate([np.asarray(episode.get_extra_model_outputs(key), dtype=dtype) for episode in fragments])
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,8 @@ class VLALearner(Rank, PPOTorchLearner):
         super().__init__(**kwargs)
         self.settings = Settings.from_dict(self.config.vla)
         self._batch: RolloutBatch | None = None
+        self._gap = 0.0, 0.0
+        """Mean and largest log-prob gap, as of when decisions of the newest policy came in last."""
 
     def join(self, rank: int, world_size: int, address: str, port: int) -> int:
         self._set_learner_index_and_placement_group(learner_index=rank, placement_group=None)
@@ -326,11 +328,14 @@ class VLALearner(Rank, PPOTorchLearner):
     def _log_targets(
         self, batch: RolloutBatch, values: Tensor, targets: Tensor, advantages: Tensor, log_probs: Tensor
     ) -> None:
-        gap = torch.where(batch.executed, (log_probs - batch.behaviour_log_probs).abs(), 0.0)
+        # A policy that is behind differs by what was learned since, not by how it is computed.
+        fresh = batch.versions == self.module[DEFAULT_MODULE_ID].weights_version
+        gap = torch.where(batch.executed & fresh[:, None], (log_probs - batch.behaviour_log_probs).abs(), 0.0)
         error, centred = (targets - values).double(), targets.double()
         sums = fsdp.all_reduce_sums(
             {
                 "n": float(batch.num_decisions),
+                "fresh": float(fresh.sum()),
                 "gap": (gap.sum(1) / batch.executed.sum(1)).sum().item(),
                 "advantage": advantages.abs().sum().item(),
                 "reward": batch.rewards.sum().item(),
@@ -344,9 +349,13 @@ class VLALearner(Rank, PPOTorchLearner):
         n = sums["n"]
         target_variance = sums["target2"] / n - (sums["target"] / n) ** 2
         error_variance = sums["error2"] / n - (sums["error"] / n) ** 2
+        largest = fsdp.all_reduce_max(gap.max().item())
+        if sums["fresh"]:
+            self._gap = sums["gap"] / sums["fresh"], largest
         self._log(
-            logprob_gap_mean=sums["gap"] / n,
-            logprob_gap_max=fsdp.all_reduce_max(gap.max().item()),
+            logprob_gap_mean=self._gap[0],
+            logprob_gap_max=self._gap[1],
+            logprob_gap_samples=sums["fresh"],
             advantage_abs_mean=sums["advantage"] / n,
             reward_mean=sums["reward"] / n,
             value_mean=sums["value"] / n,

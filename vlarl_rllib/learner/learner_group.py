@@ -89,11 +89,19 @@ class VLALearnerGroup(LearnerGroup):
         self._received = [(steps, owner) for steps, owner in zip(arrived, owners, strict=True) if steps is not None]
         return [index for index, steps in enumerate(arrived) if steps is None]
 
-    def update(self, *, iteration: int, timesteps: dict[str, Any] | None = None, **kwargs: Any) -> list[dict[str, Any]]:  # type: ignore[override]
+    def update(  # type: ignore[override]
+        self,
+        *,
+        iteration: int,
+        timesteps: dict[str, Any] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+        **kwargs: Any,
+    ) -> list[dict[str, Any]]:
         """One PPO iteration on what `receive` brought.
 
         Args:
             iteration: counts from 0.
+            meanwhile: what to do now and then, where learners are actors.
 
         Returns:
             Each rank's metrics.
@@ -113,7 +121,7 @@ class VLALearnerGroup(LearnerGroup):
             num_ranks=ranks,
             seed=self.ranks.settings.run.seed * 1_000_003 + iteration,
         )
-        return self.call("update", plan=plan, iteration=iteration, timesteps=timesteps)
+        return self.call("update", plan=plan, iteration=iteration, timesteps=timesteps, meanwhile=meanwhile)
 
     @property
     def local_module(self) -> Any:

@@ -65,8 +65,8 @@ class LossOutputs:
     loss: Tensor
     """Scalar: summed over valid decisions, divided by `num_valid`."""
     sums: dict[str, Tensor]
-    """Detached scalars: policy_loss, value_loss, entropy, approx_kl, clip_fraction (sums), ratio_deviation (largest
-    |ratio - 1|)."""
+    """Detached scalars: policy_loss, value_loss, entropy, approx_kl, clip_fraction, importance_weight,
+    importance_capped (sums), ratio_deviation (largest |ratio - 1|)."""
 
 
 def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
@@ -82,11 +82,8 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
     played = _units(inputs.executed, settings).any(2)
     log_ratio = _joint(inputs.log_probs - inputs.old_log_probs, inputs.executed, settings)
     ratio = log_ratio.exp()
-    correction = (
-        _joint(inputs.old_log_probs - inputs.behaviour_log_probs, inputs.executed, settings)
-        .exp()
-        .clamp(max=settings.importance_cap)
-    )
+    weight = _joint(inputs.old_log_probs - inputs.behaviour_log_probs, inputs.executed, settings).exp()
+    correction = weight.clamp(max=settings.importance_cap)
     advantages = inputs.advantages[:, None] * correction
     clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     policy_loss = -_mean_of_played(torch.minimum(ratio * advantages, clipped * advantages), played)
@@ -104,6 +101,8 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
         "entropy": _masked_sum(inputs.entropy, mask),
         "approx_kl": _masked_sum(kl, mask),
         "clip_fraction": _masked_sum(outside, mask),
+        "importance_weight": _masked_sum(_mean_of_played(correction, played), mask),
+        "importance_capped": _masked_sum(_mean_of_played((weight > settings.importance_cap).float(), played), mask),
         "ratio_deviation": deviation.max() if len(mask) else deviation.sum(),
     }
     return LossOutputs(

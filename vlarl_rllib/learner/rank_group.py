@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 PING_SECONDS = 10.0
 """A learner that no call keeps busy answers at once; after this long it counts as lost."""
+MEANWHILE_SECONDS = 0.02
+"""How often the driver does something else while learners work."""
 
 
 class LearnerError(RuntimeError):
@@ -112,12 +114,18 @@ class RankGroup:
     # Calls
 
     def call(
-        self, method: str, *args: Any, per_rank: Sequence[tuple[Any, ...]] | None = None, **kwargs: Any
+        self,
+        method: str,
+        *args: Any,
+        per_rank: Sequence[tuple[Any, ...]] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+        **kwargs: Any,
     ) -> list[Any]:
         """Call `method` on every rank at once; results in rank order.
 
         Args:
             per_rank: further positional arguments of each rank.
+            meanwhile: what to do now and then while actors work.
 
         Raises:
             LearnerGroupError: as soon as one rank dies, or where one takes longer than `timeout_seconds`.
@@ -128,15 +136,21 @@ class RankGroup:
         if self.local is not None:
             return [getattr(self.local, method)(*extra[0], *args, **kwargs)]
         return self._wait(
-            [getattr(w, method).remote(*extra[rank], *args, **kwargs) for rank, w in enumerate(self.workers)]
+            [getattr(w, method).remote(*extra[rank], *args, **kwargs) for rank, w in enumerate(self.workers)],
+            meanwhile,
         )
 
-    def _wait(self, refs: list[Any]) -> list[Any]:
+    def _wait(self, refs: list[Any], meanwhile: Callable[[], None] | None = None) -> list[Any]:
         """Results of all `refs`; looks at each as it arrives, since a failed rank leaves the others waiting in a
         collective."""
         pending, deadline = list(refs), time.monotonic() + self.timeout_seconds
         while pending:
-            ready, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            ready, pending = ray.wait(pending, timeout=left if meanwhile is None else min(left, MEANWHILE_SECONDS))
+            if meanwhile is not None:
+                meanwhile()
+                if not ready and time.monotonic() < deadline:
+                    continue
             if not ready:
                 ranks = [refs.index(ref) for ref in pending]
                 raise LearnerGroupError(

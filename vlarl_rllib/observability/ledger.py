@@ -11,6 +11,8 @@ from typing import Any
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, LEARNER_RESULTS
 
+from vlarl_rllib.engines.protocol import EngineStatus
+from vlarl_rllib.observability.idle import IdleTime
 from vlarl_rllib.observability.metrics import (
     FAULTS,
     LastRates,
@@ -45,11 +47,25 @@ class Ledger:
         self.rates = LastRates()
         self.episodes: Sequence[EpisodeResult] = ()
         """Those that ended in the running iteration."""
+        self.staleness: Mapping[int, int] = {}
+        """Of what the running iteration learns from: decisions by how many updates their policy was behind."""
+        self.learner_seconds = 0.0
+        """Of the running iteration, in which learners were at work."""
+        self._idle = IdleTime()
         self.initial_evaluation: dict[str, Any] | None = None
         """What was played before the first iteration."""
         self._earlier_faults, self._lost_before = earlier_faults, LOST.count
         self._self_test = self_test
         self._git_revision = source_revision()
+
+    @contextmanager
+    def learners_work(self) -> Iterator[None]:
+        """What happens inside keeps the learners busy."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.learner_seconds += time.perf_counter() - began
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -70,11 +86,15 @@ class Ledger:
         policy_version: int,
         manifest: WeightManifest | None,
         restarts: Mapping[str, int],
+        engines: Sequence[EngineStatus | None],
+        num_processes: int,
     ) -> None:
         """Put `vlarl` and `vlarl_details` into RLlib's results of an iteration; the next one's seconds begin at 0.
 
         Args:
             restarts: of parts that count them themselves, by kind of fault.
+            engines: as they are now.
+            num_processes: environment processes of all runners.
 
         Raises:
             SelfTestError: sampler and learner do not compute the same policy.
@@ -85,7 +105,7 @@ class Ledger:
         initial = self.initial_evaluation if iteration == 1 else None
         self_test = self._self_test.take(iteration, results[LEARNER_RESULTS][DEFAULT_MODULE_ID])
         self.faults["failed_self_tests"] += bool(self_test and self_test["failed"])
-        details = iteration_details(self.episodes, initial, evaluation, self._git_revision)
+        details = iteration_details(self.episodes, initial, evaluation, self._git_revision, self.staleness)
         results["vlarl_details"] = details | {"self_test": self_test}
         self.rates.add(results["vlarl_details"])
         results["vlarl"] = iteration_metrics(
@@ -98,7 +118,16 @@ class Ledger:
             policy_version=policy_version,
             manifest=manifest,
             faults=self._total_faults(results[ENV_RUNNER_RESULTS], restarts),
+            staleness=self.staleness,
+            idle=self._idle.take(
+                wall_seconds,
+                learner_seconds=self.learner_seconds,
+                engines=engines,
+                env_seconds=results[ENV_RUNNER_RESULTS]["env_seconds"],
+                num_processes=num_processes,
+            ),
         )
+        self.learner_seconds = 0.0
         tell_iteration(self._telemetry, results)
 
     def close(self) -> None:

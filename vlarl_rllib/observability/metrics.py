@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,9 @@ LEARNER_METRICS = (
     "grad_norm_critic",
     "logprob_gap_mean",
     "logprob_gap_max",
+    "logprob_gap_samples",
+    "importance_weight",
+    "importance_capped",
     "advantage_abs_mean",
     "reward_mean",
     "value_mean",
@@ -75,6 +78,7 @@ FAULTS = (
     "learner_restarts",
     "trial_restarts",
     "dropped_steps",
+    "stale_steps",
     "reward_zeros",
     "reward_cpu_retries",
     "repeated_iterations",
@@ -117,6 +121,7 @@ def iteration_details(
     initial_evaluation: dict[str, Any] | None,
     evaluation: dict[str, Any] | None,
     git_revision: str | None,
+    staleness: Mapping[int, int],
 ) -> dict[str, Any]:
     """`result["vlarl_details"]`: what is not there in every iteration, or no number.
 
@@ -125,6 +130,7 @@ def iteration_details(
         initial_evaluation: what `evaluation_metrics` made before the first iteration, else None.
         evaluation: the same behind this iteration, None where none was due.
         git_revision: `source_revision` of the trial's process.
+        staleness: decisions by how many updates their policy was behind.
     """
     return {
         **_success(episodes),
@@ -133,6 +139,7 @@ def iteration_details(
         "initial_evaluation": initial_evaluation,
         "evaluation": evaluation,
         "git_revision": git_revision,
+        "staleness": {str(behind): staleness[behind] for behind in sorted(staleness)},
     }
 
 
@@ -169,6 +176,8 @@ def iteration_metrics(
     policy_version: int,
     manifest: WeightManifest | None,
     faults: dict[str, int],
+    staleness: Mapping[int, int],
+    idle: dict[str, float],
 ) -> dict[str, Any]:
     """Pick the numbers out of RLlib's result of an iteration: the same keys every time, each of them a number.
 
@@ -176,6 +185,8 @@ def iteration_metrics(
         num_episodes: that ended in the iteration.
         timestamp: its end, Unix seconds.
         faults: see `FAULTS`.
+        staleness: decisions by how many updates their policy was behind.
+        idle: see `idle.IdleTime`.
     """
     runners = results["env_runners"]
     learner = results["learners"]["default_policy"]
@@ -194,6 +205,10 @@ def iteration_metrics(
         "env_steps_per_second": _rate(runners[names.NUM_ENV_STEPS_SAMPLED], seconds.get("sample")),
         "decisions_per_second": _rate(runners["decisions"], seconds.get("sample")),
         "trained_samples_per_second": _rate(learner["trained_samples"], seconds.get("update")),
+        "staleness_mean": sum(behind * decisions for behind, decisions in staleness.items())
+        / max(1, sum(staleness.values())),
+        "staleness_max": max(staleness, default=0),
+        "idle_seconds": idle,
         "seconds": {name: float(seconds.get(name, 0.0)) for name in SECONDS},
         "policy_version": policy_version,
         "sync_bytes": manifest.num_bytes if manifest else 0,

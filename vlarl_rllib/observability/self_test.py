@@ -166,11 +166,13 @@ class SelfTest:
 
         Returns:
             `failed`, the checks that failed now, and `told`, a line for a person; None where there is nothing to tell
-            and nothing failed.
+            and nothing failed, or nothing to judge on.
 
         Raises:
             SelfTestError: the gap is so large that nothing can be learned.
         """
+        if not numbers["logprob_gap_samples"]:  # every decision came from a policy that is behind
+            return None
         judgement = judge(numbers, self._expected)
         when = self._occasion(iteration, numbers)
         line = f"self-test{f', iteration {iteration}' if when is None else when}: {judgement.numbers}: "

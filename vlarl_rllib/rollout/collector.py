@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
-from vlarl_rllib.rollout.contribution import Contribution
+from vlarl_rllib.rollout.contribution import Contribution, Portion
 from vlarl_rllib.rollout.runner_pool import RunnerCalls
 from vlarl_rllib.types import EpisodeResult
 
@@ -16,43 +16,55 @@ from vlarl_rllib.types import EpisodeResult
 class Rollout:
     """An iteration's decisions."""
 
-    slots: list[tuple[int, Any, int, bool, int]] = field(default_factory=list)
-    """(runner, ref of its fragments, decisions, whether they are a uniform group, environment steps) of each slot, or
-    group of episodes, in an order that does not depend on who was faster."""
+    portions: list[tuple[int, Portion]] = field(default_factory=list)
+    """With their runners, in an order that does not depend on who was faster."""
     metrics: list[Any] = field(default_factory=list)
     results: list[EpisodeResult] = field(default_factory=list)
     """Episodes that ended, in the order of the runners."""
     lost_steps: int = 0
     """Environment steps that were played and died with their runner before the learners had them."""
+    stale_steps: int = 0
+    """Environment steps that were left out because their policy was too old."""
     pids: dict[int, Any] = field(default_factory=dict)
     """By runner, its process and those of its environments."""
+    staleness: Mapping[int, int] = field(default_factory=dict)
+    """Decisions by how many updates their policy is behind the learners'."""
 
     def add(self, contribution: Contribution) -> None:
-        parts = contribution.refs, contribution.num_decisions, contribution.uniform, contribution.env_steps
-        self.slots += zip(repeat(contribution.runner), *parts, strict=False)
-        self.slots.sort(key=lambda slot: slot[0])
+        self.portions += zip(repeat(contribution.runner), contribution.portions)
+        self.portions.sort(key=lambda item: item[0])
         self.results += contribution.results
-        self.metrics.append(contribution.metrics)
+        if contribution.metrics is not None:
+            self.metrics.append(contribution.metrics)
         self.pids[contribution.runner] = contribution.pids
+
+    def join(self, other: Rollout) -> None:
+        """Take over all of another one."""
+        self.portions = sorted(self.portions + other.portions, key=lambda item: item[0])
+        self.results += other.results
+        self.metrics += other.metrics
+        self.lost_steps += other.lost_steps
+        self.stale_steps += other.stale_steps
+        self.pids |= other.pids
 
     @property
     def refs(self) -> list[Any]:
-        return [slot[1] for slot in self.slots]
+        return [portion.ref for _, portion in self.portions]
 
     @property
     def num_decisions(self) -> list[int]:
-        return [slot[2] for slot in self.slots]
+        return [portion.num_decisions for _, portion in self.portions]
 
     def drop(self, indices: Sequence[int]) -> None:
-        """Forget these slots' decisions, which are lost."""
-        self.lost_steps += sum(self.slots[index][4] for index in indices)
-        self.slots = [slot for index, slot in enumerate(self.slots) if index not in indices]
+        """Forget these portions, which are lost."""
+        self.lost_steps += sum(self.portions[index][1].env_steps for index in indices)
+        self.portions = [item for index, item in enumerate(self.portions) if index not in indices]
 
     def filter_groups(self, enough: int) -> None:
         """Leave out uniform groups, but for what is needed to give every learner something."""
-        told_apart = [slot for slot in self.slots if not slot[3]]
-        uniform = [slot for slot in self.slots if slot[3]]
-        self.slots = told_apart + uniform[: max(0, enough - len(told_apart))]
+        told_apart = [item for item in self.portions if not item[1].uniform]
+        uniform = [item for item in self.portions if item[1].uniform]
+        self.portions = told_apart + uniform[: max(0, enough - len(told_apart))]
 
 
 class RolloutCollector(RunnerCalls):
@@ -68,6 +80,9 @@ class RolloutCollector(RunnerCalls):
     def __init__(self, *runners_sync_and_pool: Any, enough: int, filter_groups: bool = False, **calls: Any) -> None:
         super().__init__(*runners_sync_and_pool, **calls)
         self._enough, self._filter_groups = enough, filter_groups
+
+    meanwhile: Callable[[], None] | None = None
+    """What to do now and then while the learners update."""
 
     def collect(
         self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float], rollout: Rollout | None = None
@@ -93,7 +108,9 @@ class RolloutCollector(RunnerCalls):
             )
             for contribution in contributions:
                 rollout.add(contribution)
-            if len(rollout.slots) >= self._enough and not any(contribution.missing for contribution in contributions):
+            if len(rollout.portions) >= self._enough and not any(
+                contribution.missing for contribution in contributions
+            ):
                 if self._filter_groups:
                     rollout.filter_groups(self._enough)
                 return rollout

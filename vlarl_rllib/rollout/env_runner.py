@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 import time
 import traceback
-import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,11 @@ from vlarl_rllib.envs.registry import frames_per_second
 from vlarl_rllib.envs.vector import SlotProcesses
 from vlarl_rllib.models.family import ActionFormat, load_family
 from vlarl_rllib.rewards import make_rewards
-from vlarl_rllib.rollout.contribution import Attached, Contribution
+from vlarl_rllib.rollout.contribution import Attached, Contribution, Order
 from vlarl_rllib.rollout.curriculum import AdaptiveCurriculum
 from vlarl_rllib.rollout.evaluation import Evaluation, EvaluationRound, StartQueue
 from vlarl_rllib.rollout.loop import Completions, SlotLoop, make_groups
-from vlarl_rllib.rollout.players import is_uniform, num_env_steps
+from vlarl_rllib.rollout.players import TrainingPlayer
 from vlarl_rllib.rollout.slot_env import SlotVectorEnv, slot_spaces
 from vlarl_rllib.rollout.telemetry import RunnerTelemetry
 from vlarl_rllib.rollout.training_players import RunnerSlots
@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 NO_ACTIONS = ActionFormat(1, 1, range(1))
 """In place of a policy's, which is not known."""
+NEWEST = sys.maxsize
+"""Above every policy version."""
 
 
 class VLAEnvRunner(SingleAgentEnvRunner):
@@ -63,7 +65,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         self._engine_spec: EngineSpec = config.engine_spec()
         self._sampler: SamplerClient | None = None
         self._version = 0
-        self._iteration = -1
+        self._iteration = self._generation = -1
         self._evaluation: Evaluation | None = None
         self._failure: str | None = None
         self._trial = 0
@@ -167,7 +169,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             else rollout.quota
         )
         contribution = self.sample_slots(self._iteration + 1, per_slot)
-        return [episode for ref in contribution.refs for episode in ray.get(ref)]
+        return [episode for portion in contribution.portions for episode in ray.get(portion.ref)]
 
     def assert_healthy(self) -> None:
         assert self._failure or (self.env is not None and self.env.processes.pids()), (
@@ -197,6 +199,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             return
         self.begin_new_episodes()
         self.config, self.settings, self._trial = config, Settings.from_dict(config.vla), trial
+        self._generation = -1
         self._make_players()
         self._tell.forget_counts()
         self.telemetry.follow(*self._run_labels())
@@ -221,7 +224,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
                 engine = TorchEngine(self._engine_spec)
                 watch_sampling(self.telemetry, engine, engine.actions)
                 self._sampler = LocalSampler(engine, self._loop.completions)
-            if manifest is not None:
+            if manifest is not None and manifest.version != self._sampler.policy_version:
                 self._sampler.load_weights(manifest)
         self._version = version
         self.module.weights_version = version
@@ -246,23 +249,54 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             self._iteration = iteration
             for player in self._players.values():
                 player.begin_iteration(iteration, quota)
-        began = time.perf_counter()
-        played = sum(player.num_played for player in self._players.values())
-        self._loop.run(self._players, self._require_sampler(), self._version, self._groups(2))
-        contribution = self._collect()
-        # Below 0 where a death cost more than was played.
-        contribution.played = max(0, sum(player.num_played for player in self._players.values()) - played)
-        self._log_rollout(contribution, time.perf_counter() - began)
-        contribution.metrics = self.get_metrics()
-        return contribution
+        contribution = self._play(self._current_version())
+        contribution.missing = sum(player.missing for player in self._players.values())
+        for player in self._players.values() if not contribution.missing else ():
+            for fragments in player.take():
+                self._hand_over(contribution, player, fragments, iteration)
+        return self._logged(contribution)
+
+    def play_ahead(self, attach: dict[str, Any], order: Order) -> Contribution:
+        """Play on, for `order.seconds` or until all slots have one more share, and hand over what is finished.
+
+        Args:
+            attach: arguments of `attach`.
+        """
+        attached = self.attach(**attach)
+        if attached.failure or order.trial != self._trial:
+            return Contribution(runner=self.worker_index, attached=attached)
+        if isinstance(self._curriculum, AdaptiveCurriculum):
+            self._curriculum.weights = order.weights
+        if order.generation != self._generation:
+            self._generation = order.generation
+            self._end_episodes(TrainingPlayer.abandon)
+            for player in self._players.values():
+                player.begin_iteration(order.first, order.quota)
+        for player in self._players.values():
+            player.run_ahead(order.last)
+        before, end = self._through(), time.monotonic() + order.seconds
+        contribution = self._play(
+            range(order.oldest_version, NEWEST), lambda: self._through() > before or time.monotonic() > end
+        )
+        contribution.attached, contribution.generation = attached, order.generation
+        contribution.through = self._through()
+        for player in self._players.values():
+            for iteration, fragments in player.take_shares():
+                self._hand_over(contribution, player, fragments, iteration)
+        return self._logged(contribution)
 
     def begin_new_episodes(self) -> None:
         """End the running episodes where they are, unseen, and count the next `sample_slots` as a new iteration,
-        whatever its number."""
-        self._iteration, self._evaluation = -1, None
+        whatever its number; of shares that run ahead the running ones are begun anew."""
+        self._iteration = -1
+        ahead = self.settings.rollout.async_mode
+        self._end_episodes(TrainingPlayer.begin_share_anew if ahead else TrainingPlayer.abandon)
+
+    def _end_episodes(self, forget: Callable[[TrainingPlayer], None]) -> None:
+        self._evaluation = None
         self._loop.abandon()
         for player in self._players.values():
-            player.abandon()
+            forget(player)
 
     def evaluate(
         self,
@@ -293,7 +327,7 @@ class VLAEnvRunner(SingleAgentEnvRunner):
         evaluation, deaths = self._evaluation, self._loop.env_deaths
         evaluation.begin_round(starts, seconds, record)
         self._loop.run(
-            evaluation.players, self._require_sampler(), self._version, self._groups(1), "evaluation"
+            evaluation.players, self._require_sampler(), self._current_version(), self._groups(1), "evaluation"
         )  # the queue's order is one of all slots
         evaluation.round.env_deaths = self._loop.env_deaths - deaths
         evaluation.round.engine_error = str(self._loop.engine_error) if self._loop.engine_error else None
@@ -308,25 +342,31 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             raise RuntimeError("attach() comes before sampling: this runner knows no engine")
         return self._sampler
 
-    def _collect(self) -> Contribution:
-        error = self._loop.engine_error
-        contribution = Contribution(
-            missing=sum(player.missing for player in self._players.values()),
+    def _current_version(self) -> range:
+        return range(self._version, self._version + 1)
+
+    def _through(self) -> int:
+        """The newest iteration whose share all slots have played."""
+        return min(player.through for player in self._players.values())
+
+    def _play(self, versions: range, until: Callable[[], bool] = lambda: False) -> Contribution:
+        """Run the loop; what it was like, with nothing handed over yet."""
+        began, played = time.perf_counter(), sum(player.total_played for player in self._players.values())
+        self._loop.run(self._players, self._require_sampler(), versions, self._groups(2), until=until)
+        now, error = sum(player.total_played for player in self._players.values()), self._loop.engine_error
+        return Contribution(
+            played=max(0, now - played),  # below 0 where a death cost more than was played
+            seconds=time.perf_counter() - began,
             engine_error=str(error) if error else None,
             runner=self.worker_index,
             pids={"runner": os.getpid(), "environments": self.env.processes.pids()},
         )
-        for slot, player in self._players.items() if not contribution.missing else ():
-            for fragments in player.take():
-                self._tell_of(fragments, slot)
-                contribution.refs.append(ray.put(fragments))
-                contribution.num_decisions.append(sum(map(len, fragments)))
-                contribution.env_steps.append(sum(map(num_env_steps, fragments)))
-                contribution.uniform.append(self.settings.rollout.group_size > 1 and is_uniform(fragments))
-                contribution.token_checksum += sum(
-                    zlib.crc32(tokens.tobytes()) for fragment in fragments for tokens in fragment.get_actions()
-                )
-        return contribution
+
+    def _hand_over(
+        self, contribution: Contribution, player: TrainingPlayer, fragments: list[SingleAgentEpisode], iteration: int
+    ) -> None:
+        self._tell_of(fragments, player.slot)
+        contribution.add(fragments, iteration, is_group=self.settings.rollout.group_size > 1)
 
     def _tell_of(self, fragments: list[SingleAgentEpisode], slot: int) -> None:
         """RLlib's callbacks for what is handed over; of an episode that ends they see the last fragment, and
@@ -343,25 +383,25 @@ class VLAEnvRunner(SingleAgentEnvRunner):
             name, self._callbacks, functions, kwargs={"env_runner": self, "metrics_logger": self.metrics, **arguments}
         )
 
-    def _log_sampled(self, env_steps: int, decisions: int, episodes: int) -> None:
-        """RLlib's counters; of its module, whose steps are decisions, RLlib itself counts environment steps."""
-        self._increase_sampled_metrics(env_steps, episodes)
-        for name, reduce in ((NUM_MODULE_STEPS_SAMPLED, "sum"), (NUM_MODULE_STEPS_SAMPLED_LIFETIME, "lifetime_sum")):
-            self.metrics.log_value((name, DEFAULT_MODULE_ID), decisions - env_steps, reduce=reduce)
-
-    def _log_rollout(self, contribution: Contribution, seconds: float) -> None:
-        """Metrics since the last call; RLlib adds up or averages them over runners."""
+    def _logged(self, contribution: Contribution) -> Contribution:
+        """With metrics since the last call; RLlib adds up or averages them over runners."""
         results = [result for player in self._players.values() for result in player.results]
         dropped = sum(player.dropped_steps for player in self._players.values())
         for player in self._players.values():
             player.results, player.dropped_steps = [], 0
         contribution.results = results
-        self._log_sampled(sum(contribution.env_steps), sum(contribution.num_decisions), len(results))
+        env_steps = contribution.env_steps
+        self._increase_sampled_metrics(env_steps, len(results))
+        for name, reduce in ((NUM_MODULE_STEPS_SAMPLED, "sum"), (NUM_MODULE_STEPS_SAMPLED_LIFETIME, "lifetime_sum")):
+            # RLlib counts environment steps for its module, whose steps are decisions.
+            self.metrics.log_value((name, DEFAULT_MODULE_ID), contribution.num_decisions - env_steps, reduce=reduce)
         for result in results:
             self._log_episode_metrics(result.length, result.reward, 0.0)
         self._tell.tell_of(results)
         failures = self._rewards.failures
-        sums = self._tell.take_sums(contribution, seconds=seconds, dropped=dropped, failures=failures)
+        sums = self._tell.take_sums(contribution, dropped=dropped, failures=failures)
         for name, value in sums.items():
             self.metrics.log_value(name, value, reduce="sum")
         self._rewards.failures.clear()
+        contribution.metrics = self.get_metrics()
+        return contribution

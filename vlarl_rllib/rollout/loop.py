@@ -27,7 +27,7 @@ from vlarl_rllib.types import SampleReply
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.25
 """How often time-outs are looked at while nothing happens."""
 
 
@@ -136,26 +136,29 @@ class SlotLoop:
         self,
         players: Mapping[int, Player],
         sampler: SamplerClient,
-        version: int,
+        versions: range,
         groups: Iterable[Sequence[int]],
         purpose: str = "training",
+        *,
+        until: Callable[[], bool] = lambda: False,
     ) -> None:
         """Play until every player rests, or until the engine failed (`engine_error`) and nothing is in flight any more.
 
         Args:
             players: by slot; other slots stay as they are.
-            version: policy version that every reply must carry.
+            versions: policy versions that a reply may carry.
             groups: of slots, which together hold each player's once. A group's requests are sent in one call, when none
                 of its slots is under way.
             purpose: what steps are counted as.
+            until: says whether to return at once; what is under way then is the next run's, of the same players.
         """
         self.engine_error = None
         self._purpose = purpose
-        self._players, self._sampler, self._version = players, sampler, version
+        self._players, self._sampler, self._versions = players, sampler, versions
         self._groups = [[slot for slot in group if slot in players] for group in groups]
         self._begin_idle()
         self._send_requests()
-        while self._waiting(players):
+        while self._waiting(players) and not until():
             wait([*self._processes.connections(), self.completions.fileno()], timeout=POLL_SECONDS)
             for event in self._processes.poll(0):
                 self._on_event(event)
@@ -235,11 +238,13 @@ class SlotLoop:
         if isinstance(outcome, Exception):
             self._fail(slot, outcome)
             return
-        if outcome.policy_version != self._version:
+        if outcome.policy_version not in self._versions:
+            newest = "" if len(self._versions) == 1 else " or a newer one"
             self._fail(
                 slot,
                 EngineError(
-                    f"an engine answered with policy version {outcome.policy_version} where {self._version} is current"
+                    f"an engine answered with policy version {outcome.policy_version} where {self._versions.start}"
+                    f"{newest} is current"
                 ),
             )
             return

@@ -24,6 +24,7 @@ from vlarl_rllib.types import (
     INSTRUCTION_KEY,
     LOG_PROBS_KEY,
     STEP_REWARDS_KEY,
+    VERSION_KEY,
     EpisodeResult,
     SampleReply,
     SampleRequest,
@@ -98,12 +99,18 @@ class TrainingPlayer:
     ) -> None:
         self.results: list[EpisodeResult] = []
         self.dropped_steps = 0
-        self._slot, self._global_slot, self._seed = slot, global_slot, seed
+        self.slot, self._global_slot, self._seed = slot, global_slot, seed
         self._curriculum, self._spaces = curriculum, spaces
         self._temperature, self._rewards, self._decode = temperature, rewards, decode
         self._num_actions, self._gamma = num_actions, gamma
         self._whole_episodes, self._group_size = whole_episodes, group_size
-        self._iteration, self.missing, self.num_played = 0, 0, 0
+        self._iteration, self._quota, self.missing, self.num_played = 0, 0, 0, 0
+        self.total_played = 0
+        """Decisions since the player was made, less those that died."""
+        self._last: int | None = None
+        """Newest iteration whose share may be begun; None = `begin_iteration` begins each."""
+        self._shares: list[tuple[int, list[SingleAgentEpisode]]] = []
+        """Finished ones that nobody has taken, with their iteration."""
         self._episodes_begun = self._episodes_ended = 0
         self._group_start: tuple[tuple[int, int], Start] | None = None
         """Group, as (iteration, number), that was last begun, and its start."""
@@ -123,8 +130,26 @@ class TrainingPlayer:
 
         From then on `missing` of them are still to be played, and `num_played` counts decisions.
         """
-        self._iteration, self.missing, self.num_played = iteration, quota, 0
+        self._iteration, self._quota, self.missing, self.num_played = iteration, quota, quota, 0
         self._episodes_begun = self._episodes_ended = 0
+
+    def run_ahead(self, last: int) -> None:
+        """Go on from one iteration's share to the next by itself, up to that of iteration `last`; see `take_shares`."""
+        self._last = last
+        if not self.missing and self._iteration < last:
+            self.begin_iteration(self._iteration + 1, self._quota)
+
+    @property
+    def through(self) -> int:
+        """The newest iteration whose share is played."""
+        return self._iteration - (self.missing > 0)
+
+    def begin_share_anew(self) -> None:
+        """Forget what of the running share was played."""
+        self.dropped_steps += sum(map(num_env_steps, self._cut()))
+        self._fragment = None
+        if self.missing:
+            self.begin_iteration(self._iteration, self._quota)
 
     def next_start(self) -> Start:
         # begun anew after a death; and the one that is reset while the learners update is the next iteration's first
@@ -134,10 +159,10 @@ class TrainingPlayer:
             if (
                 self._group_start is None or self._group_start[0] != group
             ):  # an adaptive curriculum's weights change between its episodes
-                self._group_start = group, self._curriculum.next_start(self._slot, *group)
+                self._group_start = group, self._curriculum.next_start(self.slot, *group)
             return self._group_start[1]
         self._episodes_begun += 1
-        return self._curriculum.next_start(self._slot, self._iteration, self._episodes_begun - 1)
+        return self._curriculum.next_start(self.slot, self._iteration, self._episodes_begun - 1)
 
     def started(self, event: SlotEvent) -> None:
         self._instruction, self._image = event.instruction, event.image
@@ -170,7 +195,7 @@ class TrainingPlayer:
                 LOG_PROBS_KEY: reply.log_probs,
                 STEP_REWARDS_KEY: step_rewards,
                 DURATION_KEY: event.num_steps,
-                "policy_version": reply.policy_version,
+                VERSION_KEY: reply.policy_version,
             },
         )
         if self.every_frame:
@@ -180,6 +205,7 @@ class TrainingPlayer:
         fragment.custom_data["reward"] += sum(event.rewards)
         self._image = event.image
         self.num_played += 1
+        self.total_played += 1
         self.missing -= event.ended if self._whole_episodes else 1
         if event.ended:
             self._episodes_ended += 1
@@ -188,11 +214,15 @@ class TrainingPlayer:
             self.results.append(EpisodeResult(event.task_id, event.initial_state, length, event.success, total))
             self._done_fragments.append(fragment)
             self._fragment = None
+        if not self.missing and self._last is not None:
+            self._shares.append((self._iteration, self._cut()))
+            self.run_ahead(self._last)
 
     def dropped(self) -> None:
         if self._fragment is not None:
             self.missing += 0 if self._whole_episodes else len(self._fragment)
             self.num_played -= len(self._fragment)
+            self.total_played -= len(self._fragment)
             self.dropped_steps += num_env_steps(self._fragment)
             self._frames.pop(self._fragment.id_, None)
         self._fragment = None
@@ -200,10 +230,23 @@ class TrainingPlayer:
     def take(self) -> list[list[SingleAgentEpisode]]:
         """The fragments played since the last call, the running episode cut here: one list of all, or one of each
         group; numpy inside."""
+        return self._grouped(self._cut())
+
+    def take_shares(self) -> list[tuple[int, list[SingleAgentEpisode]]]:
+        """Under `run_ahead`, what `take` returns of the shares that were finished since the last call, with their
+        iterations."""
+        shares, self._shares = self._shares, []
+        return [(iteration, group) for iteration, fragments in shares for group in self._grouped(fragments)]
+
+    def _cut(self) -> list[SingleAgentEpisode]:
+        """What was played since the last call; the running episode goes on in a new fragment."""
         fragments, self._done_fragments = self._done_fragments, []
         if self._fragment is not None and len(self._fragment):
             fragments.append(self._fragment)
             self._fragment = self._fragment.cut()
+        return fragments
+
+    def _grouped(self, fragments: list[SingleAgentEpisode]) -> list[list[SingleAgentEpisode]]:
         rewarded = [self._rewarded(fragment.to_numpy()) for fragment in fragments]
         size = self._group_size if self._group_size > 1 else max(1, len(rewarded))
         return [rewarded[first : first + size] for first in range(0, len(rewarded), size)]
@@ -229,7 +272,7 @@ class TrainingPlayer:
 
     def abandon(self) -> None:
         """Forget the running episode and what was not taken, so that the next iteration begins anew."""
-        self._fragment, self._done_fragments, self._group_start = None, [], None
+        self._fragment, self._done_fragments, self._shares, self._group_start = None, [], [], None
         self._frames.clear()
 
     @property

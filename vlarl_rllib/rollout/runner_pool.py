@@ -30,7 +30,7 @@ RUNNER_RESTART_SECONDS = 300.0
 """Longest wait for a restarted runner."""
 MAX_FRUITLESS_ROUNDS = 5
 """Rounds of sampling in a row that bring no step at all before the run gives up."""
-INTERRUPTIBLE = ("sample_slots", "evaluate")
+INTERRUPTIBLE = ("sample_slots", "play_ahead", "evaluate")
 """Calls whose result nobody misses when the run ends."""
 MAX_LOST_EPISODES = 5
 """Times that an evaluation begins one start anew, after a death, before it gives up."""
@@ -178,26 +178,37 @@ class RunnerCalls:
             errors = [played.engine_error for played in rounds.values()]
             fruitless = fruitless + 1 if not new.num_steps and (not errors or any(errors)) else 0
             self._check(fruitless, errors)
+        self._end_episodes()
+
+    def leave_checkpoint(self) -> None:
+        """A checkpoint was written: new episodes begin, since a resumed run cannot have the running ones either."""
         self.begin_new_episodes()
 
     def begin_new_episodes(self) -> None:
-        """End the running episodes where they are, unseen; at checkpoints, so that a resumed run and this one go on
-        alike."""
+        """End the running episodes where they are, unseen."""
+        self._end_episodes()
+
+    def _end_episodes(self) -> None:
         self._foreach("begin_new_episodes", {index: {} for index in self._runners.healthy_worker_ids()})
 
     def _attach(self) -> dict[int, Attached]:
         """Make engines current, see after the reward worker, and tell the runners about them; those that are ready to
         sample."""
         self._sync.make_engines_current()
+        return self._ready(self._attach_for_this_trial(self._attach_arguments()))
+
+    def _attach_arguments(self) -> dict[str, Any]:
+        """Of `VLAEnvRunner.attach`, with a reward worker that lives."""
         handles = self._pool.handles if self._pool is not None else []
         attach = {"engines": handles, "version": self._sync.version, "manifest": self._sync.manifest}
         if self._reward_service is not None:
             self._reward_service.ensure_alive()
             attach["reward_worker"] = self._reward_service.handle
-        attached = self._attach_for_this_trial(attach)
-        for index in [
-            index for index, runner in attached.items() if runner.failure
-        ]:  # one that was started anew; it may work the next time
+        return attach
+
+    def _ready(self, attached: dict[int, Attached]) -> dict[int, Attached]:
+        """Those of the runners that can sample; the others are killed, and may work when they were started anew."""
+        for index in [index for index, runner in attached.items() if runner.failure]:
             self._last_words[index] = f"cannot start: {str(attached.pop(index).failure).strip().splitlines()[-1]}"
             self._kill(index)
         pids = {index: runner.pid for index, runner in attached.items()}
@@ -211,8 +222,12 @@ class RunnerCalls:
             "attach", dict.fromkeys(self._runners.healthy_worker_ids(), attach)
         )
         others = [index for index, runner in attached.items() if not runner.failure and runner.trial != self._trial]
-        self._foreach("reconfigure", {index: {"config": self._config, "trial": self._trial} for index in others})
+        self._reconfigure(others)
         return attached | self._foreach("attach", dict.fromkeys(others, attach))
+
+    def _reconfigure(self, indices: Sequence[int]) -> None:
+        """Have these runners play for this trial."""
+        self._foreach("reconfigure", {index: {"config": self._config, "trial": self._trial} for index in indices})
 
     def _foreach(self, method: str, arguments: dict[int, dict[str, Any]]) -> dict[int, Any]:
         """Call `method` on the runners with these numbers; answers by number. Those that died, froze or raised are left
@@ -222,7 +237,7 @@ class RunnerCalls:
             return {}
         call = partial(
             self._runners.foreach_env_runner,
-            [partial(_numbered, method)] * len(indices),
+            [partial(numbered, method)] * len(indices),
             kwargs=list(arguments.values()),
             remote_worker_ids=indices,
             timeout_seconds=self._timeout_seconds,
@@ -232,14 +247,18 @@ class RunnerCalls:
         results = dict(sorted(answers, key=lambda answer: answer[0]))
         for index in set(self._runners.healthy_worker_ids()) & set(indices) - results.keys():
             self._end(index, method)
-        for index, answer in list(results.items()):
+        return self._unraised(results, method)
+
+    def _unraised(self, answers: dict[int, Any], method: str) -> dict[int, Any]:
+        """The answers of runners that did not raise; the others are killed."""
+        for index, answer in list(answers.items()):
             if isinstance(answer, Raised):
-                self._last_words[index] = f"failed in {method}: {results.pop(index).words}"
+                self._last_words[index] = f"failed in {method}: {answers.pop(index).words}"
                 logger.warning("runner %d %s", index, self._last_words[index])
                 self._kill(index)
             elif method in INTERRUPTIBLE:
                 self._last_words.pop(index, None)
-        return results
+        return answers
 
     def _end(self, index: int, method: str) -> None:
         """Kill a frozen runner. Ray starts another, and RLlib takes it for dead until that answers."""
@@ -256,6 +275,12 @@ class RunnerCalls:
         call_dead(self._runners, index)
 
     def _check(self, fruitless: int, errors: list[str | None]) -> None:
+        """Behind a round: raise where there is no hope; wait for a runner where nothing was played."""
+        self._raise_if_hopeless(fruitless, errors)
+        if fruitless:
+            self._wait_for_a_runner()
+
+    def _raise_if_hopeless(self, fruitless: int, errors: Sequence[str | None]) -> None:
         if errors and all(error and NOT_FINITE in error for error in errors):
             raise DivergedError(f"the weights give log-probabilities that are not finite; {self._if_diverged}")
         if fruitless >= MAX_FRUITLESS_ROUNDS:
@@ -264,10 +289,8 @@ class RunnerCalls:
             reasons = ", ".join(said) or "no runner answered"
             raise RuntimeError(
                 f"sampling brought no step {fruitless} times in a row; the runners' last words: {reasons}; "
-                "their own logs are in Ray's session directory under logs/"
+                "their own logs are on their nodes, in Ray's session directory under logs/"
             )
-        if fruitless:
-            self._wait_for_a_runner()
 
     def _wait_for_a_runner(self) -> None:
         """Where runners are down, wait until one more is back.
@@ -308,11 +331,11 @@ def _check_losses(losses: Counter[Start]) -> None:
             raise RuntimeError(
                 f"task {start.task_id}, initial state {start.initial_state}: its environment or runner died "
                 f"{times} times in the middle of "
-                "the episode; the runners' logs are in Ray's session directory under logs/"
+                "the episode; the runners' logs are on their nodes, in Ray's session directory under logs/"
             )
 
 
-def _numbered(method: str, runner: Any, **kwargs: Any) -> tuple[int, Any]:
+def numbered(method: str, runner: Any, **kwargs: Any) -> tuple[int, Any]:
     """In the runner. RLlib would end its process at an exception, and tell the driver nothing of it."""
     try:
         return runner.worker_index, getattr(runner, method)(**kwargs)

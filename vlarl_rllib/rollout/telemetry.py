@@ -37,26 +37,23 @@ class RunnerTelemetry:
             self._telemetry.count("episodes", task=task, outcome="success" if episode.success else "failure")
             self._telemetry.observe("episode_length_steps", episode.length, task=task)
 
-    def take_sums(
-        self, contribution: Contribution, *, seconds: float, dropped: int, failures: Mapping[str, int]
-    ) -> dict[str, float]:
+    def take_sums(self, contribution: Contribution, *, dropped: int, failures: Mapping[str, int]) -> dict[str, float]:
         """What RLlib's metrics add up over calls and runners (`metrics.RUNNER_SUMS`), since the last call.
 
         Args:
-            seconds: that the call took.
             dropped: environment steps that were lost.
             failures: of rewards, by kind.
         """
         sums = {
             "env_seconds": self._loop.env_seconds,
             "sampler_seconds": self._loop.sampler_seconds,
-            "rollout_seconds": seconds,
+            "rollout_seconds": contribution.seconds,
             "env_deaths": float(self._loop.env_deaths),
-            "decisions": float(sum(contribution.num_decisions)),
+            "decisions": float(contribution.num_decisions),
             "dropped_steps": float(dropped),
             "engine_failures": float(contribution.engine_error is not None),
             "token_checksum": float(contribution.token_checksum),
-            "uniform_groups": float(sum(contribution.uniform)),
+            "uniform_groups": float(sum(portion.uniform for portion in contribution.portions)),
             **{name: float(failures[name]) for name in REWARD_FAULTS},
         }
         self.forget_counts()

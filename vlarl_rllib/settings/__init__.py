@@ -6,7 +6,7 @@ under a second.
 """
 
 from vlarl_rllib.errors import SettingsError
-from vlarl_rllib.settings.load import NOT_YET, Settings, known_keys
+from vlarl_rllib.settings.load import Settings, known_keys
 from vlarl_rllib.settings.plan import Role, RuntimeArgs, calculate_runtime_args
 from vlarl_rllib.settings.schema import (
     EnvSettings,
@@ -21,7 +21,6 @@ from vlarl_rllib.settings.schema import (
 )
 
 __all__ = [
-    "NOT_YET",
     "EnvSettings",
     "FSDPSettings",
     "LearnerSettings",

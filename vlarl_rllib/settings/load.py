@@ -16,12 +16,6 @@ from vlarl_rllib.settings.rules import impossible_combinations
 from vlarl_rllib.settings.schema import Sections
 from vlarl_rllib.settings.yaml_text import read_yaml
 
-NOT_YET = {
-    "rollout.async_mode": False,
-    "rollout.max_staleness": 1,
-}
-"""Keys of the documented layout that have one possible value so far: accepted at that value, refused at any other."""
-
 
 class Settings(Sections):
     """All sections. Build it with `from_yaml` or `from_dict`."""
@@ -41,7 +35,7 @@ class Settings(Sections):
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
         """Validate a nested mapping. Raises `SettingsError`."""
         try:
-            return cls.model_validate(_without_reserved(values))
+            return cls.model_validate(values)
         except ValidationError as error:
             raise SettingsError(messages.one_line(error, Settings)) from None
 
@@ -82,19 +76,6 @@ class Settings(Sections):
         for problem in impossible_combinations(self):
             raise ValueError(problem)
         return self
-
-
-def _without_reserved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the keys of `NOT_YET` at their only value; raise at any other."""
-    result = {section: dict(keys) if isinstance(keys, Mapping) else keys for section, keys in values.items()}
-    for dotted, only in NOT_YET.items():
-        section, key = dotted.split(".")
-        keys = result.get(section)
-        if isinstance(keys, dict) and key in keys and (value := keys.pop(key)) != only:
-            raise SettingsError(
-                f"{dotted}: {value!r} is not available yet; leave the key out or set it to {str(only).lower()}"
-            )
-    return result
 
 
 def known_keys() -> dict[str, str]:

@@ -23,6 +23,7 @@ def impossible_combinations(s: Sections) -> Iterator[str]:
     yield from _impossible_resources(s)
     yield from _impossible_places(s)
     yield from _impossible_groups(s)
+    yield from _impossible_ahead(s)
     yield from _impossible_learners(s)
     yield from _impossible_engines(s)
     yield from _impossible_models(s)
@@ -258,6 +259,22 @@ def _impossible_groups(s: Sections) -> Iterator[str]:
             f"rewards.value_shaping: {s.rewards.value_shaping:g} needs a trained critic, which "
             f"training.advantages {kind} has not; "
             "set it to 0, or advantages to gae"
+        )
+
+
+def _impossible_ahead(s: Sections) -> Iterator[str]:
+    if not s.rollout.async_mode:
+        return
+    if s.training.old_log_probs != "recompute":
+        yield (
+            f"rollout.async_mode: true samples with older policies than the one that learns, which "
+            f"training.old_log_probs {s.training.old_log_probs} takes for one; set that to recompute, or async_mode to "
+            "false"
+        )
+    if not s.learners.num:
+        yield (
+            "rollout.async_mode: true needs learners beside the Algorithm's process, and learners.num is 0; set it to "
+            "at least 1, or async_mode to false"
         )
 
 

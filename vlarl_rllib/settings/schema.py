@@ -191,6 +191,15 @@ class RolloutSettings(Section):
         "false = every slot runs its own loop; null = true for CPU engines, which share the cores with the "
         "environments, false for GPU engines.",
     )
+    async_mode: bool = Field(
+        False,
+        description="Sample while the learners update, as far ahead as max_staleness allows. The run does not repeat "
+        "then; training.old_log_probs must be recompute.",
+    )
+    max_staleness: Annotated[int, Field(ge=1, le=100)] = Field(
+        1,
+        description="Of async_mode: updates that the policy of a step may be behind the one that learns from it.",
+    )
     timeout_seconds: Seconds = Field(
         3600.0, description="A runner that takes longer for its part of an iteration is frozen and is started anew."
     )
