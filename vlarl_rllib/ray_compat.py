@@ -25,11 +25,20 @@ class ClusterNode(NamedTuple):
 
     node_id: str
     address: str
+    """Of the network."""
     total: dict[str, float]
     """Of every resource."""
     free: dict[str, float]
     """The same, less what is reserved; without zeros."""
     labels: dict[str, str]
+
+
+def node_names(nodes: Sequence[ClusterNode]) -> dict[str, str]:
+    """What to call each node, by its id: as Ray's dashboard does, host and address."""
+    import ray
+
+    hosts = {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in ray.nodes()}
+    return {node.node_id: hosts.get(node.node_id, node.address) for node in nodes}
 
 
 def cluster_nodes() -> list[ClusterNode]:

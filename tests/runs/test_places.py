@@ -130,7 +130,15 @@ def test_what_no_node_has_is_named(place: dict[str, Any], said: str) -> None:
 def test_a_label_leaves_fewer_nodes() -> None:
     wide = plan(rollout={"cpus_per_runner": 8}, placement={"runners": {"labels": {"zone": "!a"}}})
     said = refused(wide, node("one", {"zone": "a"}, CPU=64), node("two", CPU=4))
-    assert "the largest one with its labels, two, has 4 CPU" in said and "lower rollout.cpus_per_runner" in said
+    assert "the largest one with its labels, two, has 4 CPU; lower rollout.cpus_per_runner" in said
+    both = plan(placement={"runners": {"labels": {"zone": "a", "disk": "fast"}}})
+    said = refused(both, node("one", {"zone": "a"}, CPU=64), node("two", {"disk": "fast"}, CPU=4))
+    assert "no node has all its labels" in said
+
+
+def test_a_custom_resource_that_is_too_small_is_what_is_to_be_lowered() -> None:
+    said = refused(plan(placement={"runners": {"resources": {"farm": 3}}}), node("one", CPU=64, farm=2))
+    assert "runner (1 CPU, farm 3): the largest one, one, has 64 CPU, farm 2; lower placement.runners.resources" in said
 
 
 def test_strict_strategies_are_counted_in_nodes() -> None:

@@ -4,7 +4,6 @@ on nodes without this package too: nothing but Python's own library is imported 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import socket
@@ -25,7 +24,6 @@ def node_facts() -> dict[str, Any]:
         "shm_total": shm.total,
         "shm_free": shm.free,
         "gpus": len(list(Path("/dev").glob("nvidia[0-9]*"))),
-        "user": os.getuid(),
     }
     try:
         from vlarl_rllib.envs.rendering import choose_gl_backend

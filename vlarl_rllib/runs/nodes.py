@@ -34,14 +34,20 @@ LEARNERS = {Role.ALGORITHM, Role.LEARNER}
 
 
 def check_nodes(plan: RuntimeArgs, settings: Settings, run: Path | None = None, reads: Reads = NOTHING) -> None:
-    """Ask every node that may get one of the plan's actors, all at once.
+    """Raise `SettingsError` for the first of `node_problems`."""
+    for problem in node_problems(plan, settings, run, reads):
+        raise SettingsError(problem)
+
+
+def node_problems(
+    plan: RuntimeArgs, settings: Settings, run: Path | None = None, reads: Reads = NOTHING
+) -> Iterator[str]:
+    """Ask every node that may get one of the plan's actors, all at once; a line for each thing that is not there, or a
+    node that does not answer within `ANSWER_SECONDS`.
 
     Args:
         run: directory that the actors write into; None = they write nothing.
         reads: what learners read beside the models, by the setting or option that names it.
-
-    Raises:
-        SettingsError: a node lacks something, or does not answer within `ANSWER_SECONDS`.
     """
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and _roles(node, plan.bundles)}
     probe = _write_probe(run) if run else None
@@ -54,7 +60,7 @@ def check_nodes(plan: RuntimeArgs, settings: Settings, run: Path | None = None, 
             probe.unlink(missing_ok=True)
     for lack in dict.fromkeys(lack for lacks in found.values() for lack in lacks):
         where = sorted(_name(nodes[key]) for key, lacks in found.items() if lack in lacks)
-        raise SettingsError(f"{lack.subject}: {lack.fault} on {', '.join(where)}; {lack.remedy}")
+        yield f"{lack.subject}: {lack.fault} on {', '.join(where)}; {lack.remedy}"
 
 
 def runner_cores(plan: RuntimeArgs) -> int | None:

@@ -11,6 +11,7 @@ from vlarl_rllib.ray_compat import ClusterNode, cluster_nodes, unplaced_bundles
 from vlarl_rllib.settings import Role, RuntimeArgs, SettingsError
 from vlarl_rllib.settings.placement import MEMORY
 from vlarl_rllib.settings.plan import Bundle
+from vlarl_rllib.settings.rules import SECTIONS
 
 ROUNDING = 1e-4
 """Ray counts in ten-thousandths."""
@@ -277,7 +278,7 @@ def _too_strict(plan: RuntimeArgs, nodes: Sequence[ClusterNode]) -> Iterator[str
         labels = {f"{key}={value}": "" for bundle in plan.bundles for key, value in bundle.labels.items()}
         yield (
             f"placement.strategy: STRICT_PACK needs one node with {', '.join([resources_in_words(needed), *labels])}; "
-            f"{_largest(nodes, needed)}; use PACK, or reserve less"
+            f"{_has(_nearest(nodes, needed), needed)}; use PACK, or reserve less"
         )
     elif plan.strategy == "STRICT_SPREAD" and (found := _matched(plan, nodes)) < len(plan.bundles):
         yield (
@@ -313,24 +314,25 @@ def _why_not(bundle: Bundle, nodes: Sequence[ClusterNode]) -> str:
     for kind in bundle.resources:
         if kind not in ("CPU", "GPU") and not any(kind in node.total for node in nodes):
             return f"none has the resource {kind}; start one with ray start --resources='{{\"{kind}\": N}}'"
-    where = " with its labels" if bundle.labels else ""
-    return f"{_largest(labelled, bundle.resources, where)}; {LOWER[bundle.role]}, or add a node ({HOW_TO_SEE})"
+    if not labelled:
+        return "no node has all its labels; change them, or start one with ray start --labels"
+    nearest = _nearest(labelled, bundle.resources)
+    short = [kind for kind, amount in bundle.resources.items() if nearest.total.get(kind, 0.0) < amount - ROUNDING]
+    custom = any(kind not in ("CPU", "GPU") for kind in short)
+    lower = f"lower placement.{SECTIONS[bundle.role]}.resources" if custom else LOWER[bundle.role]
+    return f"{_has(nearest, bundle.resources, bool(bundle.labels))}; {lower}, or add a node ({HOW_TO_SEE})"
 
 
-def _largest(nodes: Sequence[ClusterNode], wanted: Mapping[str, float], which: str = "") -> str:
-    """Which node comes nearest to what is wanted."""
-    if not nodes:
-        return f"there is no node{which}"
+def _nearest(nodes: Sequence[ClusterNode], wanted: Mapping[str, float]) -> ClusterNode:
+    """The node that has most of what is wanted."""
+    return max(nodes, key=lambda n: sum(min(1.0, n.total.get(kind, 0.0) / amount) for kind, amount in wanted.items()))
 
-    def share(node: ClusterNode) -> float:
-        return sum(min(1.0, node.total.get(kind, 0.0) / amount) for kind, amount in wanted.items())
 
-    best = max(nodes, key=share)
-    has = {kind: best.total.get(kind, 0.0) for kind in wanted}
-    shown = ", ".join(
-        f"{amount:g} {kind}" if kind in ("CPU", "GPU") else f"{kind} {amount:g}" for kind, amount in has.items()
-    )
-    return f"the largest one{which}, {best.address}, has {shown or 'none of it'}"
+def _has(node: ClusterNode, wanted: Mapping[str, float], labelled: bool = False) -> str:
+    shown = resources_in_words({kind: node.total.get(kind, 0.0) for kind in wanted})
+    if MEMORY in wanted:
+        shown += f", {node.total.get(MEMORY, 0.0) / 1e9:.4g} GB of memory"
+    return f"the largest one{' with its labels' if labelled else ''}, {node.address}, has {shown}"
 
 
 def _sum(nodes: Sequence[ClusterNode]) -> dict[str, float]:

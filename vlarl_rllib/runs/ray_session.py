@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,20 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
     Raises:
         SettingsError: it cannot be joined or started, or the plan can never be placed.
     """
+    cpus = max(os.cpu_count() or 1, int(-(-plan.total_cpus // 1)))
+    dashboard = connect({"num_cpus": cpus, "include_dashboard": settings.run.dashboard})
+    look_for_places(plan, cluster_nodes(), wait=settings.placement.wait_for_nodes)
+    if dashboard:
+        make_console().print(f"dashboard: http://{dashboard}{_how_to_get_in()}", style="dim")
+
+
+def connect(own: Mapping[str, Any]) -> str | None:
+    """Join the cluster that RAY_ADDRESS names, or start a Ray of our own with these options; the dashboard's host and
+    port.
+
+    Raises:
+        SettingsError: it cannot be joined or started.
+    """
     check_ray()
     options: dict[str, Any] = {
         "logging_level": logging.ERROR,
@@ -80,15 +94,8 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
     address = cluster_address()
     if address is None:
         what = "Ray"
-        cpus = max(os.cpu_count() or 1, int(-(-plan.total_cpus // 1)))
         # Ray opens its directory to everybody, so it is one in a directory that is not open.
-        directory = str(user_directory() / "ray")
-        options |= {
-            "address": "local",
-            "num_cpus": cpus,
-            "include_dashboard": settings.run.dashboard,
-            "_temp_dir": directory,
-        }
+        options |= {"address": "local", "_temp_dir": str(user_directory() / "ray"), **own}
         _make_token()
     else:
         what = "the Ray cluster of this machine" if address == "auto" else f"the Ray cluster at {address}"
@@ -102,14 +109,11 @@ def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
         environment_defaults(RAY_task_events_max_num_task_in_gcs="10000"),
     ):
         try:
-            dashboard = ray.init(**options).dashboard_url
+            return ray.init(**options).dashboard_url
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise SettingsError(
                 f"{what} cannot be {'started' if address is None else 'joined'}: {' '.join(str(error).split())}"
             ) from error
-    look_for_places(plan, cluster_nodes(), wait=settings.placement.wait_for_nodes)
-    if dashboard:
-        make_console().print(f"dashboard: http://{dashboard}{_how_to_get_in()}", style="dim")
 
 
 def _how_to_get_in() -> str:

@@ -7,13 +7,12 @@ under a second.
 
 from vlarl_rllib.errors import SettingsError
 from vlarl_rllib.settings.load import Settings, known_keys
+from vlarl_rllib.settings.model import LoraSettings, ModelSettings
 from vlarl_rllib.settings.plan import Role, RuntimeArgs, calculate_runtime_args
 from vlarl_rllib.settings.schema import (
     EnvSettings,
     FSDPSettings,
     LearnerSettings,
-    LoraSettings,
-    ModelSettings,
     RewardSettings,
     Sections,
     SFTSettings,
