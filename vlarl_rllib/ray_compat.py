@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import ray
+from ray.util import placement_group_table
+
 from vlarl_rllib.errors import one_line
 
 
@@ -17,3 +20,15 @@ def label_mistake(selectors: Sequence[Mapping[str, str]]) -> str | None:
     except ValueError as error:
         return one_line(error)
     return None
+
+
+def nodes_of_bundles() -> dict[int, str]:
+    """Node of each bundle of the current placement group; "" for one whose node has died, until Ray finds another node
+    for it. Empty outside of a group."""
+    group = ray.util.get_current_placement_group()
+    return {} if group is None else placement_group_table(group)["bundles_to_node_id"]
+
+
+def lost_bundles() -> set[int]:
+    """Bundles of the current placement group that are on no node now."""
+    return {index for index, node in nodes_of_bundles().items() if not node}

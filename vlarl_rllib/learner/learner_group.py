@@ -58,6 +58,11 @@ class VLALearnerGroup(LearnerGroup):
         """See `RankGroup.call`."""
         return self.ranks.call(method, *args, **kwargs)
 
+    @property
+    def can_grow(self) -> bool:
+        """See `RankGroup.can_grow`."""
+        return self.ranks.can_grow
+
     def rebuild(self) -> None:
         """See `RankGroup.rebuild`."""
         self._received = []
@@ -163,7 +168,7 @@ class VLALearnerGroup(LearnerGroup):
         return results
 
     def __len__(self) -> int:
-        return 0 if self.is_local else self.ranks.settings.learners.num
+        return 0 if self.is_local else self.ranks.num_ranks
 
     def shutdown(self) -> None:
         """End all learners; safe to call twice."""

@@ -71,6 +71,7 @@ RUNNER_SUMS = (
 SECONDS = ("startup", "sample", "update", "sync", "evaluation", "recovery", "other")
 """Where wall time goes; the first only in the first iteration, `recovery` where the learners started anew."""
 FAULTS = (
+    "node_losses",
     "env_deaths",
     "runner_restarts",
     "engine_restarts",
