@@ -137,7 +137,13 @@ class VLAPPO(CheckpointedPPO):
 
     def _connect(self, version: int) -> None:
         """Wire learners, engines and runners for this trial; `version` is the newest one of the weights so far."""
-        self.weight_sync = WeightSync(self.learner_group, self.engine_pool, version)
+        self.weight_sync = WeightSync(
+            self.learner_group,
+            self.engine_pool,
+            version,
+            transport=self._vla.weights.transport,
+            keep=not self._vla.engines.num,
+        )
         self.collector = RolloutCollector(
             self.env_runner_group,
             self.weight_sync,

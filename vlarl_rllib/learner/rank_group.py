@@ -16,6 +16,7 @@ from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.process.malloc import KEEP_FREED_MEMORY
 from vlarl_rllib.settings import LearnerSettings, Settings
 from vlarl_rllib.telemetry.actors import ActorNames
+from vlarl_rllib.weights.ray_transports import tensor_transport_options
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,10 @@ class RankGroup:
     def _start_actors(self) -> None:
         learners = self.settings.learners
         group = ray.util.get_current_placement_group()
+        direct = tensor_transport_options(learners.gpus, self.settings.weights.transport)
         actor_class = ray.remote(num_cpus=learners.cpus, num_gpus=learners.gpus, max_restarts=0)(self._rank_class)
         for index in range(learners.num):
-            options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}}
+            options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}, **direct}
             if group is not None and self._bundles is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, self._bundles[index])
             self.workers.append(self.names.start(actor_class, f"learner-{index}", options, **self._arguments))

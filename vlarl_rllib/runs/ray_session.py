@@ -26,7 +26,6 @@ from vlarl_rllib.rllib_compat import apart_from_our_signals, job_config, ray_ver
 from vlarl_rllib.runs.ray_watch import ray_watched
 from vlarl_rllib.runs.scrape_targets import scrape_target
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
-from vlarl_rllib.weights import sweeper
 
 PING_SECONDS = 3.0
 """Something that takes connections and has not answered as Ray does by then is no Ray."""
@@ -45,7 +44,6 @@ def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    END.sweep = sweep = sweeper(settings.weights.transport)
     try:
         with END.deferred():
             start_ray(plan, settings)
@@ -54,7 +52,6 @@ def ray_session(plan: RuntimeArgs, settings: Settings) -> Iterator[None]:
     finally:
         with END.polled():
             ray.shutdown()
-            sweep()
 
 
 def start_ray(plan: RuntimeArgs, settings: Settings) -> None:
