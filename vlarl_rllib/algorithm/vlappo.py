@@ -139,8 +139,14 @@ class VLAPPO(CheckpointedPPO):
 
     def _connect(self, version: int) -> None:
         """Wire learners, engines and runners for this trial; `version` is the newest one of the weights so far."""
-        self.weight_sync = WeightSync(self.learner_group, self.engine_pool, version)
         rollout = self._vla.rollout
+        self.weight_sync = WeightSync(
+            self.learner_group,
+            self.engine_pool,
+            version,
+            transport=self._vla.weights.transport,
+            keep=rollout.async_mode or not self._vla.engines.num,
+        )
         make_collector = (
             partial(AsyncCollector, max_staleness=rollout.max_staleness) if rollout.async_mode else RolloutCollector
         )

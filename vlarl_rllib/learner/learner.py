@@ -45,7 +45,7 @@ from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import models_here
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.recorder import Telemetry, watch_gpu_memory
-from vlarl_rllib.types import WeightManifest
+from vlarl_rllib.types import WeightBucket, WeightManifest
 
 logger = logging.getLogger(__name__)
 
@@ -293,15 +293,19 @@ class VLALearner(Rank, PPOTorchLearner):
 
     # Weights and checkpoints
 
-    def publish_weights(self, version: int) -> WeightManifest | None:
-        """See `ShardedPolicy.publish`; the module's state names the version."""
+    def begin_publishing(self, version: int, transport: str, *, whole: bool, keep: bool) -> WeightManifest:
+        """See `Publisher.begin`; the module's state names the version."""
         self.module[DEFAULT_MODULE_ID].weights_version = version
-        with self._phase("publish"):
-            return self.sharded.publish(version)
+        return self.sharded.publisher.begin(version, transport, whole=whole, keep=keep)
 
-    def retire_weights(self, before: int) -> None:
-        """See `ShardedPolicy.retire`."""
-        self.sharded.retire(before)
+    def next_bucket(self, done: int) -> WeightBucket | None:
+        """See `Publisher.next`."""
+        with self._phase("publish"):
+            return self.sharded.publisher.next(done)
+
+    def end_publishing(self) -> None:
+        """See `Publisher.end`."""
+        self.sharded.publisher.end()
 
     def save_sharded(self, directory: str) -> None:
         """See `ShardedPolicy.save`."""

@@ -18,7 +18,6 @@ from vlarl_rllib.learner.collate import UpdatePlan, assign_owners
 from vlarl_rllib.learner.rank_group import RankGroup
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.actors import ActorNames
-from vlarl_rllib.types import WeightManifest
 
 
 class VLALearnerGroup(LearnerGroup):
@@ -132,10 +131,6 @@ class VLALearnerGroup(LearnerGroup):
     def local_module(self) -> Any:
         """The module of a learner in this process, with its weights; None where learners are actors."""
         return self._learner.module[DEFAULT_MODULE_ID] if self.is_local else None
-
-    def publish_weights(self, version: int) -> WeightManifest:
-        """Gather the policy from all ranks and make it readable to engines as `version`."""
-        return self.call("publish_weights", version)[0]
 
     # RLlib's surface
 

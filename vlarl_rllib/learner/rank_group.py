@@ -18,6 +18,7 @@ from vlarl_rllib.process.malloc import KEEP_FREED_MEMORY
 from vlarl_rllib.ray_compat import lost_bundles
 from vlarl_rllib.settings import LearnerSettings, Role, Settings, calculate_runtime_args
 from vlarl_rllib.telemetry.actors import ActorNames
+from vlarl_rllib.weights.ray_transports import tensor_transport_options
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +122,10 @@ class RankGroup:
     def _start_ranks(self, places: Sequence[int]) -> None:
         learners, plan = self.settings.learners, calculate_runtime_args(self.settings)
         group = ray.util.get_current_placement_group()
+        direct = tensor_transport_options(learners.gpus, self.settings.weights.transport)
         actor_class = ray.remote(num_cpus=learners.cpus, num_gpus=learners.gpus, max_restarts=0)(self._rank_class)
         for index in places:
-            options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}}
+            options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}, **direct}
             if group is not None and self._bundles is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, self._bundles[index])
             else:

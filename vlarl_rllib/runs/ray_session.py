@@ -27,7 +27,6 @@ from vlarl_rllib.runs.nodes import NOTHING, Reads, check_nodes
 from vlarl_rllib.runs.ray_watch import ray_watched
 from vlarl_rllib.runs.scrape_targets import scrape_target
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
-from vlarl_rllib.weights import sweeper
 
 PING_SECONDS = 3.0
 """Something that takes connections and has not answered as Ray does by then is no Ray."""
@@ -49,7 +48,6 @@ def ray_session(
     if ray.is_initialized():
         yield
         return
-    END.sweep = sweep = sweeper(settings.weights.transport)
     try:
         with END.deferred():
             start_ray(plan, settings)
@@ -60,7 +58,6 @@ def ray_session(
     finally:
         with END.polled():
             ray.shutdown()
-            sweep()
 
 
 def start_ray(plan: RuntimeArgs, settings: Settings) -> None:

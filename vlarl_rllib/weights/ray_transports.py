@@ -1,0 +1,196 @@
+"""Weights through Ray: its object store, and past it from card to card (Ray Direct Transport).
+
+All that the package uses of Ray's alpha API is here: `ray.put(tensors, _tensor_transport=...)` in the learner and
+`ray.get` in the engine, actors with `enable_tensor_transport=True`, and `ray.experimental.set_target_for_ref`. Both
+ends live through each other's death; Ray kills both where the result of an actor's method is passed on instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import ObjectLostError, RayError
+from torch import Tensor
+
+from vlarl_rllib.settings.transports import CUDA_IPC, NIXL
+from vlarl_rllib.types import Place, TensorSpec
+from vlarl_rllib.weights.protocol import GoneError, WeightTransport
+
+ALIGNMENT = 512
+"""Of tensors within a buffer, in bytes: what PyTorch's allocator gives a tensor of its own on a card."""
+
+
+class ObjectStoreTransport(WeightTransport):
+    """Through the shared memory of the nodes: anywhere in a cluster, from CPU or GPU to CPU or GPU."""
+
+    lends_tensors = False
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._staging = Staging()
+
+    def put(self, tensors: Sequence[Tensor]) -> Any:
+        """See `WeightTransport.put`. Ray copies from where the tensors lie; those of a card through a pinned buffer."""
+        on_host = self._staging.down(tensors) if tensors[0].is_cuda else [_bytes(tensor) for tensor in tensors]
+        return ray.put([tensor.numpy() for tensor in on_host])
+
+    def get(self, handle: Any, specs: Sequence[TensorSpec], device: torch.device) -> list[Tensor]:
+        """See `WeightTransport.get`. They lie in the store itself; for an engine on a card they are copied there."""
+        with _gone_with_its_owner():
+            arrays = ray.get(handle)
+        with warnings.catch_warnings():  # of arrays that must not be written to; nobody does
+            warnings.simplefilter("ignore", UserWarning)
+            pieces = [torch.from_numpy(array) for array in arrays]
+        if device.type == "cuda":
+            pieces = self._staging.up(pieces, device)
+        return _shaped(pieces, specs)
+
+    def free(self, handle: Any) -> None:
+        """Nothing: the object goes with the last reference to it."""
+
+
+class DirectTransport(WeightTransport):
+    """From card to card, by one of Ray's one-sided transports, which a subclass names."""
+
+    lends_tensors = True
+    ray_name: ClassVar[str]
+
+    def put(self, tensors: Sequence[Tensor]) -> Any:
+        """See `WeightTransport.put`."""
+        return [ray.put(list(tensors), _tensor_transport=self.ray_name)]  # in a list, so that nobody resolves it
+
+    def get(self, handle: Any, specs: Sequence[TensorSpec], device: torch.device) -> list[Tensor]:
+        """See `WeightTransport.get`."""
+        (ref,) = handle
+        self._prepare(ref, specs, device)
+        with _gone_with_its_owner():
+            return list(ray.get(ref))
+
+    def free(self, handle: Any) -> None:
+        """Nothing: Ray lets go of the tensors with the last reference."""
+
+    def _prepare(self, ref: Any, specs: Sequence[TensorSpec], device: torch.device) -> None:
+        """Before a ref is fetched."""
+
+    def obstacle(self, learner: Place, engines: Sequence[Place]) -> str | None:
+        """See `WeightTransport.obstacle`."""
+        if self.ray_name not in learner.direct:
+            return (
+                f"the first learner cannot take part in Ray's {self.ray_name}; it has to be an actor "
+                "(learners.num: 1 or more) with what the transport needs"
+            )
+        if unable := [index for index, place in enumerate(engines) if self.ray_name not in place.direct]:
+            return f"engine-{unable[0]} cannot take part in Ray's {self.ray_name}"
+        return None
+
+
+class CudaIpcTransport(DirectTransport):
+    """Within one card: engines read the learner's own memory."""
+
+    ray_name = CUDA_IPC
+
+    def obstacle(self, learner: Place, engines: Sequence[Place]) -> str | None:
+        """See `WeightTransport.obstacle`."""
+        if found := super().obstacle(learner, engines):
+            return found
+        for index, place in enumerate(engines):
+            if (place.node, place.gpu) != (learner.node, learner.gpu):
+                return (
+                    f"engine-{index} is on another GPU ({place.gpu or 'none'}) than the first learner ({learner.gpu}); "
+                    "use nixl or object_store"
+                )
+        return None
+
+
+class NixlTransport(DirectTransport):
+    """Between memories of any cards and nodes, over NVLink, RDMA, shared memory or TCP, as NIXL finds them."""
+
+    ray_name = NIXL
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def _prepare(self, ref: Any, specs: Sequence[TensorSpec], device: torch.device) -> None:
+        """Have Ray write into a buffer that is reused: memory that is registered once, and no allocation."""
+        size = sum(_aligned(spec.num_bytes) for spec in specs)
+        if self._buffer.numel() < size or self._buffer.device.type != device.type:
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        offsets = np.cumsum([0, *(_aligned(spec.num_bytes) for spec in specs)])
+        pieces = [
+            self._buffer[offset : offset + spec.num_bytes] for offset, spec in zip(offsets[:-1], specs, strict=True)
+        ]
+        self._targets = _shaped(pieces, specs)  # Ray keeps weak references
+        ray.experimental.set_target_for_ref(ref, self._targets)
+
+
+class Staging:
+    """A pinned buffer on the host through which tensors come from a card and go to one; grown as needed and reused."""
+
+    def __init__(self) -> None:
+        self._host = torch.empty(0, dtype=torch.uint8)
+        self._device = torch.empty(0, dtype=torch.uint8)
+
+    def down(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Bytes of tensors that lie on a card, valid until the next call."""
+        pieces = self._cut([tensor.nbytes for tensor in tensors])
+        for piece, tensor in zip(pieces, tensors, strict=True):
+            piece.copy_(_bytes(tensor), non_blocking=True)
+        torch.cuda.current_stream(tensors[0].device).synchronize()
+        return pieces
+
+    def up(self, pieces: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Bytes from the host on the card, valid until the next call."""
+        staged = self._cut([piece.numel() for piece in pieces])
+        for target, piece in zip(staged, pieces, strict=True):
+            target.copy_(piece)
+        on_device = [piece.to(device, non_blocking=True) for piece in staged]
+        torch.cuda.current_stream(device).synchronize()
+        return on_device
+
+    def _cut(self, sizes: Sequence[int]) -> list[Tensor]:
+        offsets = np.cumsum([0, *map(_aligned, sizes)])
+        if self._host.numel() < offsets[-1]:
+            self._host = torch.empty(int(offsets[-1]), dtype=torch.uint8, pin_memory=True)
+        return [self._host[offset : offset + size] for offset, size in zip(offsets[:-1], sizes, strict=True)]
+
+
+def tensor_transport_options(gpus: float, transport: str) -> dict[str, Any]:
+    """Ray options of an actor that may have to take part in a direct transport; none where it cannot have to."""
+    return {"enable_tensor_transport": True} if gpus or transport in (CUDA_IPC, NIXL) else {}
+
+
+def nixl_is_installed() -> bool:
+    """In this process's environment."""
+    return importlib.util.find_spec("nixl") is not None
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten().view(torch.uint8)
+
+
+def _shaped(pieces: Sequence[Tensor], specs: Sequence[TensorSpec]) -> list[Tensor]:
+    """Bytes as the tensors that they are."""
+    return [piece.view(getattr(torch, spec.dtype)).view(spec.shape) for piece, spec in zip(pieces, specs, strict=True)]
+
+
+def _aligned(size: int) -> int:
+    """Up to where the next tensor may begin."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@contextmanager
+def _gone_with_its_owner() -> Iterator[None]:
+    try:
+        yield
+    except ObjectLostError as error:
+        raise GoneError(f"their learner died, or the node that they lay on ({type(error).__name__})") from error
+    except RayError as error:
+        raise GoneError(f"Ray cannot fetch them ({type(error).__name__})") from error
