@@ -5,9 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import ray
-from ray.util import placement_group_table
-
 from vlarl_rllib.errors import one_line
 
 
@@ -25,7 +22,9 @@ def label_mistake(selectors: Sequence[Mapping[str, str]]) -> str | None:
 def nodes_of_bundles() -> dict[int, str]:
     """Node of each bundle of the current placement group; "" for one whose node has died, until Ray finds another node
     for it. Empty outside of a group."""
-    group = ray.util.get_current_placement_group()
+    from ray.util.placement_group import get_current_placement_group, placement_group_table
+
+    group = get_current_placement_group()
     return {} if group is None else placement_group_table(group)["bundles_to_node_id"]
 
 

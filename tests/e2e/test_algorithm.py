@@ -235,14 +235,15 @@ def test_a_killed_reward_worker_costs_no_reward_and_serves_again(algorithm: VLAP
     pid = processes(algorithm)["reward_worker"]
 
     def kill_it_when_fragments_are_to_be_judged(runner: Any) -> None:
-        collect = runner._collect
+        play = runner._play
 
-        def kill_then_collect() -> Any:
-            del runner._collect
+        def play_then_kill(*arguments: Any) -> Any:
+            del runner._play
+            played = play(*arguments)
             os.kill(pid, signal.SIGKILL)
-            return collect()
+            return played
 
-        runner._collect = kill_then_collect
+        runner._play = play_then_kill
 
     algorithm.env_runner_group.foreach_env_runner(kill_it_when_fragments_are_to_be_judged, local_env_runner=False)
     row = train(algorithm)

@@ -89,7 +89,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "an unknown transport": (
         {"weights": {"transport": "pigeon"}},
-        ("weights.transport: 'pigeon'", "choose one of auto,  a class as module:Class"),
+        ("weights.transport: 'pigeon'", "or name a class as module:Class"),
     ),
     "two dtypes": (
         {"engines": {"dtype": "bfloat16"}},

@@ -149,18 +149,9 @@ class VLALearner(Rank, PPOTorchLearner):
         """Fetch this rank's contributions one by one; their decisions, or None where the data was lost with its
         runner."""
         with self._phase("receive"):
-            return self._receive(refs)
-
-    def _receive(self, refs: list[Any]) -> list[int | None]:
-        contributions: list[Any] = []
-        for ref in refs:
-            try:
-                contributions.append(ray.get(ref) if isinstance(ref, ray.ObjectRef) else ref)
-            except ray.exceptions.RayError as error:
-                logger.warning("a contribution of a slot was lost: %s", error)
-                contributions.append(None)
-        kept = [contribution for contribution in contributions if contribution]
-        self._batch = collate(kept, self._processor.prompt_ids, self._actions) if kept else None
+            contributions = [_fetched(ref) for ref in refs]
+            kept = [contribution for contribution in contributions if contribution]
+            self._batch = collate(kept, self._processor.prompt_ids, self._actions) if kept else None
         return [sum(map(len, contribution)) if contribution else None for contribution in contributions]
 
     def update(
@@ -402,3 +393,12 @@ class VLALearner(Rank, PPOTorchLearner):
         self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_TRAINED), env_steps, reduce="sum")
         self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_TRAINED_LIFETIME), env_steps, reduce="lifetime_sum")
         self.metrics.log_value((ALL_MODULES, NUM_MODULE_STEPS_TRAINED_LIFETIME), decisions, reduce="lifetime_sum")
+
+
+def _fetched(ref: Any) -> Any:
+    """A contribution; None where it was lost."""
+    try:
+        return ray.get(ref) if isinstance(ref, ray.ObjectRef) else ref
+    except ray.exceptions.RayError as error:
+        logger.warning("a contribution of a slot was lost: %s", error)
+        return None

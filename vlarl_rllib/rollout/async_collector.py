@@ -161,7 +161,7 @@ class AsyncCollector(RolloutCollector):
             self._fruitless += 1
         if any(errors):
             self._sync.make_engines_current()
-        if failures or errors:
+        if failures or any(errors):
             self._raise_if_hopeless(self._fruitless, errors)
         if not answers and (rest := seconds - (time.monotonic() - began)) > 0:  # with no call under way it returns
             self._ended.wait(rest)
