@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,14 +221,7 @@ class VLALearner(Rank, PPOTorchLearner):
 
     def _optimize(self, batch: RolloutBatch, targets: dict[str, Tensor], plan: UpdatePlan, *, warm_up: bool) -> None:
         training = self.settings.training
-        of_training = LossSettings.__dataclass_fields__.keys() - {"train_policy", "num_actions"}
-        loss_settings = LossSettings(
-            **{name: getattr(training, name) for name in of_training},
-            num_actions=self._actions.num_actions,
-            train_policy=not warm_up,
-        )
-        if training.advantages != "gae":  # nothing reads a critic
-            loss_settings = replace(loss_settings, vf_coeff=0.0)
+        loss_settings = LossSettings.of(training, self._actions.num_actions, train_policy=not warm_up)
         history: list[dict[str, float]] = []
         for minibatch in plan.minibatches(
             self._rank, training.num_epochs, training.minibatch_size, self.settings.learners.micro_batch_size
