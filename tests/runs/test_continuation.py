@@ -56,7 +56,7 @@ def test_limits_of_a_run_may_be_edited(checkpoint: Path, limits: dict[str, Any])
 
 
 def test_weights_may_travel_another_way(checkpoint: Path) -> None:
-    check_resume(checkpoint, settings_with(weights={"transport": "shared_memory"}))
+    check_resume(checkpoint, settings_with(weights={"transport": "object_store"}))
 
 
 @pytest.mark.parametrize(
