@@ -89,7 +89,10 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "an unknown transport": (
         {"weights": {"transport": "pigeon"}},
-        ("weights.transport: 'pigeon'", "or name a class as module:Class"),
+        (
+            "weights.transport: 'pigeon'",
+            "choose one of auto, object_store, cuda_ipc, nixl, or name a class as module:Class",
+        ),
     ),
     "two dtypes": (
         {"engines": {"dtype": "bfloat16"}},

@@ -8,11 +8,15 @@ Lives in the Algorithm's process, which calls it between sample calls; runners o
     takers = pool.outdated(version)                        # before each sample call: dead ones replaced
     intake = pool.begin(takers, manifest)                  # see `intake.Intake`
     pool.replace(intake.failed)
+
+An engine that is replaced starts while the others serve; one whose node has died waits for another node. Only where
+none is left, the pool waits too.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,14 +24,18 @@ from typing import Any
 import ray
 
 from vlarl_rllib.engines.actor import EngineActor, engine_env_vars
-from vlarl_rllib.engines.intake import Intake, Taker, collect, send
+from vlarl_rllib.engines.intake import WAIT_NOTICE_SECONDS, Intake, Taker, collect, send
 from vlarl_rllib.engines.protocol import EngineSpec, EngineStatus
 from vlarl_rllib.errors import one_line
+from vlarl_rllib.ray_compat import lost_bundles
 from vlarl_rllib.telemetry.actors import ActorNames
 from vlarl_rllib.types import INITIAL_VERSION, Place, WeightManifest
 from vlarl_rllib.weights.protocol import TransferError
 
 logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""How often engines that start are looked after where nothing else can be done."""
 
 
 @dataclass(eq=False, slots=True)
@@ -40,6 +48,20 @@ class _Member(Taker):
     num_failures: int = 0
     """In a row; an engine that has sampled since it started begins a new row."""
     last_error: str = field(default="")
+    starting: Any = None
+    """What its first answer will come by, while it starts."""
+    since: float = 0.0
+    """When it began to start."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it runs and has answered."""
+        return self.handle is not None and self.starting is None
+
+    @property
+    def bundle(self) -> int | None:
+        """Of the current placement group."""
+        return getattr(self.options.get("scheduling_strategy"), "placement_group_bundle_index", None)
 
 
 class EnginePool:
@@ -78,6 +100,7 @@ class EnginePool:
         self._ping_timeout_seconds = ping_timeout_seconds
         self._max_failures = max_failures
         self.num_restarts = 0
+        self._next_notice = time.monotonic() + WAIT_NOTICE_SECONDS
         self._members = [_Member(index, options=dict(options)) for index, options in enumerate(actor_options)]
         if len(self._members) != num:
             raise ValueError(f"{num} engines need as many actor_options, got {len(self._members)}")
@@ -90,7 +113,8 @@ class EnginePool:
             RuntimeError: an engine failed `max_failures` times in a row; all engines are gone then.
         """
         try:
-            self._settle(self._members)
+            while not all(member.is_ready for member in self._members):
+                self._wait_for_one()
         except BaseException:
             self.shutdown()
             raise
@@ -98,21 +122,21 @@ class EnginePool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the engines, as of when they last answered."""
-        return [member.pid for member in self._members]
+        return [member.pid for member in self.members]
 
     @property
     def handles(self) -> list[Any]:
         """Actors that were well and current when last looked at."""
-        return [member.handle for member in self._members if member.handle is not None]
+        return [member.handle for member in self.members]
 
     @property
     def members(self) -> list[Any]:
-        """All engines, as takers of weights."""
-        return list(self._members)
+        """The engines that run, as takers of weights."""
+        return [member for member in self._members if member.is_ready]
 
     def places(self) -> list[Place]:
         """Where the engines are, as of when they last answered."""
-        return [member.place for member in self._members]
+        return [member.place for member in self.members]
 
     def outdated(self, version: int) -> list[Any]:
         """Replace engines that are dead or hung; those that have another version than this one, which may be
@@ -121,7 +145,8 @@ class EnginePool:
         Raises:
             RuntimeError: an engine failed too often.
         """
-        outcomes = self._call(self._members, "ping", timeout_seconds=self._ping_timeout_seconds)
+        self._look_after_starting()
+        outcomes = self._call(self.members, "ping", timeout_seconds=self._ping_timeout_seconds)
         failed, others = {}, []
         for member, outcome in outcomes.items():
             if isinstance(outcome, BaseException):
@@ -132,7 +157,8 @@ class EnginePool:
             if outcome.policy_version != version:
                 others.append(member)
         self.replace(failed)
-        return others + ([] if version == INITIAL_VERSION else list(failed))
+        new = [member for member in self.members if member not in outcomes or member in failed]
+        return others + ([] if version == INITIAL_VERSION else new)
 
     def begin(self, takers: Sequence[Any], manifest: WeightManifest) -> Intake:
         """Announce a version to some of the engines.
@@ -143,7 +169,8 @@ class EnginePool:
         return Intake(takers, manifest, self._load_timeout_seconds)
 
     def replace(self, failed: Mapping[Any, BaseException]) -> None:
-        """Make those anew that failed, but for those to whom a version did not arrive: they are well.
+        """Make those anew that failed, but for those to whom a version did not arrive: they are well. Waits where no
+        engine is left.
 
         Raises:
             RuntimeError: an engine failed too often.
@@ -153,11 +180,12 @@ class EnginePool:
             if isinstance(error, TransferError):
                 self._count(member, error)
         self._renew(dead)
-        self._settle(dead)
+        while not self.members:
+            self._wait_for_one()
 
     def statuses(self) -> list[EngineStatus | None]:
         """Status by engine; None for one that does not answer."""
-        outcomes = self._call(self._members, "status", timeout_seconds=self._ping_timeout_seconds)
+        outcomes = self._call(self.members, "status", timeout_seconds=self._ping_timeout_seconds)
         return [None if isinstance(outcome, BaseException) else outcome for outcome in outcomes.values()]
 
     def follow_run(self, run: str, suite: str) -> None:
@@ -179,19 +207,51 @@ class EnginePool:
             role = f"engine-{member.index}"
             name = f"{self._names.run}/{role}"
             member.handle = self._names.start(self._actor_class, role, options, self._spec, name)
+            member.starting, member.since = member.handle.ping.remote(), time.monotonic()
 
-    def _settle(self, members: Sequence[_Member]) -> None:
-        """Wait for new actors; those that fail are made anew."""
-        while members:
-            outcomes = self._call(members, "ping", timeout_seconds=self._start_timeout_seconds)
-            failed = [self._blame(member, error) for member, error in outcomes.items() if _is_error(error)]
-            self._renew(failed)
-            members = failed
+    def _look_after_starting(self) -> None:
+        """Take in engines that have started; begin anew with those that failed to, or whose node is there again."""
+        waiting = [member for member in self._members if not member.is_ready]
+        lost = lost_bundles() if any(member.bundle is not None for member in waiting) else set()
+        for member in waiting:
+            if member.bundle in lost:
+                self._kill(member)
+        failed = {m: error for m in waiting if m.starting is not None and (error := self._start_failure(m)) is not None}
+        for member, error in failed.items():
+            self._blame(member, error)
+        self._renew([member for member in waiting if member in failed or member.handle is None])
+
+    def _start_failure(self, member: _Member) -> BaseException | None:
+        """What kept it from starting; None where it has started, or still may."""
+        late = time.monotonic() - member.since > self._start_timeout_seconds
+        if not ray.wait([member.starting], timeout=0.0, fetch_local=False)[0]:
+            return TimeoutError(f"did not start within {self._start_timeout_seconds:g} s") if late else None
+        (outcome,) = collect({member: member.starting}, 0.0, "the start").values()
+        if isinstance(outcome, BaseException):
+            return outcome
+        member.starting, member.pid, member.place = None, outcome.pid, outcome.place
+        return None
+
+    def _wait_for_one(self) -> None:
+        """Until a start has succeeded or failed, or an engine's node is there again; for a while at most."""
+        starting = [member.starting for member in self._members if member.starting is not None]
+        if starting:
+            ray.wait(starting, timeout=LOOK_SECONDS, fetch_local=False)
+        else:
+            time.sleep(LOOK_SECONDS)
+        self._look_after_starting()
+        if time.monotonic() >= self._next_notice:
+            self._next_notice = time.monotonic() + WAIT_NOTICE_SECONDS
+            names = ", ".join(f"engine-{m.index}" for m in self._members if m.starting is not None)
+            homeless = ", ".join(f"engine-{m.index}" for m in self._members if m.handle is None)
+            logger.warning("waiting for engines: starting: %s; without a node: %s", names or "-", homeless or "-")
 
     def _renew(self, members: Sequence[_Member]) -> None:
+        """Start them anew, but for those whose node is lost."""
+        lost = lost_bundles() if any(member.bundle is not None for member in members) else set()
         for member in members:
             self._kill(member)
-        self._create(members)
+        self._create([member for member in members if member.bundle not in lost])
 
     def _blame(self, member: _Member, error: Any) -> _Member:
         """Count a failure that costs the engine."""
@@ -212,7 +272,7 @@ class EnginePool:
     def _kill(self, member: _Member) -> None:
         if member.handle is not None:
             ray.kill(member.handle, no_restart=True)
-            member.handle, member.base = None, ""
+            member.handle, member.starting, member.base = None, None, ""
 
     def _call(self, members: Sequence[_Member], method: str, *, timeout_seconds: float) -> dict[_Member, Any]:
         """Call `method` on all at once: each member's result, or the exception it ended with."""
@@ -222,7 +282,3 @@ class EnginePool:
             if isinstance(outcome, EngineStatus):
                 member.pid, member.place = outcome.pid, outcome.place
         return outcomes
-
-
-def _is_error(outcome: Any) -> bool:
-    return isinstance(outcome, BaseException)

@@ -148,8 +148,7 @@ class WeightSync:
         takers = self._pool.members if self._pool is not None else []
         self.manifest, failed = self._publish(takers)
         if self._pool is not None and failed:
-            self._pool.replace(failed)
-            self._bring_up(list(failed))
+            self._bring_up(self._left_of(failed))
         return self.manifest
 
     def _bring_up(self, takers: Sequence[Any]) -> None:
@@ -161,8 +160,13 @@ class WeightSync:
                 failed = self._read_kept(takers, manifest)
             else:
                 _, failed = self._publish(takers)
-            self._pool.replace(failed)
-            takers = list(failed)
+            takers = self._left_of(failed)
+
+    def _left_of(self, failed: Failures) -> list[Any]:
+        """Replace those that are beyond use. Who runs again takes the version now; who still starts, later."""
+        assert self._pool is not None
+        self._pool.replace(failed)
+        return [taker for taker in failed if taker in self._pool.members]
 
     def _publish(self, takers: Sequence[Any]) -> tuple[WeightManifest, Failures]:
         """Have the learners publish the newest version, and carry it to these engines."""
