@@ -201,7 +201,7 @@ class StepLoop:
             return
         if isinstance(item, WeightUpdate):
             self.policy_version = item.apply(stepper, self.policy_version)
-            self.load_seconds += item.seconds
+            self.load_seconds += sum(item.seconds.values())
         else:
             item.future.set_result(self.policy_version)
 

@@ -39,8 +39,8 @@ class WeightUpdate:
         self.version = version
         self.future: Future[int] = Future()
         """The version then in use, once the last bucket is loaded; what the update broke off with, else."""
-        self.seconds = 0.0
-        """That the model took; not those in which it waited for the next bucket."""
+        self.seconds = {"fetch": 0.0, "load": 0.0}
+        """Until buckets were there, and until the model had them; not those in which it waited for the next one."""
         self._fetch = fetch
         self._fed: deque[tuple[WeightBucket, Future[None]]] = deque()
         self._wake = threading.Condition()
@@ -100,6 +100,9 @@ class WeightUpdate:
                 future.set_exception(error)
                 self._break_off(error)
                 break
+            fetched = time.perf_counter()
+            self.seconds["fetch"] += fetched - began
+            began = fetched
             try:
                 if not has_begun:
                     has_begun = True
@@ -109,12 +112,12 @@ class WeightUpdate:
                 future.set_exception(as_engine_error(error))
                 raise
             del tensors
-            self.seconds += time.perf_counter() - began
+            self.seconds["load"] += time.perf_counter() - began
             future.set_result(None)
         if has_begun:
             began = time.perf_counter()
             model.end_load()
-            self.seconds += time.perf_counter() - began
+            self.seconds["load"] += time.perf_counter() - began
         with self._wake:
             self._is_over = True
         if self._broken is None:

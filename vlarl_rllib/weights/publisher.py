@@ -97,12 +97,7 @@ class Publisher:
         self._next += 1
         frozen = specs[0].name in self._frozen
         assert self._transport is not None
-        copy = self._is_first and self._transport.lends_tensors and not frozen
-        tensors = []
-        for spec in specs:
-            tensor = self._parameters[spec.name].gather(self._dtype, copy=copy)
-            if self._is_first:
-                tensors.append(tensor)
+        tensors = self._gather(specs, copy=self._transport.lends_tensors and not frozen)
         if not self._is_first:
             return WeightBucket(index, (), None, frozen)
         checksum = checksum_of(tensors) if self._settings.checksum else None
@@ -125,6 +120,15 @@ class Publisher:
         """Free everything."""
         self._drop([*self._current.values(), *self._kept])
         self._current, self._kept = {}, []
+
+    def _gather(self, specs: Sequence[TensorSpec], *, copy: bool) -> list[Tensor]:
+        """Whole tensors on rank 0, nothing on others."""
+        tensors = []
+        for spec in specs:
+            tensor = self._parameters[spec.name].gather(self._dtype, copy=copy and self._is_first)
+            if self._is_first:
+                tensors.append(tensor)
+        return tensors
 
     def _drop(self, buckets: Iterable[WeightBucket]) -> None:
         for bucket in list(buckets):

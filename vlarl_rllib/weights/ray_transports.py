@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, ClassVar
 
-import numpy as np
 import ray
 import torch
 from ray.exceptions import ObjectLostError, RayError
@@ -25,6 +26,11 @@ from vlarl_rllib.weights.protocol import GoneError, WeightTransport
 
 ALIGNMENT = 512
 """Of tensors within a buffer, in bytes: what PyTorch's allocator gives a tensor of its own on a card."""
+COPY_THREADS, COPY_BYTES = 4, 2**24
+"""That fill pinned memory, and how much one of them takes at a time."""
+SPARE_BUFFERS = 2
+"""That NIXL's sender keeps: one is read while the next is filled."""
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class ObjectStoreTransport(WeightTransport):
@@ -110,37 +116,73 @@ class CudaIpcTransport(DirectTransport):
 
 
 class NixlTransport(DirectTransport):
-    """Between memories of any cards and nodes, over NVLink, RDMA, shared memory or TCP, as NIXL finds them."""
+    """Between memories of any cards and nodes, over NVLink, RDMA, shared memory or TCP, as NIXL finds them.
+
+    Registering memory with the hardware takes longer than moving what is in it, so both ends use buffers of their own
+    that are registered once. The learner's two are copied into on its card; where versions are kept, there are as many
+    as a version has buckets.
+    """
 
     ray_name = NIXL
+    lends_tensors = False
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._free: list[Tensor] = []
+        self._used: dict[int, Tensor] = {}
+        self._inbox = _NOTHING
+
+    def put(self, tensors: Sequence[Tensor]) -> Any:
+        """See `WeightTransport.put`."""
+        sizes = [tensor.nbytes for tensor in tensors]
+        total, device = _offsets(sizes)[-1], tensors[0].device
+        fitting = [index for index, buffer in enumerate(self._free) if buffer.numel() >= total]
+        buffer = self._free.pop(fitting[0]) if fitting else self._registered(total, device)
+        pieces = _cut(buffer, sizes)
+        for piece, tensor in zip(pieces, tensors, strict=True):
+            piece.copy_(_bytes(tensor))
+        handle = super().put(
+            [piece.view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+        )
+        self._used[id(handle)] = buffer
+        return handle
+
+    def free(self, handle: Any) -> None:
+        """Use its buffer for another bucket."""
+        self._free.append(self._used.pop(id(handle)))
+        if len(self._free) > SPARE_BUFFERS:  # of a version that was kept, or too small by now
+            ray.experimental.deregister_nixl_memory(self._free.pop(0))
 
     def _prepare(self, ref: Any, specs: Sequence[TensorSpec], device: torch.device) -> None:
-        """Have Ray write into a buffer that is reused: memory that is registered once, and no allocation."""
-        size = sum(_aligned(spec.num_bytes) for spec in specs)
-        if self._buffer.numel() < size or self._buffer.device.type != device.type:
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        offsets = np.cumsum([0, *(_aligned(spec.num_bytes) for spec in specs)])
-        pieces = [
-            self._buffer[offset : offset + spec.num_bytes] for offset, spec in zip(offsets[:-1], specs, strict=True)
-        ]
-        self._targets = _shaped(pieces, specs)  # Ray keeps weak references
+        """Have Ray write into the engine's buffer."""
+        sizes = [spec.num_bytes for spec in specs]
+        if self._inbox.numel() < (total := _offsets(sizes)[-1]):
+            if self._inbox is not _NOTHING:
+                ray.experimental.deregister_nixl_memory(self._inbox)
+            self._inbox = self._registered(total, device)
+        self._targets = _shaped(_cut(self._inbox, sizes), specs)  # Ray keeps weak references
         ray.experimental.set_target_for_ref(ref, self._targets)
+
+    def _registered(self, size: int, device: torch.device) -> Tensor:
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        ray.experimental.register_nixl_memory(buffer)
+        return buffer
 
 
 class Staging:
-    """A pinned buffer on the host through which tensors come from a card and go to one; grown as needed and reused."""
+    """Pinned memory on the host through which tensors come from a card and go to one; grown as needed and reused.
+
+    Ordinary memory would be copied by one thread of the driver's, page by page.
+    """
 
     def __init__(self) -> None:
-        self._host = torch.empty(0, dtype=torch.uint8)
-        self._device = torch.empty(0, dtype=torch.uint8)
+        self._host = self._device = _NOTHING
+        self._threads: ThreadPoolExecutor | None = None
+        self._stream: Any = None
 
     def down(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Bytes of tensors that lie on a card, valid until the next call."""
-        pieces = self._cut([tensor.nbytes for tensor in tensors])
+        pieces = self._host_pieces([tensor.nbytes for tensor in tensors])
         for piece, tensor in zip(pieces, tensors, strict=True):
             piece.copy_(_bytes(tensor), non_blocking=True)
         torch.cuda.current_stream(tensors[0].device).synchronize()
@@ -148,18 +190,33 @@ class Staging:
 
     def up(self, pieces: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         """Bytes from the host on the card, valid until the next call."""
-        staged = self._cut([piece.numel() for piece in pieces])
-        for target, piece in zip(staged, pieces, strict=True):
-            target.copy_(piece)
-        on_device = [piece.to(device, non_blocking=True) for piece in staged]
-        torch.cuda.current_stream(device).synchronize()
+        if self._threads is None:
+            self._threads, self._stream = ThreadPoolExecutor(COPY_THREADS, "staging"), torch.cuda.Stream(device)
+        sizes = [piece.numel() for piece in pieces]
+        staged, total = self._host_pieces(sizes), _offsets(sizes)[-1]
+        if self._device.numel() < total:
+            self._device = torch.empty(total, dtype=torch.uint8, device=device)
+        on_device = _cut(self._device, sizes)
+
+        def copy(part: tuple[int, slice]) -> None:
+            index, rows = part
+            staged[index][rows].copy_(pieces[index][rows])
+            with torch.cuda.stream(self._stream):
+                on_device[index][rows].copy_(staged[index][rows], non_blocking=True)
+
+        parts = [
+            (index, slice(start, min(start + COPY_BYTES, size)))
+            for index, size in enumerate(sizes)
+            for start in range(0, size, COPY_BYTES)
+        ]
+        list(self._threads.map(copy, parts))
+        self._stream.synchronize()
         return on_device
 
-    def _cut(self, sizes: Sequence[int]) -> list[Tensor]:
-        offsets = np.cumsum([0, *map(_aligned, sizes)])
-        if self._host.numel() < offsets[-1]:
-            self._host = torch.empty(int(offsets[-1]), dtype=torch.uint8, pin_memory=True)
-        return [self._host[offset : offset + size] for offset, size in zip(offsets[:-1], sizes, strict=True)]
+    def _host_pieces(self, sizes: Sequence[int]) -> list[Tensor]:
+        if self._host.numel() < (total := _offsets(sizes)[-1]):
+            self._host = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+        return _cut(self._host, sizes)
 
 
 def tensor_transport_options(gpus: float, transport: str) -> dict[str, Any]:
@@ -181,9 +238,14 @@ def _shaped(pieces: Sequence[Tensor], specs: Sequence[TensorSpec]) -> list[Tenso
     return [piece.view(getattr(torch, spec.dtype)).view(spec.shape) for piece, spec in zip(pieces, specs, strict=True)]
 
 
-def _aligned(size: int) -> int:
-    """Up to where the next tensor may begin."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _cut(buffer: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Pieces of these sizes in bytes, one behind the other."""
+    return [buffer[offset : offset + size] for offset, size in zip(_offsets(sizes), sizes, strict=False)]
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    """Where each piece begins in a buffer, and its whole size."""
+    return list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
 
 
 @contextmanager
