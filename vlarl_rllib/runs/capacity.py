@@ -118,8 +118,9 @@ def host_gb(settings: Settings, plan: RuntimeArgs) -> float:
     each = PROCESS_GB + (models - 1) * FURTHER_MODEL_GB if facts and facts.crops else 0.0
     version = (num_parameters(settings) or 0) * BYTES[settings.engines.dtype] / 1e9
     buckets = BUCKETS * settings.weights.bucket_mb * 2**20 / 1e9
-    # Where runners sample themselves, a version is kept, and the next one is complete before it goes.
-    travelling = min(buckets, version) if settings.engines.num else 2 * version
+    # A version that is kept goes when the next one is complete; on GPUs it may lie on the card, which is not known yet.
+    keeps = settings.rollout.async_mode or not settings.engines.num
+    travelling = 2 * version if keeps else min(buckets, version)
     return settings.rollout.num_runners * plan.num_processes * each + travelling
 
 
