@@ -113,7 +113,7 @@ class PushingLearner(Rank):
 
     def check(self, checksum: bool) -> None:
         """Whether what is published has a checksum."""
-        self.sharded.publisher._settings = self.settings.weights.model_copy(update={"checksum": checksum})
+        self.sharded.publisher._with_checksums = checksum
 
     def num_buckets(self) -> int:
         """Of the push that has begun."""

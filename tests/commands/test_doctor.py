@@ -92,7 +92,7 @@ def test_the_cache_of_a_decision_is_what_an_engine_reserves() -> None:
         (Machine(16, 1, 64, 80.0), {"engines": {"gpus": 0.5}}, r"no place on 1 GPU\(s\) for engine \(0.5 GPU\)"),
         (Machine(16, 1, 64, 48.0), {}, "about 71 GB on GPU 0 of 48; lower learners.micro_batch_size"),
         (Machine(16, 1, 64, 80.0), {"model": {"lora": None}}, r"about 1\d\d GB on GPU 0 of 80"),
-        (Machine(16, 1, 32, 80.0), {}, "take 40 GB or more of 32; lower env.num_processes"),
+        (Machine(16, 1, 8, 80.0), {}, "take 11 GB or more of 8; lower env.num_processes"),
     ],
 )
 def test_what_has_no_room_is_a_line(machine: Machine, changes: dict[str, Any], told: str) -> None:

@@ -3,12 +3,13 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import ray
 
-from vlarl_rllib.engines.pool import EnginePool
+from vlarl_rllib.engines.pool import EnginePool, _Member
 from vlarl_rllib.types import INITIAL_VERSION, Place, WeightBucket, WeightManifest
 from vlarl_rllib.weights.sync import LoadedWeights, WeightSync
 
@@ -115,6 +116,16 @@ def wait_for(condition, seconds: float = 20) -> bool:
     return condition()
 
 
+def make_all_current(sync: WeightSync, pool: EnginePool, num: int) -> None:
+    """Until so many run."""
+
+    def all_are_there() -> bool:
+        sync.make_engines_current()
+        return len(pool.handles) == num
+
+    assert wait_for(all_are_there, WORKER_START_SECONDS)
+
+
 def test_engines_are_kept_well_and_current(make_pool):
     pool = make_pool(2, max_failures=2)
     pool.wait_until_ready()
@@ -138,6 +149,8 @@ def test_engines_are_kept_well_and_current(make_pool):
     os.kill(first[0], signal.SIGKILL)
     ray.get(pool.handles[1].set_num_decisions.remote(-1))
     sync.make_engines_current()
+    assert pool.handles, "the pool waits for one of them"
+    make_all_current(sync, pool, 2)
     assert pool.num_restarts == 2
     assert [status.policy_version for status in pool.statuses()] == [14, 14]
     assert not set(pids(pool)) & set(first)
@@ -145,8 +158,11 @@ def test_engines_are_kept_well_and_current(make_pool):
 
     # One dies just before a push.
     sync.make_engines_current()
-    os.kill(pids(pool)[0], signal.SIGKILL)
+    dead, lives = pids(pool)
+    os.kill(dead, signal.SIGKILL)
     sync.push()
+    assert lives in pids(pool), "the other one serves meanwhile"
+    make_all_current(sync, pool, 2)
     assert [status.policy_version for status in pool.statuses()] == [15, 15]
     assert pool.num_restarts == 3
 
@@ -162,6 +178,39 @@ def test_engines_are_kept_well_and_current(make_pool):
     pool.shutdown()
     assert pool.handles == []
     assert wait_for(lambda: not is_alive(left))
+
+
+def test_an_engine_whose_node_died_is_missed_until_a_node_takes_its_place(make_pool, monkeypatch):
+    """The other one serves; where it is the only one, the pool waits."""
+    lost: set[int] = set()
+    monkeypatch.setattr("vlarl_rllib.engines.pool.lost_bundles", lambda: lost)
+    monkeypatch.setattr("vlarl_rllib.engines.pool.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(_Member, "bundle", property(lambda member: 4 + member.index))
+    pool = make_pool(2)
+    pool.wait_until_ready()
+    sync = WeightSync(Learners(), pool, version=0, transport="object_store")
+    sync.push()
+    first, second = pids(pool)
+    lost.add(4)
+    os.kill(first, signal.SIGKILL)
+    for _ in range(3):
+        sync.make_engines_current()
+        assert pids(pool) == [second]
+    sync.push()
+    assert pids(pool) == [second]
+
+    lost.add(5)
+    os.kill(second, signal.SIGKILL)
+    with ThreadPoolExecutor(1) as thread:
+        current = thread.submit(sync.make_engines_current)
+        with pytest.raises(TimeoutError):
+            current.result(1.5)
+        lost.remove(5)
+        current.result(WORKER_START_SECONDS)
+    assert [status.policy_version for status in pool.statuses()] == [2]
+    lost.remove(4)
+    make_all_current(sync, pool, 2)
+    assert [status.policy_version for status in pool.statuses()] == [2, 2] and pool.num_restarts == 2
 
 
 def test_a_start_that_cannot_work_says_why(make_pool, spec):

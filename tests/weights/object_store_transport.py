@@ -19,12 +19,11 @@ class PickledTransport(WeightTransport):
     lends_tensors = False
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return [ray.put([tensor.cpu() for tensor in tensors])]  # in a list: a bare reference would be resolved
+        return ray.put([tensor.cpu() for tensor in tensors])
 
     def get(self, handle: Any, specs: Sequence[TensorSpec], device: torch.device) -> list[torch.Tensor]:
-        (ref,) = handle
         try:
-            return ray.get(ref)
+            return ray.get(handle)
         except ObjectLostError as error:
             raise GoneError(type(error).__name__) from error
 

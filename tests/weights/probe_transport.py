@@ -88,13 +88,17 @@ class ProbeLearner:
     """Actor: one rank that publishes.
 
     Args:
-        model: arguments of `TinyModel` beside the value.
         dies_at: index of the bucket that it does not live to publish.
     """
 
-    def __init__(self, checksum: bool = False, dies_at: int | None = None, **model: Any) -> None:
-        self._model, self._dies_at, self._index = TinyModel(0.0, **model), dies_at, 0
-        settings = WeightSettings(bucket_mb=1, checksum=checksum)
+    def __init__(self, dies_at: int | None = None) -> None:
+        self._dies_at, self._index = dies_at, 0
+        self.become()
+
+    def become(self, **model: Any) -> None:
+        """Another model; arguments of `TinyModel` beside the value."""
+        self._model = TinyModel(0.0, **model)
+        settings = WeightSettings(bucket_mb=1, checksum=True)
         self._publisher = Publisher(self._model, torch.float32, settings, rank=0)
 
     def pid(self) -> int:

@@ -6,7 +6,7 @@ import pickle
 import re
 import select
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Learners:
         return [ray.get(getattr(self.rank, method).remote(*args, **kwargs), timeout=SECONDS)]
 
 
-@pytest.fixture(scope="module", params=["object_store", "nixl", "cuda_ipc", PICKLED])
+@pytest.fixture(scope="module", params=["object_store", "nixl", "cuda_ipc"])
 def transport(request: pytest.FixtureRequest) -> str:
     """Each in turn."""
     if request.param == "nixl" and not nixl_is_installed():
@@ -73,24 +73,18 @@ def pool(ray_session: None, trap: Path, transport: str) -> Iterator[EnginePool]:
 
 
 @pytest.fixture(scope="module")
-def make_learners(pool: EnginePool, transport: str) -> Iterator[Callable[..., Learners]]:
-    """They start while the engine does."""
-    made = []
-
-    def make(**arguments: Any) -> Learners:
-        made.append(Learners(transport, **arguments))
-        return made[-1]
-
-    yield make
+def all_learners(pool: EnginePool, transport: str) -> Iterator[list[Learners]]:
+    """Three, which start while the engine does: one that lives, one that dies in the middle of a push, and one more."""
+    made = [Learners(transport), Learners(transport, dies_at=2), Learners(transport)]
+    pool.wait_until_ready()
+    yield made
     for learners in made:
         ray.kill(learners.rank)
 
 
-@pytest.fixture(scope="module")
-def learners(pool: EnginePool, make_learners: Callable[..., Learners]) -> Learners:
-    learners = make_learners(checksum=True)
-    pool.wait_until_ready()
-    return learners
+@pytest.fixture
+def learners(all_learners: list[Learners]) -> Learners:
+    return all_learners[0]
 
 
 def state_of(pool: EnginePool) -> tuple[int, list[float]]:
@@ -152,28 +146,25 @@ def test_a_kept_version_is_read_without_the_learners(pool, learners, transport):
     assert state_of(pool) == (11, [0.0, 41.0, 42.0, 43.0])  # not what the learners have by now
     manifest = sync.push()
     assert (manifest.whole, manifest.num_bytes, manifest.snapshot_bytes) == (False, 3 * 2**20, 4 * 2**20)
-    kill_engine(pool)
-    sync.make_engines_current()
     assert state_of(pool) == (12, [0.0, 51.0, 52.0, 53.0])
 
 
-def test_weights_that_do_not_fit_are_refused_before_the_engine_is_touched(pool, learners, make_learners, transport):
+def test_weights_that_do_not_fit_are_refused_before_the_engine_is_touched(pool, learners, transport):
     before, restarts = state_of(pool), pool.num_restarts
     for wrong, message in (
         ({"side": 511}, r"wrong shape layers\.0\.proj\.weight \[511, 512\] instead of \[512, 512\]"),
         ({"names": "blocks"}, r"missing layers\.0.*unexpected blocks\.0"),
     ):
-        sync = WeightSync(make_learners(**wrong), pool, version=20, transport=transport)
+        learners.call("become", **wrong)
         with pytest.raises(ValueError, match=message):
-            sync.push()
+            WeightSync(learners, pool, version=20, transport=transport).push()
+    learners.call("become")
     assert (state_of(pool), pool.num_restarts) == (before, restarts)
 
 
-def test_a_learner_that_dies_in_the_middle_leaves_an_engine_that_samples_nothing(
-    pool, learners, make_learners, transport
-):
+def test_a_learner_that_dies_in_the_middle_leaves_an_engine_that_samples_nothing(pool, all_learners, transport):
     (handle,), restarts = pool.handles, pool.num_restarts
-    mortal = make_learners(dies_at=2)
+    learners, mortal, _ = all_learners
     mortal.call("learn", 60.0)
     with pytest.raises(RayActorError):
         WeightSync(mortal, pool, version=30, transport=transport).push()
@@ -190,17 +181,25 @@ def test_a_learner_that_dies_in_the_middle_leaves_an_engine_that_samples_nothing
     assert pool.num_restarts == restarts
 
 
-def test_a_kept_version_that_died_with_its_learner_is_published_anew(pool, learners, make_learners, transport):
-    mortal = make_learners()
+def test_a_kept_version_that_died_with_its_learner_is_published_anew(pool, all_learners, transport):
+    learners, _, mortal = all_learners
     sync = WeightSync(mortal, pool, version=50, transport=transport, keep=True)
     sync.push()
     os.kill(mortal.call("pid")[0], signal.SIGKILL)
     kill_engine(pool)
     with pytest.raises(RayActorError):  # nobody can publish
         sync.make_engines_current()
-    mortal.rank = learners.rank
+    lost, mortal.rank = mortal.rank, learners.rank
     sync.make_engines_current()
     assert state_of(pool)[0] == sync.version > 51
+    mortal.rank = lost
+
+
+def test_a_transport_of_somebody_elses_is_as_good(pool, learners):
+    """The one in docs/extending.md."""
+    learners.call("learn", 75.0)
+    assert WeightSync(learners, pool, version=55, transport=PICKLED).push().transport == PICKLED
+    assert state_of(pool) == (56, [0.0, 76.0, 77.0, 78.0])
 
 
 def test_damage_is_noticed_before_it_reaches_the_model(pool, learners):

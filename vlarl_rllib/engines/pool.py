@@ -226,7 +226,7 @@ class EnginePool:
         late = time.monotonic() - member.since > self._start_timeout_seconds
         if not ray.wait([member.starting], timeout=0.0, fetch_local=False)[0]:
             return TimeoutError(f"did not start within {self._start_timeout_seconds:g} s") if late else None
-        (outcome,) = collect({member: member.starting}, 0.0, "the start").values()
+        (outcome,) = collect({member: member.starting}, LOOK_SECONDS, "the start").values()
         if isinstance(outcome, BaseException):
             return outcome
         member.starting, member.pid, member.place = None, outcome.pid, outcome.place

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlarl_rllib.settings import SettingsError
 from vlarl_rllib.settings.transports import AUTO, CUDA_IPC, NIXL, OBJECT_STORE
 from vlarl_rllib.types import Place
 from vlarl_rllib.weights import find_transport
@@ -41,11 +42,11 @@ def choose_transport(wanted: str, learner: Place, engines: Sequence[Place]) -> C
     """What `weights.transport` means between the first learner and these engines; without engines, runners read.
 
     Raises:
-        ValueError: what is named cannot serve there; one line.
+        SettingsError: what is named cannot serve there; one line.
     """
     if wanted != AUTO:
         if obstacle := find_transport(wanted).obstacle(learner, engines):
-            raise ValueError(f"weights.transport: {wanted}: {obstacle}")
+            raise SettingsError(f"weights.transport: {wanted}: {obstacle}")
         return Choice(wanted, "weights.transport names it")
     if not engines:
         return Choice(OBJECT_STORE, "the runners sample themselves")

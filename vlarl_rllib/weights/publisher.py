@@ -35,7 +35,8 @@ class Publisher:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, settings: WeightSettings, rank: int) -> None:
-        self._model, self._dtype, self._settings, self._is_first = model, dtype, settings, rank == 0
+        self._model, self._dtype, self._is_first = model, dtype, rank == 0
+        self._bucket_bytes, self._with_checksums = settings.bucket_mb * 2**20, settings.checksum
         self._transport: WeightTransport | None = None
         self._plan: list[tuple[TensorSpec, ...]] = []
         self._frozen: frozenset[str] = frozenset()
@@ -74,8 +75,7 @@ class Publisher:
         self._frozen = frozen_names(self._parameters, trained)
         parts = [[spec for spec in specs if spec.name in self._frozen]] * whole
         parts.append([spec for spec in specs if spec.name not in self._frozen])
-        size = self._settings.bucket_mb * 2**20
-        self._plan = [bucket for part in parts for bucket in plan_buckets(part, size)]
+        self._plan = [bucket for part in parts for bucket in plan_buckets(part, self._bucket_bytes)]
         self._version, self._whole, self._keep, self._next, self._current = version, whole, keep, 0, {}
         return WeightManifest(version, transport, specs, self._frozen, self._base, whole)
 
@@ -100,7 +100,7 @@ class Publisher:
         tensors = self._gather(specs, copy=self._transport.lends_tensors and not frozen)
         if not self._is_first:
             return WeightBucket(index, (), None, frozen)
-        checksum = checksum_of(tensors) if self._settings.checksum else None
+        checksum = checksum_of(tensors) if self._with_checksums else None
         bucket = WeightBucket(index, specs, self._transport.put(tensors), frozen, checksum)
         self._current[index] = bucket
         return bucket

@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 
 import ray
 import torch
-from ray.exceptions import ObjectLostError, RayError
+from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError, RayError
 from torch import Tensor
 
+from vlarl_rllib.settings import SettingsError
 from vlarl_rllib.settings.transports import CUDA_IPC, NIXL
 from vlarl_rllib.types import Place, TensorSpec
 from vlarl_rllib.weights.protocol import GoneError, WeightTransport
@@ -45,7 +46,14 @@ class ObjectStoreTransport(WeightTransport):
     def put(self, tensors: Sequence[Tensor]) -> Any:
         """See `WeightTransport.put`. Ray copies from where the tensors lie; those of a card through a pinned buffer."""
         on_host = self._staging.down(tensors) if tensors[0].is_cuda else [_bytes(tensor) for tensor in tensors]
-        return ray.put([tensor.numpy() for tensor in on_host])
+        try:
+            return ray.put([tensor.numpy() for tensor in on_host])
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            size = sum(tensor.nbytes for tensor in tensors)
+            raise OSError(
+                f"a bucket of {size:,} bytes does not fit into Ray's object store; lower weights.bucket_mb, or enlarge "
+                "the store (ray start --object-store-memory, docker run --shm-size)"
+            ) from error
 
     def get(self, handle: Any, specs: Sequence[TensorSpec], device: torch.device) -> list[Tensor]:
         """See `WeightTransport.get`. They lie in the store itself; for an engine on a card they are copied there."""
@@ -70,14 +78,13 @@ class DirectTransport(WeightTransport):
 
     def put(self, tensors: Sequence[Tensor]) -> Any:
         """See `WeightTransport.put`."""
-        return [ray.put(list(tensors), _tensor_transport=self.ray_name)]  # in a list, so that nobody resolves it
+        return ray.put(list(tensors), _tensor_transport=self.ray_name)
 
     def get(self, handle: Any, specs: Sequence[TensorSpec], device: torch.device) -> list[Tensor]:
         """See `WeightTransport.get`."""
-        (ref,) = handle
-        self._prepare(ref, specs, device)
+        self._prepare(handle, specs, device)
         with _gone_with_its_owner():
-            return list(ray.get(ref))
+            return list(ray.get(handle))
 
     def free(self, handle: Any) -> None:
         """Nothing: Ray lets go of the tensors with the last reference."""
@@ -220,7 +227,15 @@ class Staging:
 
 
 def tensor_transport_options(gpus: float, transport: str) -> dict[str, Any]:
-    """Ray options of an actor that may have to take part in a direct transport; none where it cannot have to."""
+    """Ray options of an actor that may have to take part in a direct transport; none where it cannot have to.
+
+    Raises `SettingsError`, before there is any actor, where the transport is not installed.
+    """
+    if transport == NIXL and not nixl_is_installed():
+        raise SettingsError(
+            "weights.transport: nixl needs the package nixl in the environment of every node, and here it is not "
+            "installed; run: pip install 'vlarl-rllib[nixl]', or use auto"
+        )
     return {"enable_tensor_transport": True} if gpus or transport in (CUDA_IPC, NIXL) else {}
 
 
