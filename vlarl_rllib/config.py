@@ -178,6 +178,7 @@ class VLAPPOConfig(PPOConfig):
             seed=settings.run.seed,
             run=self.run_name or "vlarl",
             suite=settings.env.label,
+            transport=settings.weights.transport,
         )
 
     def validate(self) -> None:

@@ -80,3 +80,17 @@ def nodes_of_actors(run: str) -> dict[str, str]:
     actors = ray._private.state.actors(job_id=job, actor_state_name="ALIVE").values()
     found = ((actor["Name"].rpartition("/"), actor["Address"]["NodeID"]) for actor in actors)
     return {role: nodes[node] for (owner, _, role), node in sorted(found) if owner == run and node in nodes}
+
+
+def nodes_of_bundles() -> dict[int, str]:
+    """Node of each bundle of the current placement group; "" for one whose node has died, until Ray finds another node
+    for it. Empty outside of a group."""
+    from ray.util.placement_group import get_current_placement_group, placement_group_table
+
+    group = get_current_placement_group()
+    return {} if group is None else placement_group_table(group)["bundles_to_node_id"]
+
+
+def lost_bundles() -> set[int]:
+    """Bundles of the current placement group that are on no node now."""
+    return {index for index, node in nodes_of_bundles().items() if not node}

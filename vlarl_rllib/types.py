@@ -84,6 +84,9 @@ class EpisodeResult:
 
 INITIAL_VERSION = -1
 """`policy_version` of weights as loaded from the checkpoint."""
+HALF_LOADED = -2
+"""`policy_version` of an engine whose last update broke off: it holds weights of two versions, and samples from none.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +116,73 @@ class SampleReply:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightManifest:
-    """A full set of policy weights that can be read now; it stays readable until the next version is committed.
+class TensorSpec:
+    """A tensor of the policy as it travels."""
+
+    name: str
+    """Its published name."""
+    shape: tuple[int, ...]
+    dtype: str
+    """torch's name of its type, for example "bfloat16"."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBucket:
+    """Some tensors of a version, which can be read now.
 
     It travels through Ray and is never copied deeply: what a transport puts into it may be `ObjectRef`s.
     """
 
+    index: int
+    """From 0, in the order in which a version's buckets are loaded."""
+    tensors: tuple[TensorSpec, ...]
+    handle: Any
+    """What the transport's `put` returned."""
+    frozen: bool
+    """Whether training changes none of them."""
+    checksum: str | None = None
+    """SHA-256 of the tensors in hex where `weights.checksum` is on."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightManifest:
+    """What a version of the policy's weights consists of; where it is kept, with all its buckets."""
+
     version: int
     """Push counter: never repeats, never decreases within a run."""
     transport: str
-    """Known name or `module:Class` of the transport that reads it."""
-    location: Any
-    """Where the transport finds the buckets (for `shared_memory`: a directory)."""
-    buckets: tuple[Any, ...]
-    """The buckets in the order they are to be loaded (for `shared_memory`: file names)."""
-    num_tensors: int
-    num_bytes: int
-    checksums: tuple[str, ...] | None = None
-    """SHA-256 of each bucket in hex where `weights.checksum` is on, else None."""
+    """Known name or `module:Class` of what moves the buckets."""
+    tensors: tuple[TensorSpec, ...]
+    """All of the policy."""
+    frozen: frozenset[str]
+    """Names of those that training does not change, nor what an engine loads together with them."""
+    base: str
+    """Tells these frozen tensors from others, whatever they contain."""
+    whole: bool
+    """Whether the frozen ones were published with this version; else an engine keeps those that it has, of this base.
+    """
+    buckets: tuple[WeightBucket, ...] = ()
+    """Where the version is kept: all that can still be read, the frozen ones too. Else none."""
+
+    @property
+    def num_bytes(self) -> int:
+        """That were published."""
+        return sum(spec.num_bytes for spec in self.tensors if self.whole or spec.name not in self.frozen)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """That are kept."""
+        return sum(spec.num_bytes for bucket in self.buckets for spec in bucket.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process is, as far as weights go."""
+
+    node: str = ""
+    """Ray's id of its node."""
+    gpu: str = ""
+    """Its card's UUID; empty = it computes on the CPU."""
+    direct: frozenset[str] = frozenset()
+    """Of Ray's transports past the object store, those that it can take part in."""

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from vlarl_rllib.commands.checkpoint import report_checkpoint
 from vlarl_rllib.commands.deep_check import shortened, verdict
-from vlarl_rllib.commands.doctor import report_on
+from vlarl_rllib.commands.doctor import report_on, report_on_nodes
 from vlarl_rllib.errors import SettingsError
 from vlarl_rllib.models.family import ActionFormat, load_family
 from vlarl_rllib.models.fingerprint import model_fingerprints
@@ -29,6 +29,8 @@ from vlarl_rllib.settings.published import PUBLISHED_MODELS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 COMMAND = re.compile(r"vlarl doctor configs/(\S+) --cpus (\d+) --gpus (\d+) --memory (\d+)$", re.MULTILINE)
+OF_NODES = re.compile(r"vlarl doctor configs/(\S+)((?: --node \S+)+)$", re.MULTILINE)
+ON_NODES = [file for file in CONFIGS if OF_NODES.search(file.read_text())]
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -39,7 +41,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 # Plans
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [file for file in CONFIGS if file not in ON_NODES], ids=lambda file: file.stem)
 def test_every_config_has_room_where_it_says(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (stated,) = COMMAND.findall(file.read_text())
     assert stated[0] == file.name
@@ -51,6 +53,57 @@ def test_every_config_has_room_where_it_says(file: Path, capsys: pytest.CaptureF
     cards, left = place(plan, gpus)
     assert not left and sum(map(len, cards)) == sum("GPU" in one.resources for one in plan.bundles)
     assert not gpus or too_few_cpus(plan, machine) is None, "it is to be placed on a cluster's node too"
+
+
+@pytest.mark.parametrize("file", ON_NODES, ids=lambda file: file.stem)
+def test_a_config_for_several_nodes_has_room_on_those_that_it_names(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((name, nodes),) = OF_NODES.findall(file.read_text())
+    assert name == file.name
+    machines = [Machine.parsed(text, 80.0) for text in nodes.replace("--node", "").split()]
+    assert report_on_nodes(Settings.from_yaml(file), machines), said(capsys)
+    assert "the plan fits on those nodes" in said(capsys)
+
+
+def test_simulators_stand_beside_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    machines = [Machine(16, 4, 256, 80.0), Machine(64, 0, 128, 80.0, {"simulator": 4})]
+    report_on_nodes(config("libero_spatial_2nodes"), machines)
+    text = said(capsys)
+    assert "node 2: 64 CPU, simulator 4 4 x runner (15 CPU, simulator 1)" in text
+    assert "on GPU 3 learner, engine; about 66.5 of 80 GB" in text
+    assert "memory of an engine about 27.5 GB: weights 15.1, cache 5.4" in text
+    # 12 bytes of each of 110.8 million adapter parameters, kept twice and written a third time
+    assert "a checkpoint about 1.3 GB" in text and "4.0 GB" in text
+    assert not report_on_nodes(config("libero_spatial_2nodes"), machines[:1])
+    assert "none has the resource simulator; start one with ray start --resources=" in said(capsys)
+
+
+def test_shards_over_several_nodes_are_a_remark(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes of two GPUs: SPREAD puts two learners on each."""
+    settings = config("libero_spatial_4gpu").replaced(placement={"strategy": "SPREAD"})
+    machines = [Machine(32, 2, 256, 80.0)] * 2
+    assert report_on_nodes(settings, machines)
+    advice = "learners.fsdp.mesh: [1, 4] divides the weights over 2 nodes"
+    assert advice in (text := said(capsys)) and "[2, 2] keeps shards within a node, and takes 2 times" in text
+    assert report_on_nodes(settings.replaced(learners={"fsdp": {"mesh": [2, 2]}}), machines)
+    assert advice not in said(capsys)
+    packed = settings.replaced(placement={"strategy": "PACK"})
+    assert not report_on_nodes(packed, machines) and "set placement.strategy to SPREAD" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("cpus=4", "memory is missing, or no amount"),
+        ("memory=4,cpus=nan", "cpus is missing, or no amount"),
+        ("cpus=4,memory", "'memory' is no name=value"),
+        ("cpus=4,memory=8,gpus=1.5", "gpus=1.5 is no number of GPUs"),
+    ],
+)
+def test_a_node_that_is_described_wrongly_is_a_line(text: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        Machine.parsed(text, 80.0)
 
 
 def config(name: str) -> Settings:
@@ -92,7 +145,7 @@ def test_the_cache_of_a_decision_is_what_an_engine_reserves() -> None:
         (Machine(16, 1, 64, 80.0), {"engines": {"gpus": 0.5}}, r"no place on 1 GPU\(s\) for engine \(0.5 GPU\)"),
         (Machine(16, 1, 64, 48.0), {}, "about 71 GB on GPU 0 of 48; lower learners.micro_batch_size"),
         (Machine(16, 1, 64, 80.0), {"model": {"lora": None}}, r"about 1\d\d GB on GPU 0 of 80"),
-        (Machine(16, 1, 32, 80.0), {}, "take 40 GB or more of 32; lower env.num_processes"),
+        (Machine(16, 1, 8, 80.0), {}, "take 11 GB or more of 8; lower env.num_processes"),
     ],
 )
 def test_what_has_no_room_is_a_line(machine: Machine, changes: dict[str, Any], told: str) -> None:

@@ -235,14 +235,15 @@ def test_a_killed_reward_worker_costs_no_reward_and_serves_again(algorithm: VLAP
     pid = processes(algorithm)["reward_worker"]
 
     def kill_it_when_fragments_are_to_be_judged(runner: Any) -> None:
-        collect = runner._collect
+        play = runner._play
 
-        def kill_then_collect() -> Any:
-            del runner._collect
+        def play_then_kill(*arguments: Any) -> Any:
+            del runner._play
+            played = play(*arguments)
             os.kill(pid, signal.SIGKILL)
-            return collect()
+            return played
 
-        runner._collect = kill_then_collect
+        runner._play = play_then_kill
 
     algorithm.env_runner_group.foreach_env_runner(kill_it_when_fragments_are_to_be_judged, local_env_runner=False)
     row = train(algorithm)
@@ -412,19 +413,20 @@ def test_iterations_and_syncs_leave_nothing_behind(algorithm: VLAPPO) -> None:
         *environment_pids(algorithm),
     ]
 
-    def sync_and_measure() -> tuple[list[int], list[int], int]:
+    def sync_and_measure() -> tuple[list[int], list[int], float]:
         for _ in range(5):
             algorithm.weight_sync.push()
         train(algorithm)
         train(algorithm)
-        shared = sum(file.stat().st_size for file in Path("/dev/shm").glob(f"vlarl-run-{roles['learners'][0]}-*/*"))
+        time.sleep(2.0)  # Ray frees what nobody refers to, and tells of it, a moment later
+        all_of_it, free = (of["object_store_memory"] for of in (ray.cluster_resources(), ray.available_resources()))
         found = [psutil.Process(pid) for pid in pids]
-        return [p.num_fds() for p in found], [p.memory_info().rss for p in found], shared
+        return [p.num_fds() for p in found], [p.memory_info().rss for p in found], all_of_it - free
 
     before, after = sync_and_measure(), sync_and_measure()
     assert after[0] == before[0], "file descriptors"
     assert after[1] == pytest.approx(before[1], rel=0.02), "resident memory"
-    assert after[2] == before[2] > 0, "shared memory"
+    assert after[2] <= before[2] + 2**20, "bytes in Ray's object store"
 
 
 def test_an_end_while_sampling_saves_the_last_iteration_and_drops_the_running_one(

@@ -227,4 +227,3 @@ def test_a_run_under_random_kills(run: Run) -> None:
     print("faults:", json.loads((run.path / "summary.json").read_text())["faults"])
     for checkpoint in (run.path / "checkpoints").iterdir():
         assert not checkpoint.name.startswith("."), f"{checkpoint.name} was left"
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith("vlarl-")]

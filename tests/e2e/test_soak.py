@@ -1,4 +1,4 @@
-"""Does anything grow? Memory, file descriptors and shared memory of every process through hundreds of iterations and
+"""Does anything grow? Memory and file descriptors of every process through hundreds of iterations and
 thousands of resets."""
 
 import json
@@ -39,16 +39,12 @@ class Gauge:
     def __init__(self) -> None:
         self.rss: dict[str, list[float]] = defaultdict(list)
         self.fds: dict[str, list[int]] = defaultdict(list)
-        self.shared: list[int] = []
 
     def read(self, pids: dict[str, int]) -> None:
         for name, pid in pids.items():
             process = psutil.Process(pid)
             self.rss[name].append(process.memory_info().rss / 2**20)
             self.fds[name].append(process.num_fds())
-        self.shared.append(
-            sum(file.stat().st_size for file in Path("/dev/shm").rglob("vlarl-*/**/*") if file.is_file())
-        )
 
     def report(self) -> list[str]:
         """Prints a table; what grew too much."""
@@ -64,7 +60,6 @@ class Gauge:
                 grown.append(f"{name}: {before:.0f} -> {after:.0f} MB")
             if max(fds[-window:]) > max(fds[third : third + window]) + 2:
                 grown.append(f"{name}: {fds[third]} -> {fds[-1]} file descriptors")
-        print(f"shared memory of the weights: at most {max(self.shared):,} bytes")
         return grown
 
 

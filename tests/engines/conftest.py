@@ -12,7 +12,6 @@ from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from vlarl_rllib.models.presets import write_checkpoint
-from vlarl_rllib.weights.shared_memory import SharedMemoryPublisher
 
 
 @pytest.fixture(scope="session")
@@ -23,18 +22,12 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
 
 
 @pytest.fixture
-def make_oracle(spec: EngineSpec) -> Iterator[Callable[[], Oracle]]:
-    publishers = []
-
+def make_oracle(spec: EngineSpec) -> Callable[[], Oracle]:
     def make() -> Oracle:
-        publisher = SharedMemoryPublisher(run_id="test", bucket_bytes=2**20)
-        publishers.append(publisher)
         model = OpenVLAForActionPrediction.from_pretrained(spec.model_path, dtype=torch.float32)
-        return Oracle(model, OpenVLAProcessor.from_pretrained(spec.model_path), publisher)
+        return Oracle(model, OpenVLAProcessor.from_pretrained(spec.model_path))
 
-    yield make
-    for publisher in publishers:
-        publisher.close()
+    return make
 
 
 @pytest.fixture(scope="session")

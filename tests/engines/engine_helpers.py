@@ -6,11 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from vlarl_rllib.models.openvla.presets import PRESETS, build_model
-from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
-from vlarl_rllib.weights.shared_memory import SharedMemoryPublisher
-from vlarl_rllib.weights.source import iterate_weights
+from vlarl_rllib.settings import WeightSettings
+from vlarl_rllib.types import Place, SampleReply, SampleRequest, WeightBucket, WeightManifest
+from vlarl_rllib.weights.publisher import Publisher
+from vlarl_rllib.weights.sync import WeightSync
+
+LOCAL = "tests.weights.probe_transport:LocalTransport"
 
 INSTRUCTIONS = (
     "push",
@@ -37,8 +41,11 @@ class Oracle:
 
     model: OpenVLAForActionPrediction
     processor: OpenVLAProcessor
-    publisher: SharedMemoryPublisher
     version: int = 0
+
+    def __post_init__(self) -> None:
+        self._publisher = Publisher(self.model, torch.float32, WeightSettings(bucket_mb=1), rank=0)
+        self.begin_publishing, self.end_publishing = self._publisher.begin, self._publisher.end
 
     @torch.no_grad()
     def log_prob_error(self, requests: list[SampleRequest], replies: list[SampleReply]) -> float:
@@ -58,16 +65,38 @@ class Oracle:
         best = self._logits([request], torch.tensor(reply.tokens.tolist())[None]).argmax(-1)[0]
         return (best + self.model.action_token_ids[0]).tolist() == reply.tokens.tolist()
 
-    def push(self, seed: int) -> WeightManifest:
-        """Publish freshly initialised weights as the next version; the model keeps them."""
+    def renew(self, seed: int) -> None:
+        """Initialise the weights freshly."""
         self.model.load_state_dict(build_model(PRESETS["tiny"], seed).state_dict())
-        return self.publish(iterate_weights(self.model, torch.float32))
+        self._publisher.forget()
 
-    def publish(self, tensors) -> WeightManifest:
-        self.version += 1
-        manifest = self.publisher.publish(self.version, iter(tensors))
-        self.publisher.retire(before=self.version - 1)
+    def sync(self, pool: EnginePool | None, transport: str = "object_store", *, keep: bool = False) -> WeightSync:
+        return WeightSync(self, pool, self.version, transport=transport, keep=keep)
+
+    def push(self, pool: EnginePool, seed: int) -> WeightManifest:
+        """Freshly initialised weights as the next version in all engines; the model keeps them."""
+        self.renew(seed)
+        manifest = self.sync(pool).push()
+        self.version = manifest.version
         return manifest
+
+    def keep(self, seed: int) -> WeightManifest:
+        """The same for engines in this process, without Ray."""
+        self.renew(seed)
+        manifest = self.sync(None, LOCAL, keep=True).push()
+        self.version = manifest.version
+        return manifest
+
+    # The learners, as `WeightSync` sees them
+
+    def call(self, method: str, *args, **kwargs) -> list:
+        return [getattr(self, method)(*args, **kwargs)]
+
+    def place(self) -> Place:
+        return Place()
+
+    def next_bucket(self, done: int) -> WeightBucket | None:
+        return self._publisher.next(done)
 
     def _logits(self, requests: list[SampleRequest], tokens: torch.Tensor) -> torch.Tensor:
         images, instructions = [r.image for r in requests], [r.instruction for r in requests]

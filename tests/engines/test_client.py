@@ -175,7 +175,7 @@ def test_the_local_sampler_answers_from_a_thread_in_batches(completions, spec, m
     assert oracle.log_prob_error(requests, replies) <= 1e-4
     assert {reply.policy_version for reply in replies} == {INITIAL_VERSION}
 
-    manifest = oracle.push(seed=5)
+    manifest = oracle.keep(seed=5)
     assert sampler.load_weights(manifest) == sampler.policy_version == manifest.version
     sampler.submit("new", requests[0])
     key, reply = completions.get(timeout=SECONDS)

@@ -10,7 +10,8 @@ import pytest
 from vlarl_rllib.engines.protocol import EngineError, check_requests
 from vlarl_rllib.engines.step_loop import Sampled, StepLoop
 from vlarl_rllib.models.family import ActionFormat
-from vlarl_rllib.types import INITIAL_VERSION, SampleRequest, WeightManifest
+from vlarl_rllib.types import HALF_LOADED, INITIAL_VERSION, SampleRequest, WeightBucket
+from vlarl_rllib.weights.protocol import TransferError
 
 ACTIONS = ActionFormat(1, 7, range(100, 356))
 IMAGE = np.zeros((4, 4, 3), np.uint8)
@@ -21,8 +22,21 @@ def request(seed: int = 0) -> SampleRequest:
     return SampleRequest(IMAGE, "push", seed, 1.0)
 
 
-def manifest(version: int) -> WeightManifest:
-    return WeightManifest(version, "shared_memory", "/nowhere", (), 0, 0)
+BUCKET = WeightBucket(0, (), None, frozen=False)
+
+
+def fetch(bucket: WeightBucket) -> dict:
+    """A bucket with a handle is damaged."""
+    if bucket.handle:
+        raise TransferError(bucket.handle)
+    return {}
+
+
+def update(loop: StepLoop, version: int) -> Future[int]:
+    """A version in one bucket."""
+    coming = loop.update(version, fetch)
+    coming.feed(BUCKET)
+    return coming.end()
 
 
 class FakeStepper:
@@ -56,8 +70,12 @@ class FakeStepper:
                 done.append(Sampled(request_id, tokens, [-1.0] * len(tokens)))
         return done
 
-    def load(self, manifest):
+    def begin_load(self):
         self.loads_while_running.append(len(self.running))
+
+    def load(self, tensors): ...
+
+    def end_load(self): ...
 
 
 @pytest.fixture
@@ -92,10 +110,10 @@ def test_requests_of_different_callers_share_a_batch(loop, stepper):
 def test_an_update_lets_earlier_requests_finish_and_later_ones_wait(loop, stepper):
     stepper.gate.clear()
     before = [loop.sample([request()]) for _ in range(3)]
-    update = loop.update(manifest(4))
+    done = update(loop, 4)
     after = [loop.sample([request()]) for _ in range(3)]
     stepper.gate.set()
-    assert update.result(SECONDS) == 4
+    assert done.result(SECONDS) == 4
     assert {future.result(SECONDS)[0].policy_version for future in before} == {INITIAL_VERSION}
     assert {future.result(SECONDS)[0].policy_version for future in after} == {4}
     assert stepper.loads_while_running == [0]
@@ -106,7 +124,7 @@ def test_it_knows_how_long_requests_took_and_how_many_wait(loop, stepper):
     """What `engines.telemetry` tells of it."""
     stepper.gate.clear()
     before = loop.sample([request(), request()])
-    loop.update(manifest(1))
+    update(loop, 1)
     behind = loop.sample([request()])
     time.sleep(0.2)
     assert (loop.num_in_flight, loop.num_waiting) == (2, 1)
@@ -119,25 +137,58 @@ def test_it_knows_how_long_requests_took_and_how_many_wait(loop, stepper):
 def test_after_an_exception_nobody_waits(loop, stepper):
     stepper.gate.clear()
     stepper.breaks = RuntimeError("Tensor on device meta\nand a hundred more lines")
-    waiting: list[Future] = [loop.sample([request(), request()]), loop.update(manifest(1)), loop.sample([request()])]
+    waiting: list[Future] = [loop.sample([request(), request()]), update(loop, 1), loop.sample([request()])]
     stepper.gate.set()
     for future in waiting:
         with pytest.raises(EngineError, match=r"^RuntimeError: Tensor on device meta$"):
             future.result(SECONDS)
-    for call in (lambda: loop.sample([request()]), lambda: loop.update(manifest(1)), loop.probe):
+    for call in (lambda: loop.sample([request()]), lambda: loop.update(1, fetch), loop.probe):
         with pytest.raises(EngineError, match="Tensor on device meta"):
             call()
 
 
-def test_a_failed_update_is_the_end_of_the_engine(loop, stepper):
-    def fails(manifest):
+def test_a_failed_load_is_the_end_of_the_engine(loop, stepper):
+    def fails(tensors):
         raise OSError("half loaded")
 
     stepper.load = fails
-    with pytest.raises(EngineError, match="half loaded"):
-        loop.update(manifest(1)).result(SECONDS)
+    coming = loop.update(1, fetch)
+    for future in (coming.feed(BUCKET), coming.feed(BUCKET), coming.end()):
+        with pytest.raises(EngineError, match="half loaded"):
+            future.result(SECONDS)
     with pytest.raises(EngineError, match="half loaded"):
         loop.sample([request()])
+
+
+def test_an_update_that_breaks_off_leaves_nothing_to_sample_from(loop):
+    damaged = WeightBucket(1, (), "a bit was lost", frozen=False)
+    coming = loop.update(3, fetch)
+    coming.feed(BUCKET).result(SECONDS)
+    for future in (coming.feed(damaged), coming.feed(BUCKET), coming.end()):
+        with pytest.raises(TransferError, match="a bit was lost"):
+            future.result(SECONDS)
+    assert loop.probe().result(SECONDS) == HALF_LOADED
+    with pytest.raises(EngineError, match="weights of two versions"):
+        loop.sample([request()]).result(SECONDS)
+    # Also where its driver begins another one, or says that nothing more comes.
+    for end in (lambda coming: coming.abort("the learner died"), lambda coming: loop.update(5, fetch).end()):
+        coming = loop.update(4, fetch)
+        coming.feed(BUCKET).result(SECONDS)
+        end(coming)
+        with pytest.raises(TransferError, match=r"update to version 4 broke off: (the learner died|another update)"):
+            coming.future.result(SECONDS)
+        with pytest.raises(TransferError, match="broke off"):
+            coming.feed(BUCKET).result(SECONDS)
+    assert update(loop, 6).result(SECONDS) == 6
+    assert loop.sample([request()]).result(SECONDS)[0].policy_version == 6
+
+
+def test_an_update_of_which_nothing_came_leaves_the_engine_as_it_was(loop):
+    coming = loop.update(3, fetch)
+    coming.abort("the learner died")
+    with pytest.raises(TransferError, match="the learner died"):
+        coming.future.result(SECONDS)
+    assert loop.sample([request()]).result(SECONDS)[0].policy_version == INITIAL_VERSION
 
 
 @pytest.mark.parametrize("tokens", [[101] * 6, [101] * 6 + [99], [101] * 6 + [356]])

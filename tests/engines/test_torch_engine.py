@@ -1,16 +1,15 @@
 """The in-process engine: log-probs, seeds, batches, weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-import torch
 from engine_helpers import make_requests
 
-from vlarl_rllib.engines import torch_engine
 from vlarl_rllib.engines.protocol import EngineError
 from vlarl_rllib.engines.torch_engine import TorchEngine
-from vlarl_rllib.types import INITIAL_VERSION
-from vlarl_rllib.weights.protocol import VersionGoneError
-from vlarl_rllib.weights.source import iterate_weights
+from vlarl_rllib.types import HALF_LOADED, INITIAL_VERSION
+from vlarl_rllib.weights.protocol import GoneError
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +37,30 @@ def test_weights_of_the_wrong_names_or_shapes_change_nothing(spec, make_oracle):
     engine, oracle = TorchEngine(spec), make_oracle()
     requests = make_requests(3)
     before = engine.sample(requests)
-    tensors = dict(iterate_weights(oracle.model, torch.float32))
-    renamed = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    manifest = oracle.keep(seed=1)
+    renamed = tuple(replace(spec, name=f"module.{spec.name}") for spec in manifest.tensors)
     with pytest.raises(ValueError, match="weights do not fit the policy"):
-        engine.load_weights(oracle.publish(renamed.items()))
+        engine.load_weights(replace(manifest, tensors=renamed))
     after = engine.sample(requests)
     assert all(np.array_equal(a.log_probs, b.log_probs) for a, b in zip(before, after, strict=True))
     assert after[0].policy_version == INITIAL_VERSION
-    manifest = oracle.push(seed=1)
     assert engine.load_weights(manifest) == manifest.version
     assert oracle.log_prob_error(requests, engine.sample(requests)) <= 1e-4
 
 
-def test_a_version_that_goes_while_it_is_loaded_ends_the_engine(spec, make_oracle, monkeypatch):
+def test_a_version_that_goes_while_it_is_loaded_leaves_an_engine_that_samples_nothing(spec, make_oracle):
     engine, oracle = TorchEngine(spec), make_oracle()
-    manifest = oracle.push(seed=1)
-    retired = manifest.version + 1
-    monkeypatch.setattr(torch_engine, "check_names_and_shapes", lambda *_: oracle.publisher.retire(before=retired))
-    with pytest.raises(EngineError, match=f"weights of two versions: weights version {manifest.version} is gone"):
+    manifest = oracle.keep(seed=1)
+    first, last = manifest.buckets[0], manifest.buckets[-1]
+    kept = list(last.handle)
+    last.handle.clear()
+    with pytest.raises(EngineError, match="weights of two versions: the weights are gone: it was freed"):
         engine.load_weights(manifest)
-    with pytest.raises(VersionGoneError):  # at once, and the engine is well
-        engine.load_weights(manifest)
+    assert engine.policy_version == HALF_LOADED
+    with pytest.raises(EngineError, match="weights of two versions"):
+        engine.sample(make_requests(1))
+    last.handle.extend(kept)
+    assert engine.load_weights(manifest) == manifest.version and engine.sample(make_requests(1))
+    first.handle.clear()
+    with pytest.raises(GoneError):  # before the model was touched: it is well
+        TorchEngine(spec).load_weights(manifest)

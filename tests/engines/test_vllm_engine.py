@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,16 +16,11 @@ import torch
 from engine_helpers import make_requests
 from ray.exceptions import RayTaskError
 
-from tests.weights.probe_transport import OBJECT_STORE
 from vlarl_rllib.engines.actor import engine_env_vars
 from vlarl_rllib.engines.client import RemoteSampler
 from vlarl_rllib.engines.protocol import EngineError
 from vlarl_rllib.engines.torch_engine import TorchEngine
-from vlarl_rllib.settings import WeightSettings
-from vlarl_rllib.types import SampleReply
-from vlarl_rllib.weights import find_transport
-from vlarl_rllib.weights.protocol import VersionGoneError
-from vlarl_rllib.weights.source import iterate_weights
+from vlarl_rllib.types import HALF_LOADED, SampleReply
 
 SECONDS = 60
 TEMPERATURES = (1.0, 0.0, 0.7, 1.6)
@@ -37,7 +32,7 @@ def oracle(vllm_engine, make_oracle):
     """Weights in the engine = weights in the oracle; versions go on from the engine's."""
     oracle = make_oracle()
     oracle.version = max(0, vllm_engine.statuses()[0].policy_version)
-    vllm_engine.load_weights(oracle.push(seed=0))
+    oracle.push(vllm_engine, seed=0)
     return oracle
 
 
@@ -89,13 +84,13 @@ def test_weights_arrive_whole_each_time(vllm_engine, oracle):
     torch_engine = TorchEngine(replace(vllm_engine._spec))
     for seed in (11, 12, 13):
         before = sample(vllm_engine, requests)
-        manifest = oracle.push(seed)
+        manifest = oracle.keep(seed)
         assert oracle.log_prob_error(requests, before) > 0.1  # the weights did change
-        assert vllm_engine.load_weights(manifest) == 0
+        torch_engine.load_weights(manifest)
+        manifest = oracle.push(vllm_engine, seed)
         replies = sample(vllm_engine, requests)
         assert {reply.policy_version for reply in replies} == {manifest.version}
         assert oracle.log_prob_error(requests, replies) <= TOLERANCE
-        torch_engine.load_weights(manifest)
         hf_replies = torch_engine.sample(requests)
         assert oracle.log_prob_error(requests, hf_replies) <= TOLERANCE
         greedy = [index for index, request in enumerate(requests) if request.temperature == 0]
@@ -106,35 +101,57 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_serve(vllm_engine,
     requests = make_requests(4)
     version = oracle.version
     before = sample(vllm_engine, requests)
-    tensors = dict(iterate_weights(oracle.model, torch.float32))
+    manifest = oracle.keep(seed=0)
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    others = tuple(spec for spec in manifest.tensors if spec.name != name)
+    (fused,) = set(manifest.tensors) - set(others)
     wrong = [
-        {f"module.{key}": tensor for key, tensor in tensors.items()},
-        {key: tensor for key, tensor in tensors.items() if key != name},
-        tensors | {"value_head.fc1.weight": torch.zeros(2, 2)},
-        tensors | {name: tensors[name][:-1]},
+        tuple(replace(spec, name=f"module.{spec.name}") for spec in manifest.tensors),
+        others,
+        (*manifest.tensors, replace(fused, name="value_head.fc1.weight")),
+        (*others, replace(fused, shape=(fused.shape[0] - 1, fused.shape[1]))),
     ]
     for bad in wrong:
         with pytest.raises(ValueError, match="weights do not fit the policy"):
-            vllm_engine.load_weights(oracle.publish(bad.items()))
-    with pytest.raises(ValueError, match="has no tensors"):
-        oracle.publish([])
-    gone = replace(oracle.push(seed=0), location="/dev/shm/vlarl-gone/v000001")
-    with pytest.raises(VersionGoneError, match="is gone"):
-        vllm_engine.load_weights(gone)
+            vllm_engine.begin(vllm_engine.members, replace(manifest, tensors=bad))
     after = sample(vllm_engine, requests)
     assert {reply.policy_version for reply in after} == {version}
     assert all(np.array_equal(a.log_probs, b.log_probs) for a, b in zip(before, after, strict=True))
     assert vllm_engine.num_restarts == 0
 
 
-def test_references_to_weights_reach_the_engine_as_references(vllm_engine, oracle):
-    oracle.publisher = find_transport(OBJECT_STORE).make_publisher(WeightSettings(bucket_mb=1))
-    manifest = oracle.push(seed=5)
-    vllm_engine.load_weights(manifest)
+def test_what_gets_no_weights_keeps_its_own(vllm_engine, oracle):
+    """vLLM's layer-wise reload takes every layer apart; those that training does not change must come back whole."""
+    oracle.model.requires_grad_(False)
+    trained = "language_model.model.layers.1.self_attn.k_proj.weight"
+    dict(oracle.model.named_parameters())[trained].requires_grad_(True)
+    manifest = oracle.push(vllm_engine, seed=5)
+    assert manifest.whole
+    sync, requests = oracle.sync(vllm_engine), make_requests(4)
+    for spread in (0.3, 0.6):
+        with torch.no_grad():
+            dict(oracle.model.named_parameters())[trained].normal_(std=spread)
+        assert oracle.log_prob_error(requests, sample(vllm_engine, requests)) > TOLERANCE
+        part = sync.push()
+        assert not part.whole and 0 < part.num_bytes < manifest.num_bytes / 20
+        assert oracle.log_prob_error(requests, sample(vllm_engine, requests)) <= TOLERANCE
+    oracle.version = sync.version
+
+
+def test_an_update_that_breaks_off_leaves_nothing_that_samples(vllm_engine, oracle):
     requests = make_requests(4)
+    manifest = oracle.keep(seed=7)
+    stream = vllm_engine.begin(vllm_engine.members, replace(manifest, transport="object_store"))
+    oracle.begin_publishing(manifest.version, "object_store", whole=True, keep=False)
+    stream.feed(oracle.next_bucket(0))
+    stream.wait()
+    stream.abort("the learner died")
+    with pytest.raises(RayTaskError, match="weights of two versions"):
+        sample(vllm_engine, requests)
+    assert vllm_engine.statuses()[0].policy_version == HALF_LOADED
+    manifest = oracle.push(vllm_engine, seed=7)
     replies = sample(vllm_engine, requests)
-    assert {reply.policy_version for reply in replies} == {manifest.version}
+    assert {reply.policy_version for reply in replies} == {manifest.version} and vllm_engine.num_restarts == 0
     assert oracle.log_prob_error(requests, replies) <= TOLERANCE
 
 
@@ -162,9 +179,10 @@ def test_updates_between_overlapping_callers_keep_versions_apart(vllm_engine, or
     requests = make_requests(6)
     old = oracle.version
     before = [handle.sample.remote([request]) for request in requests]
-    update = handle.load_weights.remote(oracle.push(seed=21))
-    during = [handle.sample.remote([request]) for request in requests]
-    assert ray.get(update, timeout=SECONDS) == oracle.version
+    with ThreadPoolExecutor(1) as thread:
+        update = thread.submit(oracle.push, vllm_engine, 21)
+        during = [handle.sample.remote([request]) for request in requests]
+        update.result(SECONDS)
     after = [handle.sample.remote([request]) for request in requests]
     replies = [ray.get(refs, timeout=SECONDS) for refs in (before, during, after)]
     assert {reply.policy_version for (reply,) in replies[0]} == {old}
@@ -177,8 +195,7 @@ def test_updates_between_overlapping_callers_keep_versions_apart(vllm_engine, or
 
 def test_a_killed_engine_is_noticed_replaced_and_made_current(vllm_engine, oracle):
     """Last of the tests with the shared engine: it costs a second start."""
-    manifest = oracle.push(seed=31)
-    vllm_engine.load_weights(manifest)
+    manifest = oracle.push(vllm_engine, seed=31)
     completions = queue.SimpleQueue()
     sampler = RemoteSampler(completions, vllm_engine.handles)
     requests = make_requests(64)
@@ -197,7 +214,10 @@ def test_a_killed_engine_is_noticed_replaced_and_made_current(vllm_engine, oracl
     sampler.submit("refused", requests[0])
     assert isinstance(completions.get(timeout=SECONDS)[1], EngineError)
 
-    assert vllm_engine.ensure_current(manifest) == 1
+    sync = oracle.sync(vllm_engine)
+    sync.manifest = manifest
+    sync.make_engines_current()
+    assert vllm_engine.num_restarts == 1
     sampler.attach(vllm_engine.handles)
     for key, request in enumerate(requests[:8]):
         sampler.submit(key, request)
@@ -205,15 +225,6 @@ def test_a_killed_engine_is_noticed_replaced_and_made_current(vllm_engine, oracl
     assert {reply.policy_version for reply in replies.values()} == {manifest.version}
     assert oracle.log_prob_error(requests[:8], [replies[key] for key in range(8)]) <= TOLERANCE
     sampler.close()
-
-
-def test_nothing_is_left_in_shared_memory(vllm_engine, make_oracle):
-    oracle = make_oracle()
-    directory = oracle.publisher.directory
-    oracle.push(seed=0)
-    oracle.publisher.close()
-    assert not directory.exists()
-    assert not list(Path("/dev/shm").glob(f"vlarl-test-{os.getpid()}*"))
 
 
 def test_a_gpu_engine_keeps_its_compiler_and_a_cpu_engine_runs_one_thread(spec):

@@ -14,7 +14,8 @@ from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.models.family import ActionFormat
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VERSION_KEY
-from vlarl_rllib.weights.shared_memory import SharedMemoryReader
+from vlarl_rllib.weights.receiver import Receiver
+from vlarl_rllib.weights.sync import WeightSync
 
 IMAGE_SIZE = 28
 SPACES = (gym.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
@@ -87,10 +88,10 @@ def update(group: VLALearnerGroup, iteration: int = 0) -> dict[str, float]:
 
 
 def weights(group: VLALearnerGroup, version: int) -> dict[str, torch.Tensor]:
-    manifest = group.publish_weights(version)
-    return {
-        name: tensor.clone() for bucket in SharedMemoryReader().buckets(manifest) for name, tensor in bucket.items()
-    }
+    """What the learners publish, kept, as an engine reads it."""
+    manifest = WeightSync(group, None, version - 1, transport="object_store", keep=True).push()
+    receiver = Receiver(manifest, {spec.name: spec.shape for spec in manifest.tensors}, "cpu")
+    return {name: tensor.clone() for bucket in manifest.buckets for name, tensor in receiver.fetch(bucket).items()}
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

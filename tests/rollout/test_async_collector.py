@@ -123,7 +123,11 @@ def make(
     runners = Runners(num, random.Random(seed), sync)
     monkeypatch.setattr(RunnerCalls, "_kill", lambda self, index: runners.kill(index))
     options = {"restore_runners": runners.restore, "timeout_seconds": 60.0} | calls
-    return AsyncCollector(runners, sync, None, enough=enough, max_staleness=max_staleness, **options), runners, sync
+    return (
+        AsyncCollector(runners, sync, None, enough=lambda: enough, max_staleness=max_staleness, **options),
+        runners,
+        sync,
+    )
 
 
 def learn(collector: AsyncCollector, sync: Weights, iterations: int, rng: random.Random) -> list[Any]:

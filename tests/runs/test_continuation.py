@@ -60,7 +60,7 @@ def test_actors_may_lie_elsewhere(checkpoint: Path) -> None:
 
 
 def test_weights_may_travel_another_way(checkpoint: Path) -> None:
-    check_resume(checkpoint, settings_with(weights={"transport": "shared_memory"}))
+    check_resume(checkpoint, settings_with(weights={"transport": "object_store"}))
 
 
 @pytest.mark.parametrize(

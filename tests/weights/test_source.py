@@ -12,8 +12,9 @@ from torch.distributed.fsdp import fully_shard
 
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
 from vlarl_rllib.models.openvla.presets import PRESETS, build_config, build_model
-from vlarl_rllib.weights.buckets import pack_buckets
-from vlarl_rllib.weights.source import check_names_and_shapes, expected_tensors, iterate_weights
+from vlarl_rllib.types import TensorSpec
+from vlarl_rllib.weights.buckets import frozen_names, plan_buckets
+from vlarl_rllib.weights.source import check_names_and_shapes, expected_tensors, iterate_weights, published_parameters
 
 
 def test_value_head_and_only_it_stays_behind():
@@ -67,27 +68,33 @@ def test_buckets_keep_a_module_together():
         f"layers.0.mlp.{p}.weight" for p in ("a", "b", "c")
     ]
     names += ["norm.weight", "lm_head.weight"]
-    tensors = [(name, torch.zeros(4)) for name in names]
-    assert [len(bucket) for bucket in pack_buckets(iter(tensors), 1)] == [4, 3, 1, 1]
-    assert [len(bucket) for bucket in pack_buckets(iter(tensors), 80)] == [4, 5]
-    assert [len(bucket) for bucket in pack_buckets(iter(tensors), 10**6)] == [9]
+    specs = [TensorSpec(name, (4,), "float32", 16) for name in names]
+    assert [len(bucket) for bucket in plan_buckets(specs, 1)] == [4, 3, 1, 1]
+    assert [len(bucket) for bucket in plan_buckets(specs, 80)] == [4, 5]
+    assert [len(bucket) for bucket in plan_buckets(specs, 10**6)] == [9]
     with pytest.raises(ValueError, match="'norm\\.weight' was given twice"):
-        list(pack_buckets(iter([*tensors, ("norm.weight", torch.zeros(4))]), 10**6))
+        list(plan_buckets([*specs, TensorSpec("norm.weight", (4,), "float32", 16)], 10**6))
 
 
-def test_what_stays_on_the_device_is_copied_where_it_will_change():
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
-    model[1].requires_grad_(False)
+def test_what_an_engine_fuses_with_a_trained_tensor_travels_with_it():
+    names = ["layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight", "layers.0.mlp.up_proj.weight"]
+    assert frozen_names(names, ["layers.0.self_attn.q_proj.weight"]) == {"layers.0.mlp.up_proj.weight"}
+    assert frozen_names(names, []) == set(names)
 
-    def shared(dtype: torch.dtype, **options) -> list[bool]:
-        """Whether each tensor is its parameter's own memory."""
-        tensors = [tensor for _, tensor in iterate_weights(model, dtype, to_host=False, **options)]
-        assert {tensor.dtype for tensor in tensors} == {dtype}
-        return [t.data_ptr() == p.data_ptr() for t, p in zip(tensors, model.parameters(), strict=True)]
 
-    assert shared(torch.float32) == [True, True]
-    assert shared(torch.float32, unchanging=True) == [False, True]
-    assert shared(torch.bfloat16) == [False, False]
+def test_a_gathered_tensor_is_copied_where_that_is_asked_for():
+    layer = nn.Linear(2, 2, bias=False)
+    (item,) = published_parameters(layer)
+
+    def is_shared(dtype: torch.dtype, *, copy: bool) -> bool:
+        """Whether it is the parameter's own memory."""
+        tensor = item.gather(dtype, copy=copy)
+        assert tensor.dtype == dtype and not tensor.requires_grad
+        return tensor.data_ptr() == layer.weight.data_ptr()
+
+    assert is_shared(torch.float32, copy=False)
+    assert not is_shared(torch.float32, copy=True)
+    assert not is_shared(torch.bfloat16, copy=True)
 
 
 class _Policy(nn.Module):

@@ -1,5 +1,5 @@
-"""A transport that no file of the package knows, named by `module:Class`, in place of the package's own: from a learner
-through `WeightSync` and `EnginePool` to engines, all of them real Ray actors, some of which die."""
+"""One test for every transport that this machine can run: from a learner through `WeightSync` and `EnginePool` to
+engines, all of them real Ray actors, some of which die."""
 
 import os
 import pickle
@@ -11,71 +11,91 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
-from ray.exceptions import RayActorError
+import torch
+from ray.exceptions import RayActorError, RayTaskError
 
-from tests.weights.probe_transport import OBJECT_STORE, FakeEngine, FakeLearner
+from tests.weights.probe_transport import NUM_BUCKETS, PICKLED, ProbeEngine, ProbeLearner
 from vlarl_rllib.engines.pool import EnginePool
-from vlarl_rllib.engines.protocol import EngineSpec
-from vlarl_rllib.weights.protocol import VersionGoneError
+from vlarl_rllib.engines.protocol import EngineError, EngineSpec
+from vlarl_rllib.types import HALF_LOADED, SampleRequest
+from vlarl_rllib.weights.protocol import GoneError
+from vlarl_rllib.weights.ray_transports import nixl_is_installed, tensor_transport_options
 from vlarl_rllib.weights.sync import WeightSync
 
 SECONDS = 120
+DAMAGED = "tests.weights.probe_transport:DamagingTransport"
+REQUEST = SampleRequest(np.zeros((4, 4, 3), np.uint8), "push", 0, 1.0)
 
 
 class Learners:
-    """A group of one rank, as `WeightSync` sees it, and another rank that is ready to take its place."""
+    """A group of one rank, as `WeightSync` sees it."""
 
-    def __init__(self) -> None:
-        self.ranks = [ray.remote(FakeLearner).options(num_cpus=0).remote(OBJECT_STORE) for _ in range(2)]
+    def __init__(self, transport: str, **arguments: Any) -> None:
+        options = {"num_cpus": 0, "num_gpus": 0.25 if transport == "cuda_ipc" else 0}
+        options |= tensor_transport_options(0, transport)
+        self.rank = ray.remote(ProbeLearner).options(**options).remote(**arguments)
 
-    @property
-    def rank(self) -> Any:
-        return self.ranks[0]
+    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        return [ray.get(getattr(self.rank, method).remote(*args, **kwargs), timeout=SECONDS)]
 
-    def lose(self) -> None:
-        os.kill(self.call("pid")[0], signal.SIGKILL)
 
-    def replace(self) -> None:
-        del self.ranks[0]
-
-    def publish_weights(self, version: int) -> Any:
-        return ray.get(self.rank.publish_weights.remote(version), timeout=SECONDS)
-
-    def call(self, method: str, *args: Any) -> list[Any]:
-        return [ray.get(getattr(self.rank, method).remote(*args), timeout=SECONDS)]
+@pytest.fixture(scope="module", params=["object_store", "nixl", "cuda_ipc"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """Each in turn."""
+    if request.param == "nixl" and not nixl_is_installed():
+        pytest.skip("nixl is not installed")
+    if request.param == "cuda_ipc" and not torch.cuda.is_available():
+        pytest.skip("cuda_ipc needs a GPU")
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a named pipe keeps the next engine that loads; see `FakeEngine`."""
+    """Where a named pipe keeps the next engine that loads; see `ProbeStepper`."""
     return tmp_path_factory.mktemp("trap") / "pipe"
 
 
 @pytest.fixture(scope="module")
-def pool(ray_session: None, trap: Path) -> Iterator[EnginePool]:
-    spec = EngineSpec(str(trap), "openvla", "float32", gpus=0, max_batch=1, enforce_eager=True, mix_calls=True, seed=0)
-    pool = EnginePool(spec, 1, actor_options=[{"num_cpus": 0}], start_timeout_seconds=SECONDS, engine_class=FakeEngine)
+def pool(ray_session: None, trap: Path, transport: str) -> Iterator[EnginePool]:
+    spec = EngineSpec(
+        str(trap), "openvla", "float32", gpus=0, max_batch=1, enforce_eager=True, mix_calls=True, seed=0,
+        transport=transport,
+    )  # fmt: skip
+    options = [{"num_cpus": 0, "num_gpus": 0.25 if transport == "cuda_ipc" else 0}]
+    pool = EnginePool(
+        spec, 1, actor_options=options, start_timeout_seconds=SECONDS, engine_class=ProbeEngine, max_failures=100
+    )
     yield pool
     pool.shutdown()
 
 
 @pytest.fixture(scope="module")
-def learners(pool: EnginePool) -> Iterator[Learners]:
-    """They start while the engine does."""
-    learners = Learners()
+def all_learners(pool: EnginePool, transport: str) -> Iterator[list[Learners]]:
+    """Three, which start while the engine does: one that lives, one that dies in the middle of a push, and one more."""
+    made = [Learners(transport), Learners(transport, dies_at=2), Learners(transport)]
     pool.wait_until_ready()
-    yield learners
-    for rank in learners.ranks:
-        ray.kill(rank)
+    yield made
+    for learners in made:
+        ray.kill(learners.rank)
 
 
-def weights_of(pool: EnginePool) -> tuple[int, list[float]]:
+@pytest.fixture
+def learners(all_learners: list[Learners]) -> Learners:
+    return all_learners[0]
+
+
+def state_of(pool: EnginePool) -> tuple[int, list[float]]:
     """The version and the weights in the one engine."""
     (handle,) = pool.handles
     status = ray.get(handle.status.remote(), timeout=SECONDS)
     return status.policy_version, ray.get(handle.values.remote(), timeout=SECONDS)
+
+
+def num_loaded(pool: EnginePool) -> int:
+    return ray.get(pool.handles[0].num_loaded.remote(), timeout=SECONDS)
 
 
 def kill_engine(pool: EnginePool) -> None:
@@ -83,23 +103,25 @@ def kill_engine(pool: EnginePool) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_versions_arrive_and_outlive_the_engines_that_read_them(pool, learners, trap):
-    sync, pid = WeightSync(learners, pool, version=0), learners.call("pid")
+def test_versions_arrive_and_outlive_the_engines_that_read_them(pool, learners, trap, transport):
+    sync, pid = WeightSync(learners, pool, version=0, transport=transport), learners.call("pid")
     learners.call("learn", 10.0)
     manifest = sync.push()
-    assert manifest.transport == OBJECT_STORE and len(manifest.buckets) == 3
-    assert (manifest.num_tensors, manifest.num_bytes) == (3, 3 * 2**20)
-    assert weights_of(pool) == (1, [10.0, 11.0, 12.0])
+    assert (manifest.transport, manifest.whole, manifest.frozen) == (transport, True, {"layers.0.proj.weight"})
+    assert (len(manifest.tensors), manifest.num_bytes, manifest.snapshot_bytes) == (NUM_BUCKETS, 4 * 2**20, 0)
+    assert state_of(pool) == (1, [0.0, 11.0, 12.0, 13.0])
+    # What training does not change does not travel twice.
+    before = num_loaded(pool)
     learners.call("learn", 20.0)
-    sync.push()
-    assert weights_of(pool) == (2, [20.0, 21.0, 22.0])
+    assert sync.push().num_bytes == 3 * 2**20 and num_loaded(pool) == before + 3
+    assert state_of(pool) == (2, [0.0, 21.0, 22.0, 23.0])
 
-    # It dies between two pushes: the one in its place reads the same version, without the learner.
+    # It dies between two pushes: the one in its place gets the same version, all of it, published once more.
     kill_engine(pool)
     sync.make_engines_current()
-    assert pool.num_restarts == 1 and weights_of(pool) == (2, [20.0, 21.0, 22.0])
+    assert pool.num_restarts == 1 and state_of(pool) == (2, [0.0, 21.0, 22.0, 23.0])
 
-    # It dies with one bucket of three loaded: the learner lives, and the next engine reads the version from the start.
+    # It dies with one bucket of four loaded: the learner lives, and the next engine gets the version from the start.
     learners.call("learn", 30.0)
     os.mkfifo(trap)
     pipe = os.open(trap, os.O_RDONLY | os.O_NONBLOCK)
@@ -109,66 +131,84 @@ def test_versions_arrive_and_outlive_the_engines_that_read_them(pool, learners, 
         kill_engine(pool)
         assert pushed.result(SECONDS).version == 3
     os.close(pipe)
-    assert pool.num_restarts == 2 and weights_of(pool) == (3, [30.0, 31.0, 32.0])
+    assert pool.num_restarts == 2 and state_of(pool) == (3, [0.0, 31.0, 32.0, 33.0])
     assert learners.call("pid") == pid
 
 
-def test_a_version_that_died_with_its_learner_says_so_and_is_published_anew(pool, learners):
-    sync = WeightSync(learners, pool, version=10)
+def test_a_kept_version_is_read_without_the_learners(pool, learners, transport):
+    sync = WeightSync(learners, pool, version=10, transport=transport, keep=True)
     learners.call("learn", 40.0)
     manifest = sync.push()
-    assert pool.ensure_current(manifest) == 0
-    learners.lose()
+    assert (manifest.whole, manifest.snapshot_bytes) == (True, 4 * 2**20)
+    learners.call("learn", 50.0)
     kill_engine(pool)
-    with pytest.raises(VersionGoneError) as gone:
-        pool.ensure_current(manifest)
-    assert re.fullmatch(
-        r"weights version 11 is gone: it died with the learner that published it \(\w+Error\); publish the weights "
-        "again, as a new version",
-        str(gone.value),
-    )
-    assert weights_of(pool)[0] == -1  # the engine in the dead one's place is well, and has what it started with
+    sync.make_engines_current()
+    assert state_of(pool) == (11, [0.0, 41.0, 42.0, 43.0])  # not what the learners have by now
+    manifest = sync.push()
+    assert (manifest.whole, manifest.num_bytes, manifest.snapshot_bytes) == (False, 3 * 2**20, 4 * 2**20)
+    assert state_of(pool) == (12, [0.0, 51.0, 52.0, 53.0])
 
+
+def test_weights_that_do_not_fit_are_refused_before_the_engine_is_touched(pool, learners, transport):
+    before, restarts = state_of(pool), pool.num_restarts
+    for wrong, message in (
+        ({"side": 511}, r"wrong shape layers\.0\.proj\.weight \[511, 512\] instead of \[512, 512\]"),
+        ({"names": "blocks"}, r"missing layers\.0.*unexpected blocks\.0"),
+    ):
+        learners.call("become", **wrong)
+        with pytest.raises(ValueError, match=message):
+            WeightSync(learners, pool, version=20, transport=transport).push()
+    learners.call("become")
+    assert (state_of(pool), pool.num_restarts) == (before, restarts)
+
+
+def test_a_learner_that_dies_in_the_middle_leaves_an_engine_that_samples_nothing(pool, all_learners, transport):
+    (handle,), restarts = pool.handles, pool.num_restarts
+    learners, mortal, _ = all_learners
+    mortal.call("learn", 60.0)
+    with pytest.raises(RayActorError):
+        WeightSync(mortal, pool, version=30, transport=transport).push()
+    assert state_of(pool)[0] == HALF_LOADED
+    with pytest.raises(RayTaskError) as refused:
+        ray.get(handle.sample.remote([REQUEST]), timeout=SECONDS)
+    assert isinstance(refused.value.cause, EngineError) and "weights of two versions" in str(refused.value)
+    # The engine is well: a whole version makes it sample again.
+    sync = WeightSync(learners, pool, version=40, transport=transport)
+    learners.call("learn", 70.0)
+    sync.push()
+    assert state_of(pool) == (41, [0.0, 71.0, 72.0, 73.0]) and pool.handles == [handle]
+    assert ray.get(handle.sample.remote([REQUEST]), timeout=SECONDS)[0].policy_version == 41
+    assert pool.num_restarts == restarts
+
+
+def test_a_kept_version_that_died_with_its_learner_is_published_anew(pool, all_learners, transport):
+    learners, _, mortal = all_learners
+    sync = WeightSync(mortal, pool, version=50, transport=transport, keep=True)
+    sync.push()
+    os.kill(mortal.call("pid")[0], signal.SIGKILL)
+    kill_engine(pool)
     with pytest.raises(RayActorError):  # nobody can publish
         sync.make_engines_current()
-    learners.replace()
-    learners.call("learn", 50.0)
+    lost, mortal.rank = mortal.rank, learners.rank
     sync.make_engines_current()
-    assert weights_of(pool) == (sync.version, [50.0, 51.0, 52.0]) and sync.version > manifest.version
+    assert state_of(pool)[0] == sync.version > 51
+    mortal.rank = lost
 
 
-class Versions:
-    """Learners and engines in one; the versions in `lost` die before anybody has loaded them."""
-
-    def __init__(self, lost: set[int]) -> None:
-        self.lost, self.loaded, self.retired = lost, 0, 0
-
-    def publish_weights(self, version: int) -> Any:
-        return version
-
-    def load_weights(self, manifest: Any) -> None:
-        if manifest in self.lost:
-            raise VersionGoneError(manifest, "lost")
-        self.loaded = manifest
-
-    ensure_current = load_weights
-
-    def call(self, method: str, before: int) -> list[None]:
-        assert method == "retire_weights"
-        self.retired = before
-        return [None]
+def test_a_transport_of_somebody_elses_is_as_good(pool, learners):
+    """The one in docs/extending.md."""
+    learners.call("learn", 75.0)
+    assert WeightSync(learners, pool, version=55, transport=PICKLED).push().transport == PICKLED
+    assert state_of(pool) == (56, [0.0, 76.0, 77.0, 78.0])
 
 
-def test_a_version_that_is_lost_during_a_push_is_pushed_once_more():
-    versions = Versions(lost={4})
-    sync = WeightSync(versions, versions, version=3)
-    assert (sync.push(), sync.version, versions.loaded, versions.retired) == (5, 5, 5, 5)
-    versions.lost = {6, 7}
-    with pytest.raises(VersionGoneError, match="version 7 is gone"):
-        sync.push()
-    assert (sync.manifest, versions.retired) == (5, 5)  # what engines have stays readable
+def test_damage_is_noticed_before_it_reaches_the_model(pool, learners):
+    sync, restarts = WeightSync(learners, pool, version=60, transport=DAMAGED), pool.num_restarts
+    learners.call("learn", 80.0)
+    sync.push()  # the second bucket is damaged the first time
+    assert state_of(pool) == (61, [0.0, 81.0, 82.0, 83.0]) and pool.num_restarts == restarts
 
 
 def test_the_error_survives_the_way_between_processes():
-    error = pickle.loads(pickle.dumps(VersionGoneError(3, "it was retired")))
-    assert (error.version, str(error)) == (3, str(VersionGoneError(3, "it was retired")))
+    error = pickle.loads(pickle.dumps(GoneError("it was freed")))
+    assert re.fullmatch("the weights are gone: it was freed", str(error))

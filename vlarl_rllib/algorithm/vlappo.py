@@ -40,7 +40,7 @@ from vlarl_rllib.ray_compat import nodes_of_actors
 from vlarl_rllib.rollout.async_collector import AsyncCollector
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
-from vlarl_rllib.rollout.placement import check_placement, places
+from vlarl_rllib.rollout.placement import NodesInUse, check_placement, places
 from vlarl_rllib.rollout.runner_pool import require_runners
 from vlarl_rllib.rollout.services import runner_options, start_engines, start_reward_worker
 from vlarl_rllib.runs.checkpoints import CheckpointStore
@@ -109,6 +109,7 @@ class VLAPPO(CheckpointedPPO):
         with told_why_runners_fail(), named_runners(runner_options(self._plan, ActorNames(self._run_name))):
             super().setup(self.config)
         require_runners(self.env_runner_group)
+        self._nodes = NodesInUse()
         self._connect(self.config.policy_version)
         started = {f"{self._vla.engines.num} engine(s)": self.engine_pool, "the reward worker": self.reward_service}
         for what, part in started.items():
@@ -139,8 +140,14 @@ class VLAPPO(CheckpointedPPO):
 
     def _connect(self, version: int) -> None:
         """Wire learners, engines and runners for this trial; `version` is the newest one of the weights so far."""
-        self.weight_sync = WeightSync(self.learner_group, self.engine_pool, version)
         rollout = self._vla.rollout
+        self.weight_sync = WeightSync(
+            self.learner_group,
+            self.engine_pool,
+            version,
+            transport=self._vla.weights.transport,
+            keep=rollout.async_mode or not self._vla.engines.num,
+        )
         make_collector = (
             partial(AsyncCollector, max_staleness=rollout.max_staleness) if rollout.async_mode else RolloutCollector
         )
@@ -148,7 +155,7 @@ class VLAPPO(CheckpointedPPO):
             self.env_runner_group,
             self.weight_sync,
             self.engine_pool,
-            enough=max(1, len(self.learner_group)),
+            enough=lambda: max(1, len(self.learner_group)),
             reward_service=self.reward_service,
             restore_runners=lambda: self.restore_env_runners(self.env_runner_group),
             timeout_seconds=rollout.timeout_seconds,
@@ -219,9 +226,11 @@ class VLAPPO(CheckpointedPPO):
     def _iterate(self) -> dict[str, Any]:
         """An iteration with what belongs around it: evaluation when it is due, and the numbers of `result["vlarl"]`."""
         began = time.perf_counter()
+        self._grow_back()
         if self.iteration == 0 and self.ledger.initial_evaluation is None and self._evaluation.is_due(0):
             self.ledger.initial_evaluation = self._evaluation.play(self.collector, after=0)
         results = self._train_on_learners_that_live()
+        self.ledger.faults["node_losses"] += self._nodes.take_losses()
         done = self.iteration + 1
         evaluation = self._evaluation.play(self.collector, after=done) if self._evaluation.is_due(done) else None
         self.ledger.close_iteration(
@@ -325,6 +334,22 @@ class VLAPPO(CheckpointedPPO):
         if self.iteration >= self._failed_iteration:
             self._failed_iteration = -1
         return results
+
+    def _grow_back(self) -> None:
+        """Where learners are missing and their places are there again, all start anew with what has been learned."""
+        if self.checkpoints.store is None or not self.learner_group.can_grow:
+            return
+        logger.warning("nodes are back: the learners start anew, as many as are planned")
+        with self.ledger.timed("recovery"):
+            if not self.checkpoints.has(self.iteration):
+                self._save_in_run()
+            self.learner_group.rebuild()
+            self._start_over()
+
+    def restore_env_runners(self, env_runner_group: Any) -> list[int]:
+        """RLlib's, without the state that it would fetch from busy learners: `attach` brings all that a runner
+        needs."""
+        return list(env_runner_group.probe_unhealthy_env_runners())
 
     def _start_over(self) -> None:
         """Begin from the newest checkpoint (`TrialCheckpoints.newest`), else from the model as it is."""

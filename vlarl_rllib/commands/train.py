@@ -219,6 +219,8 @@ def summarize(settings: Settings, rows: list[dict[str, Any]], wall_seconds: floa
         "seconds": {name: sum(row["seconds"][name] for row in rows) for name in SECONDS},
         "policy_version": last.get("policy_version", 0),
         "sync_bytes": last.get("sync_bytes", 0),
+        "snapshot_bytes": last.get("snapshot_bytes", 0),
+        "weights_transport": last.get("weights_transport"),
         "logprob_gap": {"mean": sum(gaps) / len(gaps), "max": max(row["logprob_gap_max"] for row in rows)}
         if rows
         else None,

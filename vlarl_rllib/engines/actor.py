@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 from vlarl_rllib.engines.protocol import MAX_PROMPT_TOKENS, EngineSpec, EngineStatus, check_requests
 from vlarl_rllib.engines.step_loop import StepLoop, Stepper
 from vlarl_rllib.engines.telemetry import watch_loop
+from vlarl_rllib.engines.weight_update import WeightUpdate
 from vlarl_rllib.models.family import load_family
 from vlarl_rllib.process.malloc import KEEP_FREED_MEMORY
 from vlarl_rllib.telemetry.recorder import Telemetry
-from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
+from vlarl_rllib.types import SampleReply, SampleRequest, WeightBucket, WeightManifest
 
 if TYPE_CHECKING:
     from vlarl_rllib.weights.protocol import Shapes
@@ -62,6 +63,7 @@ class EngineActor:
     """
 
     def __init__(self, spec: EngineSpec, name: str = "vlarl/engine-0") -> None:
+        from vlarl_rllib.weights.ray_transports import tensor_transport_options
         from vlarl_rllib.weights.source import expected_tensors
 
         self._name, spec = name, spec.here()
@@ -71,6 +73,8 @@ class EngineActor:
         self._processor = family.processor(spec.model_path)
         self._expected: Shapes = expected_tensors(family.without_memory(spec.model_path))
         self._loop = StepLoop(partial(make_stepper, spec), facts.actions, name, mix_calls=spec.mix_calls)
+        self._update = WeightUpdate.closed()
+        self._takes_part = bool(tensor_transport_options(spec.gpus, spec.transport))
         self._telemetry = Telemetry(spec.run, spec.suite, name.rpartition("/")[2])
         watch_loop(self._telemetry, self._loop, facts.actions)
 
@@ -88,10 +92,32 @@ class EngineActor:
                 )
         return await asyncio.wrap_future(self._loop.sample(requests))
 
-    async def load_weights(self, manifest: WeightManifest) -> int:
-        """See `Engine.load_weights`. The version is verified whole before the model is touched."""
-        await asyncio.to_thread(self._verify, manifest)
-        return await asyncio.wrap_future(self._loop.update(manifest))
+    async def begin_update(self, manifest: WeightManifest) -> None:
+        """A version is to come; what is under way is finished on the old one, and newer requests wait.
+
+        Raises ValueError where names or shapes are not exactly the model's own: the model was not touched.
+        """
+        from vlarl_rllib.weights.receiver import Receiver
+
+        receiver = Receiver(manifest, self._expected, self._loop.device)
+        self._update = self._loop.update(manifest.version, receiver.fetch)
+
+    async def feed(self, bucket: WeightBucket) -> None:
+        """Load a bucket; answers once nothing of it is read any more.
+
+        Raises:
+            TransferError: it is gone or damaged; the engine samples from nothing until it has a whole version.
+            EngineError: the model could not load it, and the engine is beyond use.
+        """
+        await asyncio.wrap_future(self._update.feed(bucket))
+
+    async def end_update(self) -> int:
+        """That was the last bucket; the version now in use. Raises as `feed`."""
+        return await asyncio.wrap_future(self._update.end())
+
+    async def abort_update(self, why: str) -> None:
+        """Nothing more comes of the version that has begun."""
+        self._update.abort(why)
 
     async def follow_run(self, run: str, suite: str) -> None:
         """Tell metrics as this run's from now on."""
@@ -104,6 +130,8 @@ class EngineActor:
 
     async def status(self) -> EngineStatus:
         """See `Engine.status`; answers also while the model hangs."""
+        from vlarl_rllib.weights.placement import own_place
+
         return EngineStatus(
             policy_version=self._loop.policy_version,
             pid=os.getpid(),
@@ -112,13 +140,8 @@ class EngineActor:
             num_parameters=sum(math.prod(shape) for shape in self._expected.values()),
             num_decisions=self._loop.num_decisions,
             busy_seconds=self._loop.busy_seconds,
+            place=own_place(self._loop.device, takes_part=self._takes_part),
         )
-
-    def _verify(self, manifest: WeightManifest) -> None:
-        from vlarl_rllib.weights import make_reader
-        from vlarl_rllib.weights.source import check_names_and_shapes
-
-        check_names_and_shapes(self._expected, make_reader(manifest.transport).verify(manifest))
 
 
 def make_stepper(spec: EngineSpec) -> Stepper:

@@ -5,47 +5,63 @@ Lives in the Algorithm's process, which calls it between sample calls; runners o
     pool = EnginePool(spec, 2, actor_options=[{"num_cpus": 1}] * 2, start_timeout_seconds=600)   # returns at once
     ...                                                    # start everything else meanwhile
     pool.wait_until_ready()
-    pool.load_weights(manifest)                            # after each update
-    pool.ensure_current(manifest)                          # before each sample call
+    takers = pool.outdated(version)                        # before each sample call: dead ones replaced
+    intake = pool.begin(takers, manifest)                  # see `intake.Intake`
+    pool.replace(intake.failed)
+
+An engine that is replaced starts while the others serve; one whose node has died waits for another node. Only where
+none is left, the pool waits too.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from vlarl_rllib.engines.actor import EngineActor, engine_env_vars
-from vlarl_rllib.engines.protocol import EngineError, EngineSpec, EngineStatus
+from vlarl_rllib.engines.intake import WAIT_NOTICE_SECONDS, Intake, Taker, collect, send
+from vlarl_rllib.engines.protocol import EngineSpec, EngineStatus
 from vlarl_rllib.errors import one_line
+from vlarl_rllib.ray_compat import lost_bundles
 from vlarl_rllib.telemetry.actors import ActorNames
-from vlarl_rllib.types import INITIAL_VERSION, WeightManifest
-from vlarl_rllib.weights.protocol import VersionGoneError
+from vlarl_rllib.types import INITIAL_VERSION, Place, WeightManifest
+from vlarl_rllib.weights.protocol import TransferError
 
 logger = logging.getLogger(__name__)
 
-WAIT_NOTICE_SECONDS = 30.0
-"""After this long a wait for engines says what it waits for."""
-REJECTIONS = (ValueError, VersionGoneError)
-"""What `load_weights` raises where the manifest is at fault and the engine is well."""
+LOOK_SECONDS = 1.0
+"""How often engines that start are looked after where nothing else can be done."""
 
 
 @dataclass(eq=False, slots=True)
-class _Member:
+class _Member(Taker):
     """One place in the pool; the actor in it changes."""
 
-    index: int
-    options: dict[str, Any]
-    handle: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
     pid: int = 0
+    place: Place = field(default_factory=Place)
     num_failures: int = 0
     """In a row; an engine that has sampled since it started begins a new row."""
     last_error: str = field(default="")
+    starting: Any = None
+    """What its first answer will come by, while it starts."""
+    since: float = 0.0
+    """When it began to start."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it runs and has answered."""
+        return self.handle is not None and self.starting is None
+
+    @property
+    def bundle(self) -> int | None:
+        """Of the current placement group."""
+        return getattr(self.options.get("scheduling_strategy"), "placement_group_bundle_index", None)
 
 
 class EnginePool:
@@ -74,14 +90,18 @@ class EnginePool:
         engine_class: type = EngineActor,
     ) -> None:
         self._spec = spec
+        from vlarl_rllib.weights.ray_transports import tensor_transport_options  # imports torch
+
         self._actor_class: Any = ray.remote(engine_class)
+        self._ray_options = tensor_transport_options(spec.gpus, spec.transport)
         self._names = ActorNames(spec.run)
         self._start_timeout_seconds = start_timeout_seconds
         self._load_timeout_seconds = load_timeout_seconds
         self._ping_timeout_seconds = ping_timeout_seconds
         self._max_failures = max_failures
         self.num_restarts = 0
-        self._members = [_Member(index, dict(options)) for index, options in enumerate(actor_options)]
+        self._next_notice = time.monotonic() + WAIT_NOTICE_SECONDS
+        self._members = [_Member(index, options=dict(options)) for index, options in enumerate(actor_options)]
         if len(self._members) != num:
             raise ValueError(f"{num} engines need as many actor_options, got {len(self._members)}")
         self._create(self._members)
@@ -93,7 +113,8 @@ class EnginePool:
             RuntimeError: an engine failed `max_failures` times in a row; all engines are gone then.
         """
         try:
-            self._settle(self._members, None)
+            while not all(member.is_ready for member in self._members):
+                self._wait_for_one()
         except BaseException:
             self.shutdown()
             raise
@@ -101,49 +122,70 @@ class EnginePool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the engines, as of when they last answered."""
-        return [member.pid for member in self._members]
+        return [member.pid for member in self.members]
 
     @property
     def handles(self) -> list[Any]:
         """Actors that were well and current when last looked at."""
-        return [member.handle for member in self._members if member.handle is not None]
+        return [member.handle for member in self.members]
 
-    def load_weights(self, manifest: WeightManifest) -> int:
-        """Give every engine this version; one that fails or is late is replaced. Returns how many were.
+    @property
+    def members(self) -> list[Any]:
+        """The engines that run, as takers of weights."""
+        return [member for member in self._members if member.is_ready]
+
+    def places(self) -> list[Place]:
+        """Where the engines are, as of when they last answered."""
+        return [member.place for member in self.members]
+
+    def outdated(self, version: int) -> list[Any]:
+        """Replace engines that are dead or hung; those that have another version than this one, which may be
+        `INITIAL_VERSION`.
 
         Raises:
-            ValueError, VersionGoneError: the manifest is not what the engines need; they keep what they have.
             RuntimeError: an engine failed too often.
         """
-        return self._replace(self._load(self._members, manifest), manifest)
-
-    def ensure_current(self, manifest: WeightManifest | None) -> int:
-        """Replace engines that are dead or hung and bring every engine to this version. Returns how many were replaced.
-
-        Args:
-            manifest: the last one pushed, still readable; None before the first push.
-
-        Raises:
-            as `load_weights`.
-        """
-        outcomes = self._call(self._members, "ping", timeout_seconds=self._ping_timeout_seconds)
-        failed, stale = [], []
-        version = INITIAL_VERSION if manifest is None else manifest.version
+        self._look_after_starting()
+        outcomes = self._call(self.members, "ping", timeout_seconds=self._ping_timeout_seconds)
+        failed, others = {}, []
         for member, outcome in outcomes.items():
             if isinstance(outcome, BaseException):
-                failed.append(self._blame(member, outcome))
+                failed[member] = outcome
                 continue
             if outcome.num_decisions > 0:
                 member.num_failures = 0
             if outcome.policy_version != version:
-                stale.append(member)
-        if manifest is not None:
-            failed += self._load(stale, manifest)
-        return self._replace(failed, manifest)
+                others.append(member)
+        self.replace(failed)
+        new = [member for member in self.members if member not in outcomes or member in failed]
+        return others + ([] if version == INITIAL_VERSION else new)
+
+    def begin(self, takers: Sequence[Any], manifest: WeightManifest) -> Intake:
+        """Announce a version to some of the engines.
+
+        Raises:
+            ValueError: it is not what the engines need; they keep what they have.
+        """
+        return Intake(takers, manifest, self._load_timeout_seconds)
+
+    def replace(self, failed: Mapping[Any, BaseException]) -> None:
+        """Make those anew that failed, but for those to whom a version did not arrive: they are well. Waits where no
+        engine is left.
+
+        Raises:
+            RuntimeError: an engine failed too often.
+        """
+        dead = [self._blame(member, error) for member, error in failed.items() if not isinstance(error, TransferError)]
+        for member, error in failed.items():
+            if isinstance(error, TransferError):
+                self._count(member, error)
+        self._renew(dead)
+        while not self.members:
+            self._wait_for_one()
 
     def statuses(self) -> list[EngineStatus | None]:
         """Status by engine; None for one that does not answer."""
-        outcomes = self._call(self._members, "status", timeout_seconds=self._ping_timeout_seconds)
+        outcomes = self._call(self.members, "status", timeout_seconds=self._ping_timeout_seconds)
         return [None if isinstance(outcome, BaseException) else outcome for outcome in outcomes.values()]
 
     def follow_run(self, run: str, suite: str) -> None:
@@ -161,42 +203,64 @@ class EnginePool:
     def _create(self, members: Sequence[_Member]) -> None:
         environment = {"env_vars": engine_env_vars(self._spec)}
         for member in members:
-            options = {"max_restarts": 0, "runtime_env": environment, **member.options}
+            options = {"max_restarts": 0, "runtime_env": environment, **self._ray_options, **member.options}
             role = f"engine-{member.index}"
             name = f"{self._names.run}/{role}"
             member.handle = self._names.start(self._actor_class, role, options, self._spec, name)
+            member.starting, member.since = member.handle.ping.remote(), time.monotonic()
 
-    def _settle(self, members: Sequence[_Member], manifest: WeightManifest | None) -> None:
-        """Wait for new actors and give them the weights; those that fail are made anew."""
-        while members:
-            outcomes = self._call(members, "ping", timeout_seconds=self._start_timeout_seconds)
-            failed = [self._blame(member, error) for member, error in outcomes.items() if _is_error(error)]
-            if manifest is not None:
-                failed += self._load([member for member in members if member not in failed], manifest)
-            self._renew(failed)
-            members = failed
+    def _look_after_starting(self) -> None:
+        """Take in engines that have started; begin anew with those that failed to, or whose node is there again."""
+        waiting = [member for member in self._members if not member.is_ready]
+        lost = lost_bundles() if any(member.bundle is not None for member in waiting) else set()
+        for member in waiting:
+            if member.bundle in lost:
+                self._kill(member)
+        failed = {m: error for m in waiting if m.starting is not None and (error := self._start_failure(m)) is not None}
+        for member, error in failed.items():
+            self._blame(member, error)
+        self._renew([member for member in waiting if member in failed or member.handle is None])
+
+    def _start_failure(self, member: _Member) -> BaseException | None:
+        """What kept it from starting; None where it has started, or still may."""
+        late = time.monotonic() - member.since > self._start_timeout_seconds
+        if not ray.wait([member.starting], timeout=0.0, fetch_local=False)[0]:
+            return TimeoutError(f"did not start within {self._start_timeout_seconds:g} s") if late else None
+        (outcome,) = collect({member: member.starting}, LOOK_SECONDS, "the start").values()
+        if isinstance(outcome, BaseException):
+            return outcome
+        member.starting, member.pid, member.place = None, outcome.pid, outcome.place
+        return None
+
+    def _wait_for_one(self) -> None:
+        """Until a start has succeeded or failed, or an engine's node is there again; for a while at most."""
+        starting = [member.starting for member in self._members if member.starting is not None]
+        if starting:
+            ray.wait(starting, timeout=LOOK_SECONDS, fetch_local=False)
+        else:
+            time.sleep(LOOK_SECONDS)
+        self._look_after_starting()
+        if time.monotonic() >= self._next_notice:
+            self._next_notice = time.monotonic() + WAIT_NOTICE_SECONDS
+            names = ", ".join(f"engine-{m.index}" for m in self._members if m.starting is not None)
+            homeless = ", ".join(f"engine-{m.index}" for m in self._members if m.handle is None)
+            logger.warning("waiting for engines: starting: %s; without a node: %s", names or "-", homeless or "-")
 
     def _renew(self, members: Sequence[_Member]) -> None:
+        """Start them anew, but for those whose node is lost."""
+        lost = lost_bundles() if any(member.bundle is not None for member in members) else set()
         for member in members:
             self._kill(member)
-        self._create(members)
-
-    def _replace(self, members: Sequence[_Member], manifest: WeightManifest | None) -> int:
-        self._renew(members)
-        self._settle(members, manifest)
-        return len(members)
-
-    def _load(self, members: Sequence[_Member], manifest: WeightManifest) -> list[_Member]:
-        """Load on all at once; returns the members that failed."""
-        outcomes = self._call(members, "load_weights", manifest, timeout_seconds=self._load_timeout_seconds)
-        for outcome in outcomes.values():
-            cause = outcome.cause if isinstance(outcome, RayTaskError) else outcome
-            if isinstance(cause, REJECTIONS):
-                raise cause
-        return [self._blame(member, error) for member, error in outcomes.items() if _is_error(error)]
+        self._create([member for member in members if member.bundle not in lost])
 
     def _blame(self, member: _Member, error: Any) -> _Member:
-        """Count a failure. Raises RuntimeError where it is one too many."""
+        """Count a failure that costs the engine."""
+        self._count(member, error)
+        self.num_restarts += 1
+        return member
+
+    def _count(self, member: _Member, error: Any) -> None:
+        """Raise RuntimeError where a failure is one too many."""
         member.num_failures += 1
         member.last_error = one_line(error)
         logger.warning("engine-%d failed (%d in a row): %s", member.index, member.num_failures, member.last_error)
@@ -204,47 +268,17 @@ class EnginePool:
             raise RuntimeError(
                 f"engine-{member.index} failed {member.num_failures} times in a row, at last with: {member.last_error}"
             )
-        self.num_restarts += 1
-        return member
 
     def _kill(self, member: _Member) -> None:
         if member.handle is not None:
             ray.kill(member.handle, no_restart=True)
-            member.handle = None
+            member.handle, member.starting, member.base = None, None, ""
 
-    def _call(self, members: Sequence[_Member], method: str, *args: Any, timeout_seconds: float) -> dict[_Member, Any]:
+    def _call(self, members: Sequence[_Member], method: str, *, timeout_seconds: float) -> dict[_Member, Any]:
         """Call `method` on all at once: each member's result, or the exception it ended with."""
-        outcomes: dict[_Member, Any] = {}
-        refs = {}
-        for member in members:
-            if member.handle is None:
-                outcomes[member] = EngineError("the engine is not running")
-            else:
-                refs[getattr(member.handle, method).remote(*args)] = member
-        late = _wait(list(refs), timeout_seconds, f"{method} of {len(refs)} engines ({self._spec.model_path})")
-        for ref, member in refs.items():
-            if ref in late:
-                outcomes[member] = TimeoutError(f"{method} gave no answer within {timeout_seconds:g} s")
-                continue
-            try:
-                outcomes[member] = outcome = ray.get(ref)
-                if isinstance(outcome, EngineStatus):
-                    member.pid = outcome.pid
-            except (RayError, EngineError, *REJECTIONS) as error:
-                outcomes[member] = error
-        return {member: outcomes[member] for member in members}
-
-
-def _wait(refs: list[Any], timeout_seconds: float, what: str) -> list[Any]:
-    """Wait for all of `refs`; returns those that are late."""
-    deadline = time.monotonic() + timeout_seconds
-    late = refs
-    while late and (left := deadline - time.monotonic()) > 0:
-        _, late = ray.wait(late, num_returns=len(late), timeout=min(left, WAIT_NOTICE_SECONDS), fetch_local=False)
-        if late and time.monotonic() < deadline:
-            logger.info("still waiting for %s: %d have not answered", what, len(late))
-    return late
-
-
-def _is_error(outcome: Any) -> bool:
-    return isinstance(outcome, BaseException)
+        outcomes: dict[_Member, Any] = send(members, method)
+        outcomes = collect(outcomes, timeout_seconds, f"{method} of {len(outcomes)} engines ({self._spec.model_path})")
+        for member, outcome in outcomes.items():
+            if isinstance(outcome, EngineStatus):
+                member.pid, member.place = outcome.pid, outcome.place
+        return outcomes

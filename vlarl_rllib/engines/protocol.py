@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from vlarl_rllib.models.family import ActionFormat
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.types import SampleReply, SampleRequest, WeightManifest
+from vlarl_rllib.types import Place, SampleReply, SampleRequest
 
 MAX_PROMPT_TOKENS = 128
 """Text tokens of the longest prompt an engine makes room for; LIBERO's longest has 38 with Llama's tokenizer."""
@@ -29,6 +29,14 @@ NOT_FINITE = "the weights may not be finite"
 
 class EngineError(RuntimeError):
     """The engine cannot answer any more: it is to be killed, replaced and given the current weights."""
+
+
+def as_engine_error(error: BaseException) -> EngineError:
+    """One line that survives pickling, whatever a model raised."""
+    if isinstance(error, EngineError):
+        return error
+    lines = str(error).strip().splitlines()
+    return EngineError(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,8 @@ class EngineSpec:
     """What the run is called, on Ray's dashboard and in metrics."""
     suite: str = ""
     """What its environments are called in metrics."""
+    transport: str = "auto"
+    """`weights.transport`."""
 
     def here(self) -> EngineSpec:
         """The same with the directory that the model has on this node."""
@@ -66,7 +76,7 @@ class EngineSpec:
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
     policy_version: int
-    """Version of the weights in use; `INITIAL_VERSION` = as loaded from the checkpoint."""
+    """Version of the weights in use; `INITIAL_VERSION` = as loaded from the checkpoint, `HALF_LOADED` = none."""
     pid: int
     device: str
     library: str
@@ -76,24 +86,17 @@ class EngineStatus:
     """Decisions sampled since the engine started."""
     busy_seconds: float
     """Time in which at least one request was in the model, since the engine started."""
+    place: Place = field(default_factory=Place)
 
 
 class Engine(Protocol):
-    """One sampler. In a Ray actor the three are coroutines of the same names, which callers overlap freely."""
+    """One sampler."""
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:
         """One reply per request, in order.
 
-        Raises `EngineError` when the engine is beyond use, `ValueError` for a malformed request.
-        """
-        ...
-
-    def load_weights(self, manifest: WeightManifest) -> int:
-        """Replace all weights after finishing what is in flight; returns the version now in use.
-
-        Raises `ValueError` where names or shapes are not exactly the model's own and `VersionGoneError` where the
-        version is gone; the engine then goes on with the weights it has. Raises `EngineError` where the version goes
-        while it is being loaded.
+        Raises `EngineError` when the engine is beyond use or has no whole version of the weights, `ValueError` for a
+        malformed request.
         """
         ...
 

@@ -1,8 +1,9 @@
 """The thread that owns a model which generates step by step: continuous batching over all callers.
 
 Whatever waits is admitted before each step, or with `mix_calls` off once the model is idle. A weight update waits for
-what was submitted before it and holds back what was submitted after it, so that every decision comes from one version.
-After the first exception nobody waits any more.
+what was submitted before it and holds back what was submitted after it, so that every decision comes from one version;
+where it breaks off, the model samples nothing before a whole version has arrived. After the first exception of the
+model nobody waits any more.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from vlarl_rllib.engines.protocol import EngineError, checked_reply
+from vlarl_rllib.engines.protocol import EngineError, as_engine_error, checked_reply
+from vlarl_rllib.engines.weight_update import WeightUpdate
 from vlarl_rllib.models.family import ActionFormat
-from vlarl_rllib.types import INITIAL_VERSION, SampleReply, SampleRequest, WeightManifest
+from vlarl_rllib.types import HALF_LOADED, INITIAL_VERSION, SampleReply, SampleRequest, WeightBucket
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 MAX_LATENCIES = 10_000
 """How many are kept for whoever reads them."""
+NO_WHOLE_VERSION = "the engine's last weight update broke off, so it holds weights of two versions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,17 @@ class Stepper(Protocol):
 
     def step(self) -> Sequence[Sampled]: ...
 
-    def load(self, manifest: WeightManifest) -> None: ...
+    def begin_load(self) -> None:
+        """Prepare for `load`; nothing is in flight."""
+        ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Replace some weights; nothing of `tensors` is read once this returns."""
+        ...
+
+    def end_load(self) -> None:
+        """Be ready to sample; weights that did not come are as before."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -57,12 +73,6 @@ class _Call:
     since: float = field(default_factory=time.perf_counter)
     future: Future[list[SampleReply]] = field(default_factory=Future)
     replies: dict[int, SampleReply] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class _Update:
-    manifest: WeightManifest
-    future: Future[int] = field(default_factory=Future)
 
 
 @dataclass(slots=True, eq=False)
@@ -86,12 +96,13 @@ class StepLoop:
         self, build: Callable[[], Stepper], actions: ActionFormat, name: str = "engine", *, mix_calls: bool = True
     ) -> None:
         self._actions = actions
-        self._waits_for_idle = (_Update,) if mix_calls else (_Update, _Call)
-        self._inbox: deque[_Call | _Update | _Probe] = deque()
+        self._waits_for_idle = (WeightUpdate,) if mix_calls else (WeightUpdate, _Call)
+        self._inbox: deque[_Call | WeightUpdate | _Probe] = deque()
         self._wake = threading.Condition()
-        self._starting: _Call | _Update | _Probe | None = None
+        self._starting: _Call | WeightUpdate | _Probe | None = None
         self._in_flight: dict[str, tuple[_Call, int]] = {}
         self._ids = itertools.count()
+        self._open = WeightUpdate.closed()
         self._error: str | None = None
         self.policy_version = INITIAL_VERSION
         self.num_decisions = 0
@@ -112,11 +123,16 @@ class StepLoop:
             call.future.set_result([])
         return call.future
 
-    def update(self, manifest: WeightManifest) -> Future[int]:
-        """Queue a weight update; the future holds the version then in use."""
-        update = _Update(manifest)
+    def update(self, version: int, fetch: Callable[[WeightBucket], dict[str, Tensor]]) -> WeightUpdate:
+        """Queue a weight update, which its caller then feeds and ends. An earlier one that is still open breaks off.
+
+        Args:
+            fetch: the tensors of a bucket; a `TransferError` of it breaks the update off.
+        """
+        self._open.abort("another update began")
+        self._open = update = WeightUpdate(version, fetch)
         self._submit(update)
-        return update.future
+        return update
 
     def probe(self) -> Future[int]:
         """Version in use, answered by the thread itself between two steps: a hung model does not answer."""
@@ -135,7 +151,7 @@ class StepLoop:
         with self._wake:
             return sum(len(item.requests) for item in self._inbox if isinstance(item, _Call))
 
-    def _submit(self, item: _Call | _Update | _Probe) -> None:
+    def _submit(self, item: _Call | WeightUpdate | _Probe) -> None:
         with self._wake:
             if self._error is not None:
                 raise EngineError(self._error)
@@ -171,8 +187,11 @@ class StepLoop:
             self._start(stepper, item)
             self._starting = None
 
-    def _start(self, stepper: Stepper, item: _Call | _Update | _Probe) -> None:
+    def _start(self, stepper: Stepper, item: _Call | WeightUpdate | _Probe) -> None:
         if isinstance(item, _Call):
+            if self.policy_version == HALF_LOADED:
+                item.future.set_exception(EngineError(NO_WHOLE_VERSION))
+                return
             begin = time.perf_counter()
             for index, request in enumerate(item.requests):
                 request_id = str(next(self._ids))
@@ -180,12 +199,11 @@ class StepLoop:
                 stepper.add(request_id, request)
             self.busy_seconds += time.perf_counter() - begin
             return
-        if isinstance(item, _Update):
-            begin = time.perf_counter()
-            stepper.load(item.manifest)
-            self.load_seconds += time.perf_counter() - begin
-            self.policy_version = item.manifest.version
-        item.future.set_result(self.policy_version)
+        if isinstance(item, WeightUpdate):
+            self.policy_version = item.apply(stepper, self.policy_version)
+            self.load_seconds += sum(item.seconds.values())
+        else:
+            item.future.set_result(self.policy_version)
 
     def _step(self, stepper: Stepper) -> None:
         begin = time.perf_counter()
@@ -203,7 +221,7 @@ class StepLoop:
             call.future.set_result([call.replies[i] for i in range(len(call.requests))])
 
     def _fail(self, error: BaseException, started: Future[None]) -> None:
-        failure = _engine_error(error)
+        failure = as_engine_error(error)
         with self._wake:
             self._error = str(failure)
             waiting = [*self._inbox, *(call for call, _ in self._in_flight.values())]
@@ -211,15 +229,8 @@ class StepLoop:
                 waiting.append(self._starting)
             self._inbox.clear()
             self._in_flight.clear()
+        self._open.fail(failure)
         for future in (started, *(item.future for item in waiting)):
             # Calls of several requests occur several times; a cancelled future takes no exception.
             if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
                 future.set_exception(failure)
-
-
-def _engine_error(error: BaseException) -> EngineError:
-    """One line that survives pickling, whatever vLLM raised."""
-    if isinstance(error, EngineError):
-        return error
-    lines = str(error).strip().splitlines()
-    return EngineError(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")

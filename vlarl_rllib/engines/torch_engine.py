@@ -12,14 +12,15 @@ from collections.abc import Sequence
 
 import torch
 import transformers
+from torch import Tensor
 
 from vlarl_rllib.engines.protocol import EngineError, EngineSpec, EngineStatus, check_requests, checked_reply
-from vlarl_rllib.engines.step_loop import Sampled
+from vlarl_rllib.engines.step_loop import NO_WHOLE_VERSION, Sampled
 from vlarl_rllib.models.family import load_family
-from vlarl_rllib.types import INITIAL_VERSION, SampleReply, SampleRequest, WeightManifest
-from vlarl_rllib.weights import make_reader
-from vlarl_rllib.weights.protocol import VersionGoneError
-from vlarl_rllib.weights.source import check_names_and_shapes, expected_tensors
+from vlarl_rllib.types import HALF_LOADED, INITIAL_VERSION, SampleReply, SampleRequest, WeightManifest
+from vlarl_rllib.weights.protocol import TransferError
+from vlarl_rllib.weights.receiver import Receiver
+from vlarl_rllib.weights.source import expected_tensors
 
 
 class TorchEngine:
@@ -30,6 +31,7 @@ class TorchEngine:
         max_batch: sequences of one forward pass.
         mix_calls: see `EngineSpec.mix_calls`; for `LocalSampler`.
         actions: what a reply is.
+        expected: names and shapes of its tensors.
         num_decisions, busy_seconds: see `EngineStatus`.
     """
 
@@ -41,6 +43,8 @@ class TorchEngine:
         self._facts = family.read_facts(spec.model_path)
         self._model = family.load(spec.model_path, dtype=getattr(torch, spec.dtype))
         self._model.to(self._device).eval()
+        self._parameters = dict(self._model.named_parameters())
+        self.expected, self._base = expected_tensors(self._model), ""
         self._processor = family.processor(spec.model_path)
         self.actions = self._facts.actions
         self.num_decisions = 0
@@ -53,6 +57,8 @@ class TorchEngine:
     def sample(self, requests: Sequence[SampleRequest]) -> list[SampleReply]:
         """See `Engine.sample`."""
         self.check(requests)
+        if self.policy_version == HALF_LOADED:
+            raise EngineError(NO_WHOLE_VERSION)
         begin = time.perf_counter()
         replies: list[SampleReply] = []
         for start in range(0, len(requests), self.max_batch):
@@ -61,20 +67,37 @@ class TorchEngine:
         self.busy_seconds += time.perf_counter() - begin
         return replies
 
-    @torch.no_grad()
     def load_weights(self, manifest: WeightManifest) -> int:
-        """See `Engine.load_weights`."""
-        reader = make_reader(manifest.transport)
-        check_names_and_shapes(expected_tensors(self._model), reader.verify(manifest))
-        parameters = dict(self._model.named_parameters())
+        """Take a version that is kept; returns it.
+
+        Raises:
+            ValueError: names or shapes are not exactly the model's own; it goes on with the weights it has.
+            TransferError: the version is gone; so it does.
+            EngineError: it went while it was being loaded.
+        """
+        if manifest.version == self.policy_version:
+            return self.policy_version
+        receiver, has_begun = Receiver(manifest, self.expected, self._device.type), False
         try:
-            for bucket in reader.buckets(manifest):
-                for name, tensor in bucket.items():
-                    parameters[name].copy_(tensor)
-        except VersionGoneError as error:
+            for bucket in manifest.buckets:
+                if not (bucket.frozen and self._base == manifest.base):
+                    tensors, has_begun = receiver.fetch(bucket), True
+                    self.load(tensors)
+        except TransferError as error:
+            if not has_begun:
+                raise
+            self.policy_version = HALF_LOADED
             raise EngineError(f"the engine may hold weights of two versions: {error}") from error
-        self.policy_version = manifest.version
+        self._base, self.policy_version = manifest.base, manifest.version
         return self.policy_version
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Replace some weights; nothing of `tensors` is read once this returns."""
+        for name, tensor in tensors.items():
+            self._parameters[name].copy_(tensor)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def status(self) -> EngineStatus:
         """See `Engine.status`."""
@@ -125,6 +148,12 @@ class TorchStepper:
             for request_id, reply in zip(chosen, replies, strict=True)
         ]
 
-    def load(self, manifest: WeightManifest) -> None:
-        """Replace the weights by a verified version."""
-        self._engine.load_weights(manifest)
+    def begin_load(self) -> None:
+        """See `Stepper.begin_load`."""
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """See `Stepper.load`."""
+        self._engine.load(tensors)
+
+    def end_load(self) -> None:
+        """See `Stepper.end_load`."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import models_here
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.recorder import Telemetry, watch_gpu_memory
-from vlarl_rllib.types import WeightManifest
+from vlarl_rllib.types import WeightBucket, WeightManifest
 
 logger = logging.getLogger(__name__)
 
@@ -149,18 +148,9 @@ class VLALearner(Rank, PPOTorchLearner):
         """Fetch this rank's contributions one by one; their decisions, or None where the data was lost with its
         runner."""
         with self._phase("receive"):
-            return self._receive(refs)
-
-    def _receive(self, refs: list[Any]) -> list[int | None]:
-        contributions: list[Any] = []
-        for ref in refs:
-            try:
-                contributions.append(ray.get(ref) if isinstance(ref, ray.ObjectRef) else ref)
-            except ray.exceptions.RayError as error:
-                logger.warning("a contribution of a slot was lost: %s", error)
-                contributions.append(None)
-        kept = [contribution for contribution in contributions if contribution]
-        self._batch = collate(kept, self._processor.prompt_ids, self._actions) if kept else None
+            contributions = [_fetched(ref) for ref in refs]
+            kept = [contribution for contribution in contributions if contribution]
+            self._batch = collate(kept, self._processor.prompt_ids, self._actions) if kept else None
         return [sum(map(len, contribution)) if contribution else None for contribution in contributions]
 
     def update(
@@ -231,14 +221,7 @@ class VLALearner(Rank, PPOTorchLearner):
 
     def _optimize(self, batch: RolloutBatch, targets: dict[str, Tensor], plan: UpdatePlan, *, warm_up: bool) -> None:
         training = self.settings.training
-        of_training = LossSettings.__dataclass_fields__.keys() - {"train_policy", "num_actions"}
-        loss_settings = LossSettings(
-            **{name: getattr(training, name) for name in of_training},
-            num_actions=self._actions.num_actions,
-            train_policy=not warm_up,
-        )
-        if training.advantages != "gae":  # nothing reads a critic
-            loss_settings = replace(loss_settings, vf_coeff=0.0)
+        loss_settings = LossSettings.of(training, self._actions.num_actions, train_policy=not warm_up)
         history: list[dict[str, float]] = []
         for minibatch in plan.minibatches(
             self._rank, training.num_epochs, training.minibatch_size, self.settings.learners.micro_batch_size
@@ -293,15 +276,19 @@ class VLALearner(Rank, PPOTorchLearner):
 
     # Weights and checkpoints
 
-    def publish_weights(self, version: int) -> WeightManifest | None:
-        """See `ShardedPolicy.publish`; the module's state names the version."""
+    def begin_publishing(self, version: int, transport: str, *, whole: bool, keep: bool) -> WeightManifest:
+        """See `Publisher.begin`; the module's state names the version."""
         self.module[DEFAULT_MODULE_ID].weights_version = version
-        with self._phase("publish"):
-            return self.sharded.publish(version)
+        return self.sharded.publisher.begin(version, transport, whole=whole, keep=keep)
 
-    def retire_weights(self, before: int) -> None:
-        """See `ShardedPolicy.retire`."""
-        self.sharded.retire(before)
+    def next_bucket(self, done: int) -> WeightBucket | None:
+        """See `Publisher.next`."""
+        with self._phase("publish"):
+            return self.sharded.publisher.next(done)
+
+    def end_publishing(self) -> None:
+        """See `Publisher.end`."""
+        self.sharded.publisher.end()
 
     def save_sharded(self, directory: str) -> None:
         """See `ShardedPolicy.save`."""
@@ -398,3 +385,12 @@ class VLALearner(Rank, PPOTorchLearner):
         self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_TRAINED), env_steps, reduce="sum")
         self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_TRAINED_LIFETIME), env_steps, reduce="lifetime_sum")
         self.metrics.log_value((ALL_MODULES, NUM_MODULE_STEPS_TRAINED_LIFETIME), decisions, reduce="lifetime_sum")
+
+
+def _fetched(ref: Any) -> Any:
+    """A contribution; None where it was lost."""
+    try:
+        return ray.get(ref) if isinstance(ref, ray.ObjectRef) else ref
+    except ray.exceptions.RayError as error:
+        logger.warning("a contribution of a slot was lost: %s", error)
+        return None

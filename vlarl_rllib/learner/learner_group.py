@@ -18,7 +18,6 @@ from vlarl_rllib.learner.collate import UpdatePlan, assign_owners
 from vlarl_rllib.learner.rank_group import RankGroup
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.actors import ActorNames
-from vlarl_rllib.types import WeightManifest
 
 
 class VLALearnerGroup(LearnerGroup):
@@ -57,6 +56,11 @@ class VLALearnerGroup(LearnerGroup):
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """See `RankGroup.call`."""
         return self.ranks.call(method, *args, **kwargs)
+
+    @property
+    def can_grow(self) -> bool:
+        """See `RankGroup.can_grow`."""
+        return self.ranks.can_grow
 
     def rebuild(self) -> None:
         """See `RankGroup.rebuild`."""
@@ -128,10 +132,6 @@ class VLALearnerGroup(LearnerGroup):
         """The module of a learner in this process, with its weights; None where learners are actors."""
         return self._learner.module[DEFAULT_MODULE_ID] if self.is_local else None
 
-    def publish_weights(self, version: int) -> WeightManifest:
-        """Gather the policy from all ranks and make it readable to engines as `version`."""
-        return self.call("publish_weights", version)[0]
-
     # RLlib's surface
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class VLALearnerGroup(LearnerGroup):
         return results
 
     def __len__(self) -> int:
-        return 0 if self.is_local else self.ranks.settings.learners.num
+        return 0 if self.is_local else self.ranks.num_ranks
 
     def shutdown(self) -> None:
         """End all learners; safe to call twice."""

@@ -6,9 +6,13 @@ Letters: N = decisions, K = actions of a decision, A = its tokens, U = units tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vlarl_rllib.settings.learning import TrainingSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,17 @@ class LossSettings:
     importance_cap: float
     train_policy: bool = True
     """False during critic warm-up: the loss is the value loss alone."""
+
+    @classmethod
+    def of(cls, training: TrainingSettings, num_actions: int, *, train_policy: bool) -> LossSettings:
+        """Where no critic is read, none is trained."""
+        keys = cls.__dataclass_fields__.keys() - {"train_policy", "num_actions", "vf_coeff"}
+        return cls(
+            **{key: getattr(training, key) for key in keys},
+            vf_coeff=training.vf_coeff if training.advantages == "gae" else 0.0,
+            num_actions=num_actions,
+            train_policy=train_policy,
+        )
 
 
 @dataclass(frozen=True, slots=True)

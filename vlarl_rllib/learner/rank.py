@@ -14,6 +14,9 @@ from vlarl_rllib.learner import fsdp
 from vlarl_rllib.models.presets import models_here
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.actors import own_name
+from vlarl_rllib.types import Place
+from vlarl_rllib.weights.placement import own_place
+from vlarl_rllib.weights.ray_transports import tensor_transport_options
 
 LOOPBACK = "127.0.0.1"
 _MEMBERS: set[int] = set()
@@ -38,6 +41,12 @@ class Rank:
     def node(self) -> str:
         """Which node this actor is on."""
         return ray.get_runtime_context().get_node_id()
+
+    def place(self) -> Place:
+        """Where it is, as far as weights go."""
+        learners = self.settings.learners
+        takes_part = learners.num > 0 and tensor_transport_options(learners.gpus, self.settings.weights.transport)
+        return own_place(self.choose_device().type, takes_part=bool(takes_part))
 
     def ping(self) -> None:
         """Answers as long as the actor lives and is not busy."""

@@ -5,23 +5,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vlarl_rllib.errors import DivergedError, one_line
 from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.process.malloc import KEEP_FREED_MEMORY
+from vlarl_rllib.ray_compat import nodes_of_bundles
 from vlarl_rllib.settings import LearnerSettings, Role, Settings, calculate_runtime_args
 from vlarl_rllib.telemetry.actors import ActorNames
+from vlarl_rllib.weights.ray_transports import tensor_transport_options
 
 logger = logging.getLogger(__name__)
 
 PING_SECONDS = 10.0
 """A learner that no call keeps busy answers at once; after this long it counts as lost."""
+WAIT_NOTICE_SECONDS, LOOK_SECONDS = 30.0, 1.0
+"""How often a wait for a node is told, and how often it is looked for."""
 MEANWHILE_SECONDS = 0.02
 """How often the driver does something else while learners work."""
 
@@ -32,6 +36,10 @@ class LearnerError(RuntimeError):
 
 class LearnerGroupError(RuntimeError):
     """A learner died or froze; the group is beyond use until `rebuild`."""
+
+
+class PlaceLost(Exception):
+    """The node of a learner that was to start has died."""
 
 
 class RankGroup:
@@ -72,30 +80,73 @@ class RankGroup:
 
     @property
     def num_ranks(self) -> int:
-        return max(1, self.settings.learners.num)
+        """That there are now: fewer than planned where nodes are lost."""
+        return max(1, len(self.workers))
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether ranks are missing whose places are there again."""
+        return len(self.workers) < len(self._places())
+
+    def _places(self) -> list[int]:
+        """Planned ranks that have a place now, those of one node behind one another."""
+        if self._bundles is None or not (nodes := nodes_of_bundles()):
+            return list(range(self.settings.learners.num))
+        return side_by_side({rank: nodes[bundle] for rank, bundle in enumerate(self._bundles) if nodes[bundle]})
 
     def _start_actors(self) -> None:
+        """Start a rank in each place that is there; where one goes before all have started, begin again.
+
+        Raises:
+            LearnerGroupError: a rank does not start.
+        """
+        while True:
+            places = self._wait_for_places()
+            try:
+                return self._start_ranks(places)
+            except PlaceLost:
+                logger.warning("a node was lost while learners started on it; they start on those that are left")
+                self._kill_actors()
+
+    def _wait_for_places(self) -> list[int]:
+        """Ray may find a node for one place long before the next; the first one is waited for without end."""
+        next_word = time.monotonic() + WAIT_NOTICE_SECONDS
+        while not (places := self._places()):
+            if time.monotonic() >= next_word:
+                logger.warning("no node has a place for a learner; waiting for one")
+                next_word += WAIT_NOTICE_SECONDS
+            time.sleep(LOOK_SECONDS)
+        if len(places) < self.settings.learners.num:
+            logger.warning("%d of %d learners start: nodes are missing", len(places), self.settings.learners.num)
+        return places
+
+    def _start_ranks(self, places: Sequence[int]) -> None:
         learners, plan = self.settings.learners, calculate_runtime_args(self.settings)
         group = ray.util.get_current_placement_group()
-        bundles = side_by_side(self._bundles, group) if group is not None and self._bundles is not None else None
+        direct = tensor_transport_options(learners.gpus, self.settings.weights.transport)
         actor_class = ray.remote(num_cpus=learners.cpus, num_gpus=learners.gpus, max_restarts=0)(self._rank_class)
-        for index in range(learners.num):
-            options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}}
-            if bundles is not None:
-                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, bundles[index])
+        for index in places:
+            options: dict[str, Any] = {"runtime_env": {"env_vars": _env_vars(learners)}, **direct}
+            if group is not None and self._bundles is not None:
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, self._bundles[index])
             else:
                 options |= plan.bundles[plan.bundle_of(Role.LEARNER, index)].options
             self.workers.append(self.names.start(actor_class, f"learner-{index}", options, **self._arguments))
-        nodes = self._wait([worker.node.remote() for worker in self.workers])
-        address, port = self._wait([self.workers[0].rendezvous.remote(one_node=len(set(nodes)) == 1)])[0]
-        self.pids = self._wait(
-            [w.join.remote(rank, learners.num, address, port) for rank, w in enumerate(self.workers)]
+        nodes = self._wait(
+            [worker.node.remote() for worker in self.workers], partial(self._require_places, places), LOOK_SECONDS
         )
+        address, port = self._wait([self.workers[0].rendezvous.remote(one_node=len(set(nodes)) == 1)])[0]
+        self.pids = self._wait([w.join.remote(rank, len(places), address, port) for rank, w in enumerate(self.workers)])
         self._wait([w.build.remote() for w in self.workers])
 
+    def _require_places(self, places: Sequence[int]) -> None:
+        """While ranks start: Ray would wait for a node to come back."""
+        if not set(places) <= set(self._places()):
+            raise PlaceLost
+
     def rebuild(self) -> None:
-        """Replace all ranks by new ones in the same places, with the weights of `model.path`: a checkpoint is to be
-        loaded next.
+        """Replace all ranks by new ones in the places that are there, with the weights of `model.path`: a checkpoint is
+        to be loaded next.
 
         Raises:
             LearnerGroupError: where the new ones fail too.
@@ -140,13 +191,15 @@ class RankGroup:
             meanwhile,
         )
 
-    def _wait(self, refs: list[Any], meanwhile: Callable[[], None] | None = None) -> list[Any]:
+    def _wait(
+        self, refs: list[Any], meanwhile: Callable[[], None] | None = None, every: float = MEANWHILE_SECONDS
+    ) -> list[Any]:
         """Results of all `refs`; looks at each as it arrives, since a failed rank leaves the others waiting in a
         collective."""
         pending, deadline = list(refs), time.monotonic() + self.timeout_seconds
         while pending:
             left = max(0.0, deadline - time.monotonic())
-            ready, pending = ray.wait(pending, timeout=left if meanwhile is None else min(left, MEANWHILE_SECONDS))
+            ready, pending = ray.wait(pending, timeout=left if meanwhile is None else min(left, every))
             if meanwhile is not None:
                 meanwhile()
                 if not ready and time.monotonic() < deadline:
@@ -203,14 +256,15 @@ class RankGroup:
         self.workers, self.pids = [], []
 
 
-def side_by_side(bundles: Sequence[int], group: Any) -> list[int]:
-    """The same bundles, those of one node behind one another: FSDP's shards are ranks that follow one another
-    (`learners.fsdp.mesh`), and Ray lays bundles that ask for the same in any order."""
-    nodes = placement_group_table(group)["bundles_to_node_id"]
-    first: dict[str, int] = {}
-    for bundle in bundles:
-        first.setdefault(nodes[bundle], bundle)
-    return sorted(bundles, key=lambda bundle: (bundles.index(first[nodes[bundle]]), bundles.index(bundle)))
+def side_by_side(nodes: Mapping[int, str]) -> list[int]:
+    """Places in an order in which those of one node follow one another: FSDP's shards are ranks that do
+    (`learners.fsdp.mesh`), and Ray lays bundles that ask for the same in any order.
+
+    Args:
+        nodes: of each place.
+    """
+    order = list(dict.fromkeys(nodes.values()))
+    return sorted(nodes, key=lambda place: (order.index(nodes[place]), place))
 
 
 def _env_vars(learners: LearnerSettings) -> dict[str, str]:

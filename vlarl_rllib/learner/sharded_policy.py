@@ -23,8 +23,7 @@ from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
 from vlarl_rllib.models.family import ActionFormat, PolicyFamily
 from vlarl_rllib.settings import Settings, calculate_runtime_args
-from vlarl_rllib.types import WeightManifest
-from vlarl_rllib.weights import find_transport
+from vlarl_rllib.weights.publisher import Publisher
 from vlarl_rllib.weights.source import iterate_weights
 
 logger = logging.getLogger(__name__)
@@ -81,13 +80,14 @@ class ShardedPolicy:
         self._action_ids = actions.token_ids
         self._settings, self._device, self._rank, self._world_size = settings, device, rank, world_size
         self._if_diverged = if_diverged
-        self._publisher: Any = None
         self._skipped_in_a_row = 0
         self._few_patches = device.type == "cpu" and bool(policy.num_image_tokens <= FEW_PATCHES)  # type: ignore[operator]
         self._shard()
         self.optimizers = self._make_optimizers(lr, weight_decay)
         """AdamW for the policy and, where something of it is trained, with its own learning rate for value head or
         critic."""
+        self.publisher = Publisher(policy, getattr(torch, settings.engines.dtype), settings.weights, rank)
+        """This rank's part in bringing the policy to the engines."""
 
     def _shard(self) -> None:
         model, learners = self._settings.model, self._settings.learners
@@ -236,31 +236,13 @@ class ShardedPolicy:
 
     # Weights and checkpoints
 
-    def gather(self, *, to_host: bool = True, unchanging: bool = True) -> Any:
-        """(published name, whole tensor) of the policy, in the engines' type; on rank 0 as the arguments say (see
-        `iterate_weights`), on the others uncopied.
+    def gather(self) -> Any:
+        """(published name, whole tensor) of the policy, in the engines' type; on rank 0 on the CPU and copied, on the
+        others uncopied.
 
         Collective: run it to its end.
         """
-        dtype, keeps = getattr(torch, self._settings.engines.dtype), self._rank == 0
-        return iterate_weights(self.policy, dtype, to_host=keeps and to_host, unchanging=keeps and unchanging)
-
-    def publish(self, version: int) -> WeightManifest | None:
-        """Make the policy readable to engines; rank 0 returns the manifest. Collective."""
-        transport = find_transport(self._settings.weights.transport)
-        tensors = self.gather(to_host=transport.on_host, unchanging=transport.lends_tensors)
-        if self._rank != 0:
-            for _ in tensors:
-                pass
-            return None
-        if self._publisher is None:
-            self._publisher = transport.make_publisher(self._settings.weights)
-        return self._publisher.publish(version, tensors)
-
-    def retire(self, before: int) -> None:
-        """Free the versions below `before`, once all engines hold a newer one."""
-        if self._publisher is not None:
-            self._publisher.retire(before)
+        return iterate_weights(self.policy, getattr(torch, self._settings.engines.dtype), to_host=self._rank == 0)
 
     def save(self, directory: Path) -> None:
         """Write parameters and optimiser state. Collective."""
@@ -269,12 +251,11 @@ class ShardedPolicy:
     def load(self, directory: Path) -> None:
         """Read what `save` wrote, also with another number of ranks. Collective."""
         load_sharded(directory, self.trained_modules(), self.optimizers)
+        self.publisher.forget()
 
     def close(self) -> None:
         """Free what was published."""
-        if self._publisher is not None:
-            self._publisher.close()
-            self._publisher = None
+        self.publisher.close()
 
 
 def _in_one(policy: nn.Module, critic: nn.Module | None) -> nn.ModuleDict:

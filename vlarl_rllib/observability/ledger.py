@@ -105,7 +105,7 @@ class Ledger:
         initial = self.initial_evaluation if iteration == 1 else None
         self_test = self._self_test.take(iteration, results[LEARNER_RESULTS][DEFAULT_MODULE_ID])
         self.faults["failed_self_tests"] += bool(self_test and self_test["failed"])
-        details = iteration_details(self.episodes, initial, evaluation, self._git_revision, self.staleness)
+        details = iteration_details(self.episodes, initial, evaluation, self._git_revision, self.staleness, manifest)
         results["vlarl_details"] = details | {"self_test": self_test}
         self.rates.add(results["vlarl_details"])
         results["vlarl"] = iteration_metrics(

@@ -71,6 +71,7 @@ RUNNER_SUMS = (
 SECONDS = ("startup", "sample", "update", "sync", "evaluation", "recovery", "other")
 """Where wall time goes; the first only in the first iteration, `recovery` where the learners started anew."""
 FAULTS = (
+    "node_losses",
     "env_deaths",
     "runner_restarts",
     "engine_restarts",
@@ -122,6 +123,7 @@ def iteration_details(
     evaluation: dict[str, Any] | None,
     git_revision: str | None,
     staleness: Mapping[int, int],
+    manifest: WeightManifest | None,
 ) -> dict[str, Any]:
     """`result["vlarl_details"]`: what is not there in every iteration, or no number.
 
@@ -131,6 +133,7 @@ def iteration_details(
         evaluation: the same behind this iteration, None where none was due.
         git_revision: `source_revision` of the trial's process.
         staleness: decisions by how many updates their policy was behind.
+        manifest: of the last push.
     """
     return {
         **_success(episodes),
@@ -140,6 +143,7 @@ def iteration_details(
         "evaluation": evaluation,
         "git_revision": git_revision,
         "staleness": {str(behind): staleness[behind] for behind in sorted(staleness)},
+        "weights_transport": manifest.transport if manifest else None,
     }
 
 
@@ -212,6 +216,7 @@ def iteration_metrics(
         "seconds": {name: float(seconds.get(name, 0.0)) for name in SECONDS},
         "policy_version": policy_version,
         "sync_bytes": manifest.num_bytes if manifest else 0,
+        "snapshot_bytes": manifest.snapshot_bytes if manifest else 0,
         "faults": faults,
         "applied": {name: float(learner[f"applied_{name}"]) for name in APPLIED},
     }

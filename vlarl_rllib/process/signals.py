@@ -52,7 +52,6 @@ class End:
         sigterm_code: exit code behind SIGTERM; 0 where being ended is no failure.
         words: how to go on, for whoever reads the last line.
         on_loss: keeps what must be kept where the process is about to end for the given cause, without its main thread.
-        sweep: removes what killed children leave.
     """
 
     def __init__(self) -> None:
@@ -68,7 +67,6 @@ class End:
         self.sigterm_code = 128 + signal.SIGTERM
         self.words: Callable[[], str] = str
         self.on_loss: Callable[[str], Any] = lambda cause: None
-        self.sweep: Callable[[], Any] = lambda: None
         self._since = 0.0
         self._raises = True
         self._notice: Callable[[str], None] = lambda name: None
@@ -160,9 +158,8 @@ class End:
         """End this process and its children at once, from any thread, with a last line: `first`, and how to go on."""
         if not self._ending.acquire(blocking=False):
             return
-        for end in (kill_children, self.sweep):
-            with contextlib.suppress(Exception):
-                end()
+        with contextlib.suppress(Exception):
+            kill_children()
         speaker = threading.Thread(target=self._say_last, args=(first,), name="vlarl-last-words", daemon=True)
         speaker.start()
         speaker.join(LAST_WORDS_SECONDS)

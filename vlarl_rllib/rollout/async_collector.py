@@ -96,7 +96,7 @@ class AsyncCollector(RolloutCollector):
         self._drop_stale()
         if self._owing():
             return False
-        if len(rollout.portions) + len(self._waiting.portions) >= self._enough:
+        if len(rollout.portions) + len(self._waiting.portions) >= self._enough():
             return True
         if self._through and min(self._through.values()) >= self._last:
             self._forget_all()
@@ -125,13 +125,13 @@ class AsyncCollector(RolloutCollector):
         come.portions.sort(key=lambda item: item[1].iteration)
         enough = max(
             sum(portion.iteration <= self._iteration for _, portion in come.portions),
-            self._enough - len(rollout.portions),
+            self._enough() - len(rollout.portions),
         )
         self._waiting.portions = come.portions[enough:]
         come.portions = come.portions[:enough]
         rollout.join(come)
         if self._filter_groups:
-            rollout.filter_groups(self._enough)
+            rollout.filter_groups(self._enough())
         rollout.staleness = self._staleness(portion for _, portion in rollout.portions)
         return rollout
 
@@ -147,8 +147,7 @@ class AsyncCollector(RolloutCollector):
 
     def _pump(self, seconds: float) -> None:
         """Call the runners that have nothing to do, and take what is reported within this time."""
-        if self._runners.num_healthy_remote_workers() < self._runners.num_remote_workers():
-            self._restore_runners()
+        self._restore()
         self._call_idle()
         began = time.monotonic()
         answers = dict(answer for _, answer in self._runners.fetch_ready_async_reqs(tags=CALL, timeout_seconds=seconds))
@@ -162,7 +161,7 @@ class AsyncCollector(RolloutCollector):
             self._fruitless += 1
         if any(errors):
             self._sync.make_engines_current()
-        if failures or errors:
+        if failures or any(errors):
             self._raise_if_hopeless(self._fruitless, errors)
         if not answers and (rest := seconds - (time.monotonic() - began)) > 0:  # with no call under way it returns
             self._ended.wait(rest)

@@ -73,11 +73,13 @@ class RolloutCollector(RunnerCalls):
 
     Args:
         runners, sync, pool, calls: see `RunnerCalls`.
-        enough: slots, or groups of episodes, that are needed at least: one for every learner.
+        enough: how many slots, or groups of episodes, are needed at least: one for every learner that there is.
         filter_groups: whether uniform groups are left out.
     """
 
-    def __init__(self, *runners_sync_and_pool: Any, enough: int, filter_groups: bool = False, **calls: Any) -> None:
+    def __init__(
+        self, *runners_sync_and_pool: Any, enough: Callable[[], int], filter_groups: bool = False, **calls: Any
+    ) -> None:
         super().__init__(*runners_sync_and_pool, **calls)
         self._enough, self._filter_groups = enough, filter_groups
 
@@ -108,11 +110,11 @@ class RolloutCollector(RunnerCalls):
             )
             for contribution in contributions:
                 rollout.add(contribution)
-            if len(rollout.portions) >= self._enough and not any(
+            if len(rollout.portions) >= self._enough() and not any(
                 contribution.missing for contribution in contributions
             ):
                 if self._filter_groups:
-                    rollout.filter_groups(self._enough)
+                    rollout.filter_groups(self._enough())
                 return rollout
             fruitless = 0 if any(contribution.played for contribution in contributions) else fruitless + 1
             self._check(fruitless, [contribution.engine_error for contribution in contributions])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import ray
 from ray.tune import PlacementGroupFactory
 
+from vlarl_rllib.ray_compat import nodes_of_bundles
 from vlarl_rllib.settings import RuntimeArgs, SettingsError
 
 
@@ -35,3 +36,18 @@ def check_bundles(plan: RuntimeArgs, given: Sequence[Mapping[str, float]]) -> No
                 f"tune.with_resources: bundle {place} is {dict(there)}, but the {bundle.role.value} there needs "
                 f"{bundle.resources}; give tune.PlacementGroupFactory({needed}) or more of each, or leave it out"
             )
+
+
+class NodesInUse:
+    """Counts the nodes of the current placement group that die."""
+
+    def __init__(self) -> None:
+        self._known = self._now()
+
+    def take_losses(self) -> int:
+        """How many have died since the last call."""
+        known, self._known = self._known, self._now()
+        return len(known - self._known)
+
+    def _now(self) -> set[str]:
+        return {node for node in nodes_of_bundles().values() if node}

@@ -124,6 +124,7 @@ class RunnerCalls:
 
         RLlib counts only those that it saw dead: Ray may be faster than the next call.
         """
+        self._next_look = 0.0
         self._runner_pids: dict[int, int] = {}
         self._last_words: dict[int, str] = {}
         """What a runner failed with, by runner, as long as it has not played since."""
@@ -151,8 +152,7 @@ class RunnerCalls:
         losses: Counter[Start] = Counter()
         fruitless = 0
         while open_starts:
-            if self._runners.num_healthy_remote_workers() < self._runners.num_remote_workers():
-                self._restore_runners()
+            self._restore()
             attached = self._attach()
             held = {start for runner in attached.values() for start in runner.evaluating}
             shares = _share([start for start in open_starts.values() if start not in held], attached, change_tasks)
@@ -190,6 +190,15 @@ class RunnerCalls:
 
     def _end_episodes(self) -> None:
         self._foreach("begin_new_episodes", {index: {} for index in self._runners.healthy_worker_ids()})
+
+    def _restore(self) -> None:
+        """Take back runners that were started anew. Asking one that waits for a node takes seconds, so that is done
+        for a fifth of the time at most."""
+        began = time.monotonic()
+        if self._runners.num_healthy_remote_workers() < self._runners.num_remote_workers() and began > self._next_look:
+            self._restore_runners()
+            now = time.monotonic()
+            self._next_look = now + 4 * (now - began)
 
     def _attach(self) -> dict[int, Attached]:
         """Make engines current, see after the reward worker, and tell the runners about them; those that are ready to

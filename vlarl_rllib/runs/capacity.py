@@ -39,8 +39,8 @@ WORKSPACE_BYTES = 0.8
 """CUDA graphs and scratch space of an engine, per parameter: what was left of 74.9 GB."""
 PROCESS_GB, FURTHER_MODEL_GB = 1.03, 0.68
 """Host memory of an environment process of LIBERO with one model, and of each further one (README, Measured)."""
-VERSIONS = 2
-"""Of the weights in /dev/shm during a sync."""
+BUCKETS = 2
+"""Of weights that are in Ray's object store during a sync: one is loaded while the next is gathered."""
 
 
 BOUNDLESS = 10**9
@@ -157,10 +157,18 @@ def host_gb(settings: Settings, plan: RuntimeArgs) -> float:
     models = min(env.models_per_process, -(-tasks // plan.num_processes))
     facts = registry.ENVIRONMENTS.get(env.name)
     each = PROCESS_GB + (models - 1) * FURTHER_MODEL_GB if facts and facts.crops else 0.0
+    version = (num_parameters(settings) or 0) * BYTES[settings.engines.dtype] / 1e9
+    buckets = BUCKETS * settings.weights.bucket_mb * 2**20 / 1e9
+    # A version that is kept goes when the next one is complete; on GPUs it may lie on the card, which is not known yet.
+    keeps = settings.rollout.async_mode or not settings.engines.num
+    travelling = 2 * version if keeps else min(buckets, version)
     roles = [bundle.role for bundle in plan.bundles]
-    travels = VERSIONS if {Role.ENGINE, Role.LEARNER, Role.ALGORITHM} & set(roles) else 0
-    travelling = travels * (num_parameters(settings) or 0) * BYTES[settings.engines.dtype] / 1e9
-    return roles.count(Role.RUNNER) * plan.num_processes * each + travelling
+    ends = {
+        Role.ENGINE if settings.engines.num else Role.RUNNER,
+        Role.LEARNER if settings.learners.num else Role.ALGORITHM,
+    }
+    passing = travelling if ends & set(roles) else 0.0
+    return roles.count(Role.RUNNER) * plan.num_processes * each + passing
 
 
 def too_few_cpus(plan: RuntimeArgs, machine: Machine) -> str | None:

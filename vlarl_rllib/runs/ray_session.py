@@ -29,7 +29,6 @@ from vlarl_rllib.runs.places import check_places, named, without_a_place
 from vlarl_rllib.runs.ray_watch import ray_watched
 from vlarl_rllib.runs.scrape_targets import scrape_target
 from vlarl_rllib.settings import RuntimeArgs, Settings, SettingsError
-from vlarl_rllib.weights import sweeper
 
 PING_SECONDS = 3.0
 """Something that takes connections and has not answered as Ray does by then is no Ray."""
@@ -51,7 +50,6 @@ def ray_session(
     if ray.is_initialized():
         yield
         return
-    END.sweep = sweep = sweeper(settings.weights.transport)
     try:
         with END.deferred():
             start_ray(plan, settings)
@@ -62,7 +60,6 @@ def ray_session(
     finally:
         with END.polled():
             ray.shutdown()
-            sweep()
 
 
 def start_ray(plan: RuntimeArgs, settings: Settings) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from vlarl_rllib.envs import registry
 from vlarl_rllib.settings.plan import Role, demonstrated_tasks, num_environment_processes, placements, resolve_mesh
 from vlarl_rllib.settings.schema import RewardSettings, Sections
+from vlarl_rllib.settings.transports import CUDA_IPC, NIXL
 
 SMALLEST_SHARE = 0.001
 """Of a CPU or GPU that a process may reserve."""
@@ -27,6 +28,7 @@ def impossible_combinations(s: Sections) -> Iterator[str]:
     yield from _impossible_learners(s)
     yield from _impossible_engines(s)
     yield from _impossible_models(s)
+    yield from _impossible_transports(s)
     yield from _impossible_rewards(s.rewards)
     yield from _impossible_lengths(s)
 
@@ -103,6 +105,21 @@ def _impossible_models(s: Sections) -> Iterator[str]:
         yield (
             f"model.critic_path: {s.model.critic_path!r} has no effect with critic {s.model.critic}; set "
             "model.critic to separate, or remove it"
+        )
+
+
+def _impossible_transports(s: Sections) -> Iterator[str]:
+    transport = s.weights.transport
+    if transport not in (CUDA_IPC, NIXL):
+        return
+    if not s.engines.num:
+        yield f"weights.transport: {transport} needs engines, and engines.num is 0; set it to 1 or more, or use auto"
+    if not s.learners.num:
+        yield f"weights.transport: {transport} needs learners in actors; set learners.num to 1 or more, or use auto"
+    if transport == CUDA_IPC and not (s.engines.gpus and s.learners.gpus):
+        yield (
+            "weights.transport: cuda_ipc moves weights within a GPU; set engines.gpus and learners.gpus to shares of "
+            "one, or use auto"
         )
 
 

@@ -24,7 +24,7 @@ from vlarl_rllib.settings.learning import CurriculumSettings, RewardSettings, SF
 from vlarl_rllib.settings.model import ModelSettings
 from vlarl_rllib.settings.placement import PlacementSettings
 from vlarl_rllib.settings.published import published_model
-from vlarl_rllib.settings.transports import AUTO, DEFAULT_TRANSPORT, transport_reference
+from vlarl_rllib.settings.transports import AUTO, transport_reference
 
 
 class EnvSettings(Section):
@@ -193,7 +193,9 @@ class LearnerSettings(Section):
 class WeightSettings(Section):
     transport: str = Field(
         AUTO,
-        description=f"How weights reach the engines: {DEFAULT_TRANSPORT} (auto) or what an installed package adds.",
+        description="How weights reach the engines: object_store (anywhere), cuda_ipc (learner and engines on one "
+        "GPU), nixl (from GPU to GPU, also between nodes), what an installed package adds, or auto = by where they "
+        "are.",
     )
     bucket_mb: PositiveInt = Field(256, description="Size of a bucket of tensors: the extra memory of a sync.")
     checksum: bool = Field(False, description="Verify a SHA-256 of every bucket on arrival.")

@@ -13,11 +13,15 @@ from typing import Any
 from vlarl_rllib.process.plugins import added_by_packages, load_class
 
 AUTO = "auto"
-DEFAULT_TRANSPORT = "shared_memory"
-"""What `auto` means."""
-TRANSPORTS = {DEFAULT_TRANSPORT: "vlarl_rllib.weights.shared_memory:SharedMemoryTransport"}
+"""Chosen by where learners and engines are, once they are there (`weights/placement.py`)."""
+OBJECT_STORE, CUDA_IPC, NIXL = "object_store", "cuda_ipc", "nixl"
+TRANSPORTS = {
+    OBJECT_STORE: "vlarl_rllib.weights.ray_transports:ObjectStoreTransport",
+    CUDA_IPC: "vlarl_rllib.weights.ray_transports:CudaIpcTransport",
+    NIXL: "vlarl_rllib.weights.ray_transports:NixlTransport",
+}
 """`module:Class` of the transports that come with the package, by name."""
-PARTS = ("outlives_publisher", "lends_tensors", "on_host", "make_publisher", "make_reader", "sweep")
+PARTS = ("lends_tensors", "put", "get", "free", "obstacle")
 """What `WeightTransport` asks of a class, so that another one is refused before any actor starts."""
 
 
@@ -27,11 +31,11 @@ def transports() -> dict[str, str]:
 
 
 def transport_reference(name: str) -> str:
-    """`module:Class` of what `weights.transport` means; nothing is imported.
+    """`module:Class` of what `weights.transport` means, or may mean; nothing is imported.
 
     Raises ValueError for what is neither a known name nor of that form. The text does not say of which key.
     """
-    reference = transports().get(DEFAULT_TRANSPORT if name == AUTO else name, name)
+    reference = transports().get(OBJECT_STORE if name == AUTO else name, name)
     if not all(reference.partition(":")):
         raise ValueError(f"choose one of {', '.join((AUTO, *transports()))}, or name a class as module:Class")
     return reference

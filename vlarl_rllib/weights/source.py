@@ -5,29 +5,67 @@ The value head is the trainer's own: no engine has one, so it never travels.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vlarl_rllib.types import TensorSpec
 from vlarl_rllib.weights.protocol import NamedTensors, Shapes
 
 VALUE_HEAD_PREFIX = "value_head."
 ADAPTER = re.compile(r"\.lora_[AB]\.")
+NOTHING_TO_SEND = "the model has no parameters to send; pass the policy itself, not a wrapper without modules"
 NUM_NAMES_SHOWN = 3
 """Names of each kind in an error message; a wrong prefix makes hundreds."""
 
 
-def published_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
-    """What an engine has to hold, in the same order on every rank.
+@dataclass(frozen=True, slots=True, eq=False)
+class Published:
+    """A tensor that an engine has to hold."""
 
-    Yields:
-        (published name, parameter or shard, the adapted module (`models.lora`) whose merged weight takes its place, or
-        None).
-    """
+    name: str
+    """Its published one."""
+    parameter: nn.Parameter
+    """Whole, or this rank's shard."""
+    adapted: Any
+    """The adapted module (`models.lora`) whose merged weight takes the parameter's place, or None."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether training changes it."""
+        return self.adapted is not None or self.parameter.requires_grad
+
+    def spec(self, dtype: torch.dtype) -> TensorSpec:
+        """Of the whole tensor in `dtype`."""
+        shape = tuple(self.parameter.shape)
+        if self.adapted is not None:  # the base may be packed
+            lora_a, lora_b, _ = self.adapted.factors
+            shape = (lora_b.shape[0], *lora_a.shape[1:])
+        return TensorSpec(self.name, shape, str(dtype).removeprefix("torch."), math.prod(shape) * dtype.itemsize)
+
+    @torch.no_grad()
+    def gather(self, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+        """The whole tensor, on the learner's device. Collective where it is sharded.
+
+        Args:
+            dtype: shards are cast before they are gathered, so bfloat16 halves the traffic. Adapters are merged, always
+                anew from the base, before their weight is cast.
+            copy: never the parameter's own memory, which on one rank the whole tensor is.
+        """
+        if self.adapted is not None:
+            return cast(Tensor, self.adapted.published_weight(_gather)).to(dtype).contiguous()
+        tensor = _gather(self.parameter, dtype).to(dtype).contiguous()
+        return tensor.clone() if copy and tensor.data_ptr() == _memory(self.parameter) else tensor
+
+
+def published_parameters(model: nn.Module) -> Iterator[Published]:
+    """What an engine has to hold, in the same order on every rank."""
     adapted = {
         f"{name}.base_layer.weight": module
         for name, module in model.named_modules()
@@ -35,30 +73,23 @@ def published_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
     }
     for name, parameter in model.named_parameters():
         if not name.startswith(VALUE_HEAD_PREFIX) and not ADAPTER.search(name):
-            yield name.replace(".base_layer.", "."), parameter, adapted.get(name)
+            yield Published(name.replace(".base_layer.", "."), parameter, adapted.get(name))
 
 
 def expected_tensors(model: nn.Module) -> Shapes:
     """Names and full shapes of a policy's tensors, the value head excluded."""
-    return {name: tuple(parameter.shape) for name, parameter, _ in published_parameters(model)}
+    return {item.name: tuple(item.parameter.shape) for item in published_parameters(model)}
 
 
-@torch.no_grad()
-def iterate_weights(
-    model: nn.Module, dtype: torch.dtype, *, to_host: bool = True, unchanging: bool = False
-) -> NamedTensors:
+def iterate_weights(model: nn.Module, dtype: torch.dtype, *, to_host: bool = True) -> NamedTensors:
     """Gather the policy's weights one tensor at a time.
 
     Gathering an FSDP2 parameter is collective: every rank must run this to its end. At most one full tensor and its
     copy exist at once, beside what the consumer keeps.
 
     Args:
-        dtype: of the yielded tensors; shards are cast before they are gathered, so bfloat16 halves the traffic.
-            Adapters are merged in float32 before their weight is cast.
-        to_host: copy to the CPU. False on ranks that only take part in the gather, and where the tensors travel from
-            the device.
-        unchanging: where they stay on the device, copy what is trained; else what is yielded may be the parameter's
-            own memory, which the next optimiser step changes.
+        dtype: of the yielded tensors.
+        to_host: copy to the CPU. False on ranks that only take part in the gather.
 
     Yields:
         (published name, full tensor); with `to_host` on the CPU and sharing no memory with the model.
@@ -67,16 +98,12 @@ def iterate_weights(
         ValueError: the model has nothing to send.
     """
     num_tensors = 0
-    for name, parameter, adapted in published_parameters(model):
-        tensor = _gather(parameter, dtype) if adapted is None else adapted.published_weight(_gather).to(dtype)
+    for item in published_parameters(model):
+        tensor = item.gather(dtype, copy=to_host)
         num_tensors += 1
-        # On one rank `full_tensor` is the parameter's own memory, hence always a copy.
-        if to_host:
-            yield name, tensor.to(device="cpu", dtype=dtype, copy=True)
-        else:
-            yield name, tensor.to(dtype, copy=unchanging and parameter.requires_grad)
+        yield item.name, tensor.cpu() if to_host else tensor
     if num_tensors == 0:
-        raise ValueError("the model has no parameters to send; pass the policy itself, not a wrapper without modules")
+        raise ValueError(NOTHING_TO_SEND)
 
 
 def _gather(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -86,6 +113,11 @@ def _gather(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return tensor
     # Offloaded shards lie on the CPU, whereas the mesh's collectives run on its own device.
     return cast(DTensor, tensor.to(device=tensor.device_mesh.device_type, dtype=dtype)).full_tensor()
+
+
+def _memory(parameter: nn.Parameter) -> int:
+    """Address of a parameter, or of this rank's shard of it."""
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).data_ptr()
 
 
 def check_names_and_shapes(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> None:

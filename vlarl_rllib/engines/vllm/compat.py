@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.inputs import MultiModalInput, mm_input
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
     MultiModalFieldElem,
@@ -68,12 +69,12 @@ class _NoInfo(WeightTransferInitInfo):
 class UpdateInfo(WeightTransferUpdateInfo):
     """Payload of one update."""
 
-    manifest: dict[str, Any]
-    """Fields of `vlarl_rllib.types.WeightManifest`."""
+    tensors: dict[str, torch.Tensor]
+    """By published name; valid during the call."""
 
 
 class LayerwiseTransferEngine(WeightTransferEngine[_NoInfo, UpdateInfo]):
-    """Receives weights in checkpoint form; subclasses say where from, in `receive_weights`.
+    """Takes weights in checkpoint form, some at a time; layers that get none keep theirs.
 
     `model.load_weights` alone is wrong: linear weights are packed on the CPU after loading (their `weight` is empty),
     and copies would miss the buffers of captured CUDA graphs. vLLM's layer-wise reload handles both.
@@ -88,6 +89,11 @@ class LayerwiseTransferEngine(WeightTransferEngine[_NoInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        model: Any = self.model
+        model.load_weights(iter(update_info.tensors.items()))
+        _keep_what_waits(model, update_info.tensors)
+
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
 
@@ -100,10 +106,28 @@ class LayerwiseTransferEngine(WeightTransferEngine[_NoInfo, UpdateInfo]):
         raise NotImplementedError
 
 
-def apply_weights(engine: LLMEngine, update_info: dict[str, Any]) -> None:
-    """Replace the model's weights. Nothing may be in flight, and after an exception nothing may be generated."""
+def _keep_what_waits(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy those of `tensors` that vLLM holds on to: of layers that are padded, and so loaded at the very end."""
+    borrowed = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    for layer in model.modules():
+        for _, bound in get_layerwise_info(layer).loaded_weights:
+            for name, value in bound.arguments.items():
+                if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in borrowed:
+                    bound.arguments[name] = value.clone()
+
+
+def begin_weights(engine: LLMEngine) -> None:
+    """Prepare for new weights. Nothing may be in flight, and after an exception nothing may be generated."""
     engine.collective_rpc("start_weight_update")
-    engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
+
+
+def load_weights(engine: LLMEngine, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace some weights, whole modules of them."""
+    engine.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors}})
+
+
+def end_weights(engine: LLMEngine) -> None:
+    """Be ready to generate."""
     engine.collective_rpc("finish_weight_update")
     # Image features and prompt prefixes of the old weights; vLLM resets neither after a transfer.
     engine.reset_encoder_cache()

@@ -13,7 +13,7 @@ from vlarl_rllib.models.family import load_family, own_families
 from vlarl_rllib.process.plugins import load_class
 
 TRANSFER_BACKEND = "vlarl"
-TRANSFER_MODULE = "vlarl_rllib.engines.vllm.transfer"
+TRANSFER_MODULE = "vlarl_rllib.engines.vllm.compat"
 
 
 def architecture_of(reference: str) -> str:
@@ -41,4 +41,4 @@ def register(*, in_process: str | None = None) -> None:
         model = load_class(reference) if reference == in_process else reference
         ModelRegistry.register_model(architecture_of(reference), model)
     with suppress(ValueError):  # a second registration; there is no public way to ask
-        WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, TRANSFER_MODULE, "ManifestTransferEngine")
+        WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, TRANSFER_MODULE, "LayerwiseTransferEngine")

@@ -5,9 +5,9 @@ Importing this imports vLLM.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
+from torch import Tensor
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
@@ -16,7 +16,7 @@ from vlarl_rllib.engines.step_loop import Sampled
 from vlarl_rllib.engines.vllm import compat as vllm_compat
 from vlarl_rllib.engines.vllm.plugin import TRANSFER_BACKEND, architecture_of, register
 from vlarl_rllib.models.family import load_family
-from vlarl_rllib.types import SampleRequest, WeightManifest
+from vlarl_rllib.types import SampleRequest
 
 
 class VLLMStepper:
@@ -67,8 +67,14 @@ class VLLMStepper:
             finished.append(Sampled(output.request_id, token_ids, log_probs))
         return finished
 
-    def load(self, manifest: WeightManifest) -> None:
-        """Replace the weights by a verified version; nothing may be in flight."""
-        # `asdict` would copy what lies in the fields, and of a copied `ObjectRef` only the id is left.
-        plain = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
-        vllm_compat.apply_weights(self._engine, {"manifest": plain})
+    def begin_load(self) -> None:
+        """See `Stepper.begin_load`."""
+        vllm_compat.begin_weights(self._engine)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """See `Stepper.load`."""
+        vllm_compat.load_weights(self._engine, tensors)
+
+    def end_load(self) -> None:
+        """See `Stepper.end_load`."""
+        vllm_compat.end_weights(self._engine)
