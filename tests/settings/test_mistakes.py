@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlarl_rllib.settings import NOT_YET, Settings, SettingsError
+from vlarl_rllib.settings import Settings, SettingsError
 
 
 def settings(**sections: dict[str, Any]) -> Settings:
@@ -190,13 +190,6 @@ def test_a_reserved_key_at_another_value_says_so(key: str, value: Any) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.from_dict({section: {leaf: value}})
     assert_one_line(str(caught.value), (f"{key}: {value!r} is not available yet", "leave the key out or set it to"))
-
-
-def test_reserved_keys_are_all_tried_above() -> None:
-    (parametrize,) = (
-        mark for mark in test_a_reserved_key_at_another_value_says_so.pytestmark if mark.name == "parametrize"
-    )  # type: ignore[attr-defined]
-    assert {key for key, _ in parametrize.args[1]} == set(NOT_YET)
 
 
 def test_dtypes_may_differ_where_the_gap_is_corrected() -> None:
