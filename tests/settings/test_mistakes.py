@@ -178,20 +178,6 @@ def test_a_mistake_is_one_line_with_key_rule_and_remedy(case: str) -> None:
     assert str(caught.value).startswith(parts[0])
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("rollout.async_mode", True),
-        ("rollout.max_staleness", 2),
-    ],
-)
-def test_a_reserved_key_at_another_value_says_so(key: str, value: Any) -> None:
-    section, leaf = key.split(".")
-    with pytest.raises(SettingsError) as caught:
-        Settings.from_dict({section: {leaf: value}})
-    assert_one_line(str(caught.value), (f"{key}: {value!r} is not available yet", "leave the key out or set it to"))
-
-
 def test_dtypes_may_differ_where_the_gap_is_corrected() -> None:
     assert settings(engines={"dtype": "bfloat16"}, training={"old_log_probs": "recompute"}).engines.dtype == "bfloat16"
 
