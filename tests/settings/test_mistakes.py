@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlarl_rllib.settings import NOT_YET, Settings, SettingsError
+from vlarl_rllib.settings import Settings, SettingsError
 
 
 def settings(**sections: dict[str, Any]) -> Settings:
@@ -89,10 +89,19 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "an unknown transport": (
         {"weights": {"transport": "pigeon"}},
-        (
-            "weights.transport: 'pigeon'",
-            "choose one of auto, object_store, cuda_ipc, nixl, or name a class as module:Class",
-        ),
+        ("weights.transport: 'pigeon'", "or name a class as module:Class"),
+    ),
+    "a direct transport without engines": (
+        {"engines": {"num": 0}, "learners": {"num": 1}, "weights": {"transport": "nixl"}},
+        ("weights.transport: nixl needs engines, and engines.num is 0; set it to 1 or more, or use auto",),
+    ),
+    "a direct transport without learners of their own": (
+        {"learners": {"num": 0}, "weights": {"transport": "nixl"}},
+        ("weights.transport: nixl needs learners in actors; set learners.num to 1 or more, or use auto",),
+    ),
+    "one card's transport on CPUs": (
+        {"weights": {"transport": "cuda_ipc"}},
+        ("weights.transport: cuda_ipc moves weights within a GPU; set engines.gpus and learners.gpus to shares",),
     ),
     "two dtypes": (
         {"engines": {"dtype": "bfloat16"}},
@@ -159,6 +168,33 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"rewards": {"process": 1, "judge": "judge", "judge_cpus": 0}},
         ("rewards.judge_cpus: 0", "greater than 0"),
     ),
+    "CPUs under placement": (
+        {"placement": {"runners": {"resources": {"cpu": 2}}}},
+        ("placement.runners.resources: cpu", "rollout.cpus_per_runner", "leave cpu out"),
+    ),
+    "nothing of a resource": (
+        {"placement": {"engines": {"resources": {"farm": 0}}}},
+        ("placement.engines.resources.farm: 0", "0.0001"),
+    ),
+    "a resource that is no amount": (
+        {"placement": {"engines": {"resources": {"farm": True}}}},
+        ("placement.engines.resources.farm: True", "valid number"),
+    ),
+    "a role that there is not": (
+        {"placement": {"runner": {}}},
+        ("placement.runner: unknown key", "did you mean placement.runners?"),
+    ),
+    "another strategy": ({"placement": {"strategy": "spread"}}, ("placement.strategy: 'spread'", "'SPREAD'")),
+    "one node with two values of a label": (
+        {
+            "placement": {
+                "strategy": "STRICT_PACK",
+                "runners": {"labels": {"zone": "a"}},
+                "engines": {"labels": {"zone": "b"}},
+            }
+        },
+        ("placement.strategy: STRICT_PACK", "placement.runners.labels want zone: a", "zone: b", "use PACK"),
+    ),
     "a reward that is no number": ({"rewards": {"success": float("inf")}}, ("rewards.success: inf", "finite")),
 }
 
@@ -176,27 +212,6 @@ def test_a_mistake_is_one_line_with_key_rule_and_remedy(case: str) -> None:
         Settings.from_dict(values)
     assert_one_line(str(caught.value), parts)
     assert str(caught.value).startswith(parts[0])
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("rollout.async_mode", True),
-        ("rollout.max_staleness", 2),
-    ],
-)
-def test_a_reserved_key_at_another_value_says_so(key: str, value: Any) -> None:
-    section, leaf = key.split(".")
-    with pytest.raises(SettingsError) as caught:
-        Settings.from_dict({section: {leaf: value}})
-    assert_one_line(str(caught.value), (f"{key}: {value!r} is not available yet", "leave the key out or set it to"))
-
-
-def test_reserved_keys_are_all_tried_above() -> None:
-    (parametrize,) = (
-        mark for mark in test_a_reserved_key_at_another_value_says_so.pytestmark if mark.name == "parametrize"
-    )  # type: ignore[attr-defined]
-    assert {key for key, _ in parametrize.args[1]} == set(NOT_YET)
 
 
 def test_dtypes_may_differ_where_the_gap_is_corrected() -> None:
