@@ -262,9 +262,8 @@ class LearnerSettings(Section):
 class WeightSettings(Section):
     transport: str = Field(
         AUTO,
-        description="How weights reach the engines: object_store (anywhere), cuda_ipc (learner and engines on one "
-        "GPU), nixl (from GPU to GPU, also between nodes), what an installed package adds, or auto = by where they "
-        "are.",
+        description="How weights reach the engines: object_store (anywhere), cuda_ipc (on one GPU), nixl (between GPUs "
+        "and nodes), what an installed package adds, or auto = by where they are.",
     )
     bucket_mb: PositiveInt = Field(256, description="Size of a bucket of tensors: the extra memory of a sync.")
     checksum: bool = Field(False, description="Verify a SHA-256 of every bucket on arrival.")
