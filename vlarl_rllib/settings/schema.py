@@ -260,10 +260,7 @@ class LearnerSettings(Section):
 
 
 class WeightSettings(Section):
-    transport: str = Field(
-        AUTO,
-        description="auto (by place), object_store, cuda_ipc (in a GPU), nixl (GPU to GPU), or what a package adds.",
-    )
+    transport: str = Field(AUTO, description="auto = by place; object_store, cuda_ipc, nixl, or what a package adds.")
     bucket_mb: PositiveInt = Field(256, description="Size of a bucket of tensors: two are the extra memory of a sync.")
     checksum: bool = Field(False, description="Verify a SHA-256 of every bucket on arrival.")
 
