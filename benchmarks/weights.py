@@ -170,7 +170,7 @@ class Peak:
         self._before = _host_used()
         self._thread = threading.Thread(target=self._watch_host, daemon=True)
         self._thread.start()
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and shutil.which("nvidia-smi"):
             query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "20"]
             self._card = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
             assert self._card.stdout is not None
@@ -323,8 +323,8 @@ class Bench:
             except Exception as error:  # whatever a lost learner raises
                 result |= {"raised": one_line(error), "noticed_seconds": time.perf_counter() - began}
             self._version = sync.version
-            status = self.pool.statuses()[0]
-            assert status is not None and status.pid == engine, "the engine died with the learner"
+            status = ray.get(self.pool.handles[0].ping.remote(), timeout=SECONDS)
+            assert status.pid == engine, "the engine died with the learner"
             result |= {"engine_version_meanwhile": status.policy_version}
             self.learners.rebuild()
             result |= {"learner_rebuilt_seconds": time.perf_counter() - began}

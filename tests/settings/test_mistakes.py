@@ -89,10 +89,19 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "an unknown transport": (
         {"weights": {"transport": "pigeon"}},
-        (
-            "weights.transport: 'pigeon'",
-            "choose one of auto, object_store, cuda_ipc, nixl, or name a class as module:Class",
-        ),
+        ("weights.transport: 'pigeon'", "or name a class as module:Class"),
+    ),
+    "a direct transport without engines": (
+        {"engines": {"num": 0}, "learners": {"num": 1}, "weights": {"transport": "nixl"}},
+        ("weights.transport: nixl needs engines, and engines.num is 0; set it to 1 or more, or use auto",),
+    ),
+    "a direct transport without learners of their own": (
+        {"learners": {"num": 0}, "weights": {"transport": "nixl"}},
+        ("weights.transport: nixl needs learners in actors; set learners.num to 1 or more, or use auto",),
+    ),
+    "one card's transport on CPUs": (
+        {"weights": {"transport": "cuda_ipc"}},
+        ("weights.transport: cuda_ipc moves weights within a GPU; set engines.gpus and learners.gpus to shares",),
     ),
     "two dtypes": (
         {"engines": {"dtype": "bfloat16"}},
@@ -158,6 +167,33 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a judge without CPUs": (
         {"rewards": {"process": 1, "judge": "judge", "judge_cpus": 0}},
         ("rewards.judge_cpus: 0", "greater than 0"),
+    ),
+    "CPUs under placement": (
+        {"placement": {"runners": {"resources": {"cpu": 2}}}},
+        ("placement.runners.resources: cpu", "rollout.cpus_per_runner", "leave cpu out"),
+    ),
+    "nothing of a resource": (
+        {"placement": {"engines": {"resources": {"farm": 0}}}},
+        ("placement.engines.resources.farm: 0", "0.0001"),
+    ),
+    "a resource that is no amount": (
+        {"placement": {"engines": {"resources": {"farm": True}}}},
+        ("placement.engines.resources.farm: True", "valid number"),
+    ),
+    "a role that there is not": (
+        {"placement": {"runner": {}}},
+        ("placement.runner: unknown key", "did you mean placement.runners?"),
+    ),
+    "another strategy": ({"placement": {"strategy": "spread"}}, ("placement.strategy: 'spread'", "'SPREAD'")),
+    "one node with two values of a label": (
+        {
+            "placement": {
+                "strategy": "STRICT_PACK",
+                "runners": {"labels": {"zone": "a"}},
+                "engines": {"labels": {"zone": "b"}},
+            }
+        },
+        ("placement.strategy: STRICT_PACK", "placement.runners.labels want zone: a", "zone: b", "use PACK"),
     ),
     "a reward that is no number": ({"rewards": {"success": float("inf")}}, ("rewards.success: inf", "finite")),
 }

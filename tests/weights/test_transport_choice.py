@@ -9,12 +9,13 @@ import ray
 
 from tests.weights.probe_transport import PICKLED
 from vlarl_rllib.process.plugins import added_by_packages
-from vlarl_rllib.settings import Settings
+from vlarl_rllib.settings import Settings, SettingsError
 from vlarl_rllib.settings.transports import PARTS
 from vlarl_rllib.types import Place
-from vlarl_rllib.weights import find_transport
+from vlarl_rllib.weights import find_transport, ray_transports
 from vlarl_rllib.weights.placement import choose_transport
 from vlarl_rllib.weights.protocol import WeightTransport
+from vlarl_rllib.weights.ray_transports import tensor_transport_options
 
 BOTH = frozenset({"cuda_ipc", "nixl"})
 
@@ -76,6 +77,13 @@ def test_what_is_named_and_cannot_serve_is_one_line(wanted: str, learner: Place,
         choose_transport(wanted, learner, engines)
     assert "\n" not in str(error.value)
     assert choose_transport("object_store", learner, engines).name == "object_store"
+
+
+def test_a_transport_that_is_not_installed_is_one_line_before_any_actor_starts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray_transports, "nixl_is_installed", lambda: False)
+    with pytest.raises(SettingsError, match=re.escape("run: pip install 'vlarl-rllib[nixl]', or use auto")):
+        tensor_transport_options(1.0, "nixl")
+    assert tensor_transport_options(0.0, "auto") == {} != tensor_transport_options(0.5, "auto")
 
 
 def test_this_ray_has_the_alpha_api_that_direct_transports_use():

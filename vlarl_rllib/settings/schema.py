@@ -191,13 +191,8 @@ class LearnerSettings(Section):
 
 
 class WeightSettings(Section):
-    transport: str = Field(
-        AUTO,
-        description="How weights reach the engines: object_store (anywhere), cuda_ipc (learner and engines on one "
-        "GPU), nixl (from GPU to GPU, also between nodes), what an installed package adds, or auto = by where they "
-        "are.",
-    )
-    bucket_mb: PositiveInt = Field(256, description="Size of a bucket of tensors: the extra memory of a sync.")
+    transport: str = Field(AUTO, description="auto = by place; object_store, cuda_ipc, nixl, or what a package adds.")
+    bucket_mb: PositiveInt = Field(256, description="Size of a bucket of tensors: two are the extra memory of a sync.")
     checksum: bool = Field(False, description="Verify a SHA-256 of every bucket on arrival.")
 
     @field_validator("transport")

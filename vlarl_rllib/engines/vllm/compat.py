@@ -122,8 +122,10 @@ def begin_weights(engine: LLMEngine) -> None:
 
 
 def load_weights(engine: LLMEngine, tensors: dict[str, torch.Tensor]) -> None:
-    """Replace some weights, whole modules of them."""
+    """Replace some weights, whole modules of them; nothing of `tensors` is read once this returns."""
     engine.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors}})
+    if device_name() == "cuda":
+        torch.cuda.synchronize()  # not every version of vLLM does
 
 
 def end_weights(engine: LLMEngine) -> None:
