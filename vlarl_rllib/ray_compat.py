@@ -31,3 +31,12 @@ def nodes_of_bundles() -> dict[int, str]:
 def lost_bundles() -> set[int]:
     """Bundles of the current placement group that are on no node now."""
     return {index for index, node in nodes_of_bundles().items() if not node}
+
+
+def nodes_of_actors(run: str) -> dict[str, str]:
+    """Host name and address of the node of each living actor that this job has named `run/ROLE`, by role."""
+    nodes = {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in ray.nodes()}
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    actors = ray._private.state.actors(job_id=job, actor_state_name="ALIVE").values()
+    found = ((actor["Name"].rpartition("/"), actor["Address"]["NodeID"]) for actor in actors)
+    return {role: nodes[node] for (owner, _, role), node in sorted(found) if owner == run and node in nodes}

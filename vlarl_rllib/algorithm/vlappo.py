@@ -36,6 +36,7 @@ from vlarl_rllib.observability.metrics import LastRates, iteration_row, rllib_ev
 from vlarl_rllib.observability.processes import write_processes
 from vlarl_rllib.observability.self_test import SelfTest
 from vlarl_rllib.process.calls import EndRequested
+from vlarl_rllib.ray_compat import nodes_of_actors
 from vlarl_rllib.rollout.async_collector import AsyncCollector
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
@@ -304,6 +305,7 @@ class VLAPPO(CheckpointedPPO):
                 learners=self.learner_group.pids,
                 engines=self.engine_pool.pids if self.engine_pool else [],
                 reward_worker=self.reward_service.pid if self.reward_service else None,
+                nodes=nodes_of_actors(self._run_name),
             )
 
     # Faults

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.process.own_files import replace_file
@@ -19,11 +22,13 @@ def write_processes(
     learners: Sequence[int],
     engines: Sequence[int],
     reward_worker: int | None,
+    nodes: Mapping[str, str],
 ) -> None:
-    """Write the process ids, this one as the Algorithm's.
+    """Write the process ids, this one as the Algorithm's; on two nodes the same number may be two processes.
 
     Args:
         runners: by number, its own and its environments'.
+        nodes: of the actors, by what they are called: `runner-1`, `learner-0`, `engine-0`, `reward`.
     """
     processes = {
         "algorithm": os.getpid(),
@@ -31,6 +36,7 @@ def write_processes(
         "learners": learners,
         "engines": engines,
         "reward_worker": reward_worker,
+        "nodes": {"algorithm": f"{socket.gethostname()} ({ray.util.get_node_ip_address()})", **nodes},
     }
     file = directory / "processes.json"
     with LOST.counting(file.name):

@@ -298,7 +298,7 @@ class RunnerCalls:
             reasons = ", ".join(said) or "no runner answered"
             raise RuntimeError(
                 f"sampling brought no step {fruitless} times in a row; the runners' last words: {reasons}; "
-                "their own logs are in Ray's session directory under logs/"
+                "their own logs are on their nodes, in Ray's session directory under logs/"
             )
 
     def _wait_for_a_runner(self) -> None:
@@ -340,7 +340,7 @@ def _check_losses(losses: Counter[Start]) -> None:
             raise RuntimeError(
                 f"task {start.task_id}, initial state {start.initial_state}: its environment or runner died "
                 f"{times} times in the middle of "
-                "the episode; the runners' logs are in Ray's session directory under logs/"
+                "the episode; the runners' logs are on their nodes, in Ray's session directory under logs/"
             )
 
 

@@ -71,7 +71,15 @@ def _roles(node: Mapping[str, Any], bundles: Sequence[Bundle]) -> set[Role]:
         bundle.role
         for bundle in bundles
         if all(node["Resources"].get(kind, 0.0) >= amount for kind, amount in bundle.resources.items())
+        and all(_matches(node["Labels"].get(key), wanted) for key, wanted in bundle.labels.items())
     }
+
+
+def _matches(label: str | None, wanted: str) -> bool:
+    """Whether a node's label is one that Ray takes for `a`, `!a`, `in(a, b)` or `!in(a, b)`."""
+    plain = wanted.removeprefix("!")
+    listed = plain[3:-1] if plain.startswith("in(") else plain
+    return (label in [value.strip() for value in listed.split(",")]) != wanted.startswith("!")
 
 
 def _name(node: Mapping[str, Any]) -> str:

@@ -1,0 +1,76 @@
+"""A run whose parts lie on nodes that share nothing but one directory; see `raylets.py`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from raylets import Raylets
+
+from vlarl_rllib.runs.checkpoints import CheckpointStore
+from vlarl_rllib.runs.sealing import verify
+
+CONFIG = """
+env: {name: synthetic, tasks: [0, 1], num_envs: 2, num_processes: 1, models_per_process: 2, max_steps: 8}
+rollout: {steps_per_iteration: 16, cpus_per_runner: 2}
+engines: {num: 1, cpus: 4}
+learners: {num: 2, cpus: 1, micro_batch_size: 16}
+training: {minibatch_size: 16}
+weights: {transport: "object_store_transport:ObjectStoreTransport"}
+evaluation: {episodes: 0}
+run: {iterations: 2, checkpoint_every: 1, dashboard: false}
+"""
+"""What makes the runner lie on the head, the engine on the second node and the learners on two: CPUs."""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Raylets]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "weights"))
+        with Raylets(num_cpus=3) as cluster:
+            cluster.add("engines", num_cpus=5)
+            cluster.add("learners", num_cpus=1)
+            (cluster.shared / "config.yaml").write_text(CONFIG)
+            yield cluster
+
+
+def train(nodes: Raylets, run: Path, *overrides: str) -> Any:
+    return nodes.vlarl("train", f"{nodes.shared}/config.yaml", "--run-dir", str(run), *overrides)
+
+
+def test_what_nodes_do_not_see_is_told_before_any_actor_starts(nodes: Raylets) -> None:
+    private = train(nodes, nodes.private / "run")
+    assert private.returncode == 2
+    assert (
+        f"--run-dir: what is written to {nodes.private}/run is not seen on node engines (10.77.0.2)" in private.stderr
+    )
+    assert "node learners (10.77.0.3); give a directory on storage that all nodes share" in private.stderr
+    nodes.python("from vlarl_rllib.models.presets import write_checkpoint; write_checkpoint('tiny', 'model')")
+    lacking = train(nodes, nodes.shared / "lacking", "--set", "model.path=model")
+    assert lacking.returncode == 2
+    assert f"model.path: {nodes.private}/work/model is missing on node engines (10.77.0.2)" in lacking.stderr
+    assert not list((nodes.shared / "lacking").glob("trial_*")), "a trial was started"
+
+
+def test_three_nodes_train_as_one(nodes: Raylets) -> None:
+    run = nodes.shared / "three"
+    done = train(nodes, run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    where = json.loads((run / "processes.json").read_text())["nodes"]
+    assert where["runner-1"] == "head (10.77.0.1)" and where["engine-0"] == "engines (10.77.0.2)"
+    assert len({where["learner-0"], where["learner-1"]}) == 2
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["policy_version"] for row in rows] == [2, 3]
+    assert all(row["logprob_gap_max"] < 1e-4 for row in rows), "the engine has other weights than the learners"
+    newest = CheckpointStore(run / "checkpoints", 1).newest()
+    assert newest is not None and newest.name == "iteration_000002"
+    verify(newest)
+
+    nodes.add("one", num_cpus=8)
+    alone = nodes.shared / "alone"
+    done = train(nodes, alone, "--set", "rollout.cpus_per_runner=1.5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(json.loads((alone / "processes.json").read_text())["nodes"].values()) == {"one (10.77.0.4)"}
+    expected = [json.loads(line)["token_checksum"] for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert [row["token_checksum"] for row in rows] == expected
