@@ -119,7 +119,7 @@ class Raylets:
         num_cpus: of the head, where drivers run, too.
     """
 
-    def __init__(self, num_cpus: int = 1, **resources: float) -> None:
+    def __init__(self, num_cpus: int = 1, labels: Mapping[str, str] | None = None, **resources: float) -> None:
         if reason := why_not():
             pytest.skip(f"several nodes on one machine: {reason}")
         self._root = Path(tempfile.mkdtemp(dir="/tmp", prefix="vn"))  # short: Ray's sockets lie below
@@ -134,7 +134,7 @@ class Raylets:
             self._hall = self._popen([*_unshare(), "sh", "-ec", HALL], stdout=subprocess.PIPE)
             assert self._hall.stdout is not None and self._hall.stdout.readline() == b"ready\n"
             self._in_hall = self._first_below(self._hall.pid, 1)
-            self.head = self.add("head", num_cpus, **resources)
+            self.head = self.add("head", num_cpus, labels, **resources)
         except BaseException:
             self.close()
             raise

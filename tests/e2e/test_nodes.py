@@ -13,24 +13,28 @@ from vlarl_rllib.runs.sealing import verify
 
 CONFIG = """
 env: {name: synthetic, tasks: [0, 1], num_envs: 2, num_processes: 1, models_per_process: 2, max_steps: 8}
-rollout: {steps_per_iteration: 16, cpus_per_runner: 2}
-engines: {num: 1, cpus: 4}
-learners: {num: 2, cpus: 1, micro_batch_size: 16}
+rollout: {steps_per_iteration: 16}
+engines: {num: 1}
+learners: {num: 2, micro_batch_size: 16}
 training: {minibatch_size: 16}
 weights: {transport: "object_store_transport:ObjectStoreTransport"}
+placement:
+  algorithm: {labels: {place: head}}
+  runners: {labels: {place: head}}
+  engines: {labels: {place: engines}}
+  learners: {resources: {learner: 1}}
 evaluation: {episodes: 0}
 run: {iterations: 2, checkpoint_every: 1, dashboard: false}
 """
-"""What makes the runner lie on the head, the engine on the second node and the learners on two: CPUs."""
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Raylets]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "weights"))
-        with Raylets(num_cpus=3) as cluster:
-            cluster.add("engines", num_cpus=5)
-            cluster.add("learners", num_cpus=1)
+        with Raylets(num_cpus=2, labels={"place": "head"}) as cluster:
+            cluster.add("engines", num_cpus=5, labels={"place": "engines"}, learner=1)
+            cluster.add("learners", num_cpus=1, learner=1)
             (cluster.shared / "config.yaml").write_text(CONFIG)
             yield cluster
 
@@ -42,10 +46,10 @@ def train(nodes: Raylets, run: Path, *overrides: str) -> Any:
 def test_what_nodes_do_not_see_is_told_before_any_actor_starts(nodes: Raylets) -> None:
     private = train(nodes, nodes.private / "run")
     assert private.returncode == 2
-    assert (
-        f"--run-dir: what is written to {nodes.private}/run is not seen on node engines (10.77.0.2)" in private.stderr
+    assert private.stderr.splitlines()[-1] == (
+        f"vlarl: --run-dir: what is written to {nodes.private}/run is not seen on node engines (10.77.0.2), node "
+        "learners (10.77.0.3); give a directory on storage that all nodes share, such as NFS"
     )
-    assert "node learners (10.77.0.3); give a directory on storage that all nodes share" in private.stderr
     nodes.python("from vlarl_rllib.models.presets import write_checkpoint; write_checkpoint('tiny', 'model')")
     lacking = train(nodes, nodes.shared / "lacking", "--set", "model.path=model")
     assert lacking.returncode == 2
@@ -58,8 +62,8 @@ def test_three_nodes_train_as_one(nodes: Raylets) -> None:
     done = train(nodes, run)
     assert done.returncode == 0, done.stdout + done.stderr
     where = json.loads((run / "processes.json").read_text())["nodes"]
-    assert where["runner-1"] == "head (10.77.0.1)" and where["engine-0"] == "engines (10.77.0.2)"
-    assert len({where["learner-0"], where["learner-1"]}) == 2
+    assert where["algorithm"] == where["runner-1"] == "head (10.77.0.1)" and where["engine-0"] == "engines (10.77.0.2)"
+    assert {where["learner-0"], where["learner-1"]} == {"engines (10.77.0.2)", "learners (10.77.0.3)"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["policy_version"] for row in rows] == [2, 3]
     assert all(row["logprob_gap_max"] < 1e-4 for row in rows), "the engine has other weights than the learners"
@@ -67,10 +71,9 @@ def test_three_nodes_train_as_one(nodes: Raylets) -> None:
     assert newest is not None and newest.name == "iteration_000002"
     verify(newest)
 
-    nodes.add("one", num_cpus=8)
     alone = nodes.shared / "alone"
-    done = train(nodes, alone, "--set", "rollout.cpus_per_runner=1.5")
+    done = train(nodes, alone, "--set", "placement={strategy: STRICT_PACK}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(json.loads((alone / "processes.json").read_text())["nodes"].values()) == {"one (10.77.0.4)"}
+    assert set(json.loads((alone / "processes.json").read_text())["nodes"].values()) == {"engines (10.77.0.2)"}
     expected = [json.loads(line)["token_checksum"] for line in (alone / "metrics.jsonl").read_text().splitlines()]
     assert [row["token_checksum"] for row in rows] == expected
