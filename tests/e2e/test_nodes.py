@@ -53,7 +53,7 @@ def test_what_nodes_do_not_see_is_told_before_any_actor_starts(nodes: Raylets) -
     nodes.python("from vlarl_rllib.models.presets import write_checkpoint; write_checkpoint('tiny', 'model')")
     lacking = train(nodes, nodes.shared / "lacking", "--set", "model.path=model")
     assert lacking.returncode == 2
-    assert f"model.path: {nodes.private}/work/model is missing on node engines (10.77.0.2)" in lacking.stderr
+    assert f"model.path: {nodes.private}/here/model is missing on node engines (10.77.0.2)" in lacking.stderr
     assert not list((nodes.shared / "lacking").glob("trial_*")), "a trial was started"
 
 
