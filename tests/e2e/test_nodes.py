@@ -17,7 +17,7 @@ rollout: {steps_per_iteration: 16}
 engines: {num: 1}
 learners: {num: 2, micro_batch_size: 16}
 training: {minibatch_size: 16}
-weights: {transport: "object_store_transport:ObjectStoreTransport"}
+weights: {transport: object_store}
 placement:
   algorithm: {labels: {place: head}}
   runners: {labels: {place: head}}
@@ -30,13 +30,11 @@ run: {iterations: 2, checkpoint_every: 1, dashboard: false}
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Raylets]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "weights"))
-        with Raylets(num_cpus=2, labels={"place": "head"}) as cluster:
-            cluster.add("engines", num_cpus=5, labels={"place": "engines"}, learner=1)
-            cluster.add("learners", num_cpus=1, learner=1)
-            (cluster.shared / "config.yaml").write_text(CONFIG)
-            yield cluster
+    with Raylets(num_cpus=2, labels={"place": "head"}) as cluster:
+        cluster.add("engines", num_cpus=5, labels={"place": "engines"}, learner=1)
+        cluster.add("learners", num_cpus=1, learner=1)
+        (cluster.shared / "config.yaml").write_text(CONFIG)
+        yield cluster
 
 
 def train(nodes: Raylets, run: Path, *overrides: str) -> Any:
