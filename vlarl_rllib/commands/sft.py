@@ -37,10 +37,11 @@ from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.process.storage import Place
 from vlarl_rllib.runs.checkpoints import number_of
-from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on, installed_versions
+from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on
 from vlarl_rllib.runs.export import write_model
 from vlarl_rllib.runs.ray_session import ray_session
 from vlarl_rllib.runs.sealing import WEIGHTS_FOLDER, note_shards
+from vlarl_rllib.runs.versions import installed_versions
 from vlarl_rllib.settings import Role, Settings, SettingsError, calculate_runtime_args
 
 MODEL_DIRECTORY = "model"

@@ -25,10 +25,11 @@ from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.process.storage import Place
 from vlarl_rllib.runs.checkpoints import CheckpointStore, number_of
-from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on, installed_versions
+from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on
 from vlarl_rllib.runs.pulse import FROZEN_SECONDS, TrialWatch
 from vlarl_rllib.runs.ray_session import ray_session
 from vlarl_rllib.runs.tune_output import fit, loggers
+from vlarl_rllib.runs.versions import installed_versions
 from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 
 HURRY_SECONDS = 5.0

