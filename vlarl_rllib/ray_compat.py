@@ -35,6 +35,8 @@ def lost_bundles() -> set[int]:
 
 def nodes_of_actors(run: str) -> dict[str, str]:
     """Host name and address of the node of each living actor that this job has named `run/ROLE`, by role."""
+    import ray
+
     nodes = {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in ray.nodes()}
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     actors = ray._private.state.actors(job_id=job, actor_state_name="ALIVE").values()

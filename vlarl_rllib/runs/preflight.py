@@ -19,6 +19,7 @@ from vlarl_rllib.process.surroundings import (
     forgo_the_hub_where_it_is_not_reached,
     wandb_is_not_reached,
 )
+from vlarl_rllib.ray_compat import label_mistake
 from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.rewards.weighted import make_reward
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
@@ -45,8 +46,6 @@ def check(settings: Settings) -> None:
     if settings.run.wandb:
         check_wandb(settings.run.wandb)
     check_ray()
-    from vlarl_rllib.ray_compat import label_mistake  # loads Ray
-
     if mistake := label_mistake([bundle.labels for bundle in plan.bundles]):
         raise SettingsError(f"placement: {mistake}")
     if plan.total_gpus and not cluster_address() and not count_gpus():
