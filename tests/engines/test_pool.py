@@ -166,9 +166,11 @@ def test_engines_are_kept_well_and_current(make_pool):
     assert [status.policy_version for status in pool.statuses()] == [15, 15]
     assert pool.num_restarts == 3
 
-    # That one started well, but as it never samples an action it has not recovered: its next death ends the run.
-    ray.get(pool.handles[0].set_num_decisions.remote(0))
+    # One starts well, but as it never samples an action it has not recovered: its next death ends the run.
+    os.kill(pids(pool)[0], signal.SIGKILL)
     sync.make_engines_current()
+    ray.get(pool._members[0].handle.set_num_decisions.remote(0))
+    make_all_current(sync, pool, 2)
     os.kill(pids(pool)[0], signal.SIGKILL)
     with pytest.raises(RuntimeError, match="engine-0 failed 2 times in a row, at last with: "):
         sync.make_engines_current()

@@ -75,7 +75,7 @@ def pool(ray_session: None, trap: Path, transport: str) -> Iterator[EnginePool]:
 @pytest.fixture(scope="module")
 def all_learners(pool: EnginePool, transport: str) -> Iterator[list[Learners]]:
     """Three, which start while the engine does: one that lives, one that dies in the middle of a push, and one more."""
-    made = [Learners(transport), Learners(transport, dies_at=2), Learners(transport)]
+    made = [Learners(transport), Learners(transport, dies_at=3), Learners(transport)]
     pool.wait_until_ready()
     yield made
     for learners in made:
@@ -90,7 +90,7 @@ def learners(all_learners: list[Learners]) -> Learners:
 def state_of(pool: EnginePool) -> tuple[int, list[float]]:
     """The version and the weights in the one engine."""
     (handle,) = pool.handles
-    status = ray.get(handle.status.remote(), timeout=SECONDS)
+    status = ray.get(handle.ping.remote(), timeout=SECONDS)  # behind whatever its thread is at
     return status.policy_version, ray.get(handle.values.remote(), timeout=SECONDS)
 
 

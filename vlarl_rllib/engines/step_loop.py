@@ -201,6 +201,7 @@ class StepLoop:
             return
         if isinstance(item, WeightUpdate):
             self.policy_version = item.apply(stepper, self.policy_version)
+            item.tell()
             self.load_seconds += sum(item.seconds.values())
         else:
             item.future.set_result(self.policy_version)

@@ -121,10 +121,15 @@ class WeightUpdate:
         with self._wake:
             self._is_over = True
         if self._broken is None:
-            self.future.set_result(self.version)
             return self.version
-        self.future.set_exception(self._broken)
         return HALF_LOADED if has_begun else version
+
+    def tell(self) -> None:
+        """How it ended, once the model's thread goes by the version that `apply` returned."""
+        if self._broken is None:
+            self.future.set_result(self.version)
+        else:
+            self.future.set_exception(self._broken)
 
     def _take(self) -> tuple[WeightBucket, Future[None]] | None:
         """The next bucket; None where the update has ended or broken off."""
