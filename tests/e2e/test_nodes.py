@@ -46,7 +46,8 @@ def test_what_nodes_do_not_see_is_told_before_any_actor_starts(nodes: Raylets) -
     assert private.returncode == 2
     assert private.stderr.splitlines()[-1] == (
         f"vlarl: --run-dir: what is written to {nodes.private}/run is not seen on node engines (10.77.0.2), node "
-        "learners (10.77.0.3); give a directory on storage that all nodes share, such as NFS"
+        "learners (10.77.0.3); give a directory on storage that all nodes share, such as NFS, or a URI such as "
+        "s3://bucket/runs/mine"
     )
     nodes.python("from vlarl_rllib.models.presets import write_checkpoint; write_checkpoint('tiny', 'model')")
     lacking = train(nodes, nodes.shared / "lacking", "--set", "model.path=model")
