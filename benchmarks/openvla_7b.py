@@ -110,6 +110,7 @@ def train(arguments: argparse.Namespace, model: str, run: Path) -> dict[str, Any
 
     from vlarl_rllib.config import VLAPPOConfig
     from vlarl_rllib.models.family import read_facts
+    from vlarl_rllib.models.presets import resolve_model
     from vlarl_rllib.types import SampleRequest
 
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
@@ -133,7 +134,7 @@ def train(arguments: argparse.Namespace, model: str, run: Path) -> dict[str, Any
         "learner_peak_gb": algorithm.learner_group.call("apply", peak_memory_gb)[0],
         "device_used_gb": device_used_gb(),
     }
-    image_size = read_facts(algorithm.config.settings().model.path).image_size
+    image_size = read_facts(resolve_model(algorithm.config.settings().model.path)).image_size
     requests = [SampleRequest(frame, INSTRUCTIONS[i % 2], 0, 0.0) for i, frame in enumerate(frames(image_size))]
     replies = ray.get(algorithm.engine_pool.handles[0].sample.remote(requests))
     algorithm.stop()

@@ -22,6 +22,7 @@ with without_tensorflow():
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.family import family_name
 from vlarl_rllib.models.presets import presets, resolve_model
+from vlarl_rllib.process.storage import place_of
 from vlarl_rllib.runs.nodes import runner_cores
 from vlarl_rllib.settings import Role, Settings, SettingsError, calculate_runtime_args, rllib_fields
 from vlarl_rllib.settings.overrides import with_keys
@@ -131,7 +132,7 @@ class VLAPPOConfig(PPOConfig):
     def named(self, otherwise: str) -> VLAPPOConfig:
         """A frozen copy with `run_name`, which is the run directory's name where there is one."""
         named = self.copy(copy_frozen=False)
-        named.run_name = self.run_name or (Path(self.run_dir).name if self.run_dir else otherwise)
+        named.run_name = self.run_name or (place_of(self.run_dir).name if self.run_dir else otherwise)
         named.freeze()
         return named
 

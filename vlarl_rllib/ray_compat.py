@@ -11,6 +11,8 @@ from vlarl_rllib.errors import one_line
 
 def label_mistake(selectors: Sequence[Mapping[str, str]]) -> str | None:
     """What Ray has against these selectors of node labels, one mapping for each bundle."""
+    if not any(selectors):
+        return None
     from ray.util.placement_group import _validate_bundle_label_selector
 
     try:

@@ -48,7 +48,7 @@ set -e
 hostname "$NAME"
 mount -t tmpfs -o size=1g,mode=1777 none /dev/shm
 mount -t tmpfs -o size=4g none "$PRIVATE"
-mkdir "$HOME" "$TMPDIR" "$PRIVATE/work" "$PRIVATE/r"
+mkdir "$HOME" "$TMPDIR" "$PRIVATE/here" "$PRIVATE/r"
 printf '127.0.0.1 localhost\\n%s %s\\n' "$ADDRESS" "$NAME" > "$PRIVATE/hosts"
 mount --bind "$PRIVATE/hosts" /etc/hosts
 ip link set lo up
@@ -56,7 +56,7 @@ until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
 ip addr add "$ADDRESS/24" dev eth0
 ip link set eth0 up
 ip route add default via "$GATEWAY"
-cd "$PRIVATE/work"
+cd "$PRIVATE/here"
 "$@" &
 wait $!
 """
@@ -187,7 +187,7 @@ class Raylets:
 
     def popen(self, *arguments: str, on: str = "head", **variables: str) -> subprocess.Popen[bytes]:
         """Start a command in the working directory of a node; its output goes to `output` behind `run`."""
-        change = ["sh", "-c", f'cd {self._private}/work && exec "$@"', "sh"]
+        change = ["sh", "-c", f'cd {self._private}/here && exec "$@"', "sh"]
         with (self._root / "command.txt").open("ab") as log:
             return self._popen(
                 [*self.nodes[on].enter(), *change, *arguments],
@@ -196,7 +196,7 @@ class Raylets:
 
     def run(self, *arguments: str, on: str = "head", timeout: float = PATIENCE_SECONDS, **variables: str) -> Any:
         """Run a command on a node, to its end: subprocess's CompletedProcess, with text."""
-        change = ["sh", "-c", f'cd {self._private}/work && exec "$@"', "sh"]
+        change = ["sh", "-c", f'cd {self._private}/here && exec "$@"', "sh"]
         return subprocess.run(
             [*self.nodes[on].enter(), *change, *arguments],
             env=self.environment(**variables), capture_output=True, text=True, timeout=timeout, check=False,

@@ -10,6 +10,7 @@ import torch
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.runs.export import export_merged, find_training_checkpoint
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.types import SampleRequest
@@ -61,7 +62,7 @@ def test_adapters_are_sampled_with_saved_and_exported(algorithm: VLAPPO, tmp_pat
     assert checkpoint is not None and checkpoint.iteration == 3
     export_merged(checkpoint, tmp_path / "out")
     predictions = {}
-    for name in (str(tmp_path / "out"), checkpoint.settings.model.path):
+    for name in (str(tmp_path / "out"), resolve_model(checkpoint.settings.model.path)):
         inputs = OpenVLAProcessor.from_pretrained(name)(images=frames, instructions=instructions)
         predictions[name] = OpenVLAForActionPrediction.from_pretrained(name, dtype=torch.float32).predict_action(
             **inputs, unnorm_key="libero_spatial"

@@ -17,6 +17,7 @@ rollout: {steps_per_iteration: 16}
 engines: {num: 1}
 learners: {num: 2, micro_batch_size: 16}
 training: {minibatch_size: 16}
+weights: {transport: object_store}
 placement:
   algorithm: {labels: {place: head}}
   runners: {labels: {place: head}}
@@ -45,12 +46,13 @@ def test_what_nodes_do_not_see_is_told_before_any_actor_starts(nodes: Raylets) -
     assert private.returncode == 2
     assert private.stderr.splitlines()[-1] == (
         f"vlarl: --run-dir: what is written to {nodes.private}/run is not seen on node engines (10.77.0.2), node "
-        "learners (10.77.0.3); give a directory on storage that all nodes share, such as NFS"
+        "learners (10.77.0.3); give a directory on storage that all nodes share, such as NFS, or a URI such as "
+        "s3://bucket/runs/mine"
     )
     nodes.python("from vlarl_rllib.models.presets import write_checkpoint; write_checkpoint('tiny', 'model')")
     lacking = train(nodes, nodes.shared / "lacking", "--set", "model.path=model")
     assert lacking.returncode == 2
-    assert f"model.path: {nodes.private}/work/model is missing on node engines (10.77.0.2)" in lacking.stderr
+    assert f"model.path: {nodes.private}/here/model is missing on node engines (10.77.0.2)" in lacking.stderr
     assert not list((nodes.shared / "lacking").glob("trial_*")), "a trial was started"
 
 

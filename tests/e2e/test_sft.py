@@ -25,6 +25,7 @@ from vlarl_rllib.learner.rank_group import RankGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means, rate_factor
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from vlarl_rllib.models.openvla.family import FAMILY as OPENVLA
+from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.runs.directory import RunDirectory
 from vlarl_rllib.settings import Settings
 
@@ -83,7 +84,9 @@ def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(
     assert group.call("open_data", statistics) == [24 * 6]
     learner = group.local
     batch = next(learner._batches)
-    reference = OpenVLAForActionPrediction.from_pretrained(learner.settings.model.path, dtype=torch.float32)
+    reference = OpenVLAForActionPrediction.from_pretrained(
+        resolve_model(learner.settings.model.path), dtype=torch.float32
+    )
     with torch.no_grad():
         hidden, _ = reference.action_hidden_states(**batch.inputs, action_tokens=batch.targets)
         losses = F.cross_entropy(

@@ -20,6 +20,7 @@ from learner_helpers import (
 from vlarl_rllib.learner.collate import collate
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
+from vlarl_rllib.models.presets import resolve_model
 
 LORA = {"lora": {"rank": 4}}
 
@@ -86,7 +87,9 @@ def test_a_quantised_base_in_bfloat16(make_group: Callable[..., VLALearnerGroup]
 def test_a_quantised_base_sends_what_it_computes_with(make_group: Callable[..., VLALearnerGroup], bits: str) -> None:
     pytest.importorskip("bitsandbytes", reason="k-bit weights need bitsandbytes")
     group = make_group(0, LORA | {"quantization": bits}, lr=1e-3)
-    reference = OpenVLAForActionPrediction.from_pretrained(group.ranks.settings.model.path, dtype=torch.float32)
+    reference = OpenVLAForActionPrediction.from_pretrained(
+        resolve_model(group.ranks.settings.model.path), dtype=torch.float32
+    )
     sent, exact = weights(group, 1), {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     quantised = changed(exact, sent)
     assert len(quantised) == 2 * 7 and all(".layers." in name for name in quantised)  # the decoder's linear layers

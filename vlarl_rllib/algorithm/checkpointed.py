@@ -19,15 +19,16 @@ from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.observability.ledger import Ledger
 from vlarl_rllib.observability.metrics import LastRates, plain_state
 from vlarl_rllib.process.lost_output import LOST
+from vlarl_rllib.process.storage import Place, place_of
 from vlarl_rllib.rllib_compat import result_without_checkpoint
 from vlarl_rllib.rollout.collector import RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.runs.pulse import Pulse
 from vlarl_rllib.runs.rllib_files import write_rllib_files
-from vlarl_rllib.runs.sealing import DamagedCheckpointError, replacing
+from vlarl_rllib.runs.sealing import WEIGHTS_FOLDER, DamagedCheckpointError, note_shards, replacing
 from vlarl_rllib.runs.trial_checkpoints import TrialCheckpoints
-from vlarl_rllib.settings import Settings, SettingsError
+from vlarl_rllib.settings import Settings
 from vlarl_rllib.weights.sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -101,24 +102,21 @@ class CheckpointedPPO(PPO):
         self._start_over()
 
     def save_to_path(self, path: str | Path | None = None, **kwargs: Any) -> str:  # type: ignore[override]
-        """Write everything an exact continuation needs into `path`, a local directory; the running episodes end here.
+        """Write everything an exact continuation needs into `path`, a directory that all nodes share, or a URI; the
+        running episodes end here.
 
         In this run too: a resumed one cannot have them. An earlier save there is replaced once this one is whole.
 
         Raises:
-            SettingsError: `path` is of another file system, or holds something else.
+            SettingsError: `path` holds something else.
         """
-        if "://" in str(path):
-            raise SettingsError(
-                f"{path}: checkpoints are written to directories; give a local path, or one that all nodes share"
-            )
-        directory = Path(path) if path else Path(tempfile.mkdtemp(prefix="vlarl-checkpoint-"))
+        directory = place_of(path or tempfile.mkdtemp(prefix="vlarl-checkpoint-"))
         with replacing(directory) as partial:
             self._write_checkpoint(partial)
         self.collector.leave_checkpoint()
         return str(directory)
 
-    def restore_from_path(self, path: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def restore_from_path(self, path: str | Place, **kwargs: Any) -> None:  # type: ignore[override]
         """Read what `save_to_path` or `save_checkpoint` wrote, also into another number of learners, and push the
         weights.
 
@@ -126,7 +124,7 @@ class CheckpointedPPO(PPO):
             FileNotFoundError: where `path` holds no checkpoint.
             DamagedCheckpointError: where it is not as it was written.
         """
-        directory = CheckpointStore.resolve(Path(path))
+        directory = CheckpointStore.resolve(place_of(path))
         facts = CheckpointStore.read_facts(directory)
         self.learner_group.call("load_sharded", str(directory / "learners"))
         running = CheckpointStore.read_algorithm(directory)
@@ -141,9 +139,10 @@ class CheckpointedPPO(PPO):
         self.weight_sync.push(above=facts["policy_version"])
         self._call_back("on_checkpoint_loaded")
 
-    def _write_checkpoint(self, directory: Path) -> None:
-        (directory / "learners").mkdir()
-        self.learner_group.call("save_sharded", str((directory / "learners").resolve()))
+    def _write_checkpoint(self, directory: Place) -> None:
+        learners = directory / WEIGHTS_FOLDER
+        learners.mkdir()
+        note_shards(directory, self.learner_group.call("save_sharded", str(learners.resolve())))
         CheckpointStore.write_facts(
             directory,
             iteration=self.iteration,

@@ -36,6 +36,7 @@ from vlarl_rllib.observability.metrics import LastRates, iteration_row, rllib_ev
 from vlarl_rllib.observability.processes import write_processes
 from vlarl_rllib.observability.self_test import SelfTest
 from vlarl_rllib.process.calls import EndRequested
+from vlarl_rllib.process.storage import place_of
 from vlarl_rllib.ray_compat import nodes_of_actors
 from vlarl_rllib.rollout.async_collector import AsyncCollector
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
@@ -80,7 +81,7 @@ class VLAPPO(CheckpointedPPO):
 
         Nothing in the checkpoint is unpickled for the settings, and they name no code but installed packages'.
         """
-        directory = CheckpointStore.resolve(Path(path))
+        directory = CheckpointStore.resolve(place_of(path))
         written = CheckpointStore.read_facts(directory)["settings"]
         config = VLAPPOConfig.from_settings(Settings.from_checkpoint(written, str(directory)))
         config.restore_from = str(directory)

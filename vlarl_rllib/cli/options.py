@@ -13,6 +13,7 @@ import typer.core
 
 from vlarl_rllib.process.console import pasted, shown
 from vlarl_rllib.process.signals import END
+from vlarl_rllib.process.storage import URI, Place, place_of
 from vlarl_rllib.settings import Settings, SettingsError
 
 
@@ -21,6 +22,11 @@ def expanded(text: str) -> Path:
     if not text:
         raise SettingsError("an empty path; give one (a variable of the shell may not be set)")
     return Path(os.path.expanduser(text))
+
+
+def place(text: str) -> Place:
+    """A path, or a URI such as s3://bucket/runs/mine."""
+    return place_of(text) if URI.match(text) else expanded(text)
 
 
 LIBRARIES = "Ray, torch and RLlib to be loaded"
@@ -32,6 +38,7 @@ ConfigPath = Annotated[
         help="YAML file, such as configs/libero_smoke_cpu.yaml.", show_default=False, parser=expanded, metavar="CONFIG"
     ),
 ]
+PLACE: dict[str, Any] = {"parser": place, "metavar": "PATH"}
 NewRunDirectory = Annotated[Path | None, typer.Option(help="Where the run goes; default runs/<config>-<time>.", **PATH)]
 
 
@@ -83,12 +90,12 @@ PolicyName = Annotated[
 
 def continues(
     resume: ResumeWhen | None,
-    run_dir: Path | None,
+    run_dir: Place | None,
     config: Path | None,
     overrides: list[str] | None,
-    resume_from: Path | None = None,
+    resume_from: Place | None = None,
     unit: Literal["iteration", "step"] = "iteration",
-) -> Path | None:
+) -> Place | None:
     """The run directory where the command goes on with the run there, None where it starts one.
 
     Raises `SettingsError` for options that do not go together.
@@ -98,9 +105,9 @@ def continues(
     if resume is ResumeWhen.AUTO:
         if run_dir is None or (overrides and config is None):
             raise SettingsError("--resume auto: needs --run-dir, and CONFIG to start from; --set belongs to CONFIG")
-        from vlarl_rllib.runs.directory import RunDirectory
+        from vlarl_rllib.runs.checkpoints import CheckpointStore
 
-        return run_dir if RunDirectory(run_dir.resolve()).checkpoints(unit=unit).list() else None
+        return run_dir if CheckpointStore(run_dir.resolve() / "checkpoints", 1, unit).list() else None
     if run_dir is None or config is not None or resume_from is not None or overrides:
         not_from = " or --resume-from" if unit == "iteration" else ""
         remedy = ": use --resume-from" if unit == "iteration" else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from vlarl_rllib.cli.app import app
 from vlarl_rllib.cli.options import (
     LIBRARIES,
     PATH,
+    PLACE,
     ConfigPath,
     NewRunDirectory,
     Overrides,
@@ -32,10 +33,12 @@ from vlarl_rllib.settings import Settings, SettingsError
 def train(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    run_dir: NewRunDirectory = None,
+    run_dir: Annotated[
+        Any, typer.Option(help="Where the run goes, a directory or s3://...; default runs/<config>-<time>.", **PLACE)
+    ] = None,
     resume: Resume = None,
     resume_from: Annotated[
-        Path | None, typer.Option(help="Start a new run from this checkpoint; any number of learners.", **PATH)
+        Any, typer.Option(help="Start a new run from this checkpoint; any number of learners.", **PLACE)
     ] = None,
 ) -> None:
     """Train a policy: one run through ray.tune.Tuner."""
@@ -64,7 +67,7 @@ def train(
             (check_resume if goes_on else check_resume_from)(checkpoint, settings)
     if checkpoint is not None:
         if goes_on and resume is ResumeWhen.AUTO and is_complete(checkpoint, settings):
-            typer.echo(f"{run.path} has all its {settings.run.iterations} iterations: nothing is left to do")
+            typer.echo(f"{run.place} has all its {settings.run.iterations} iterations: nothing is left to do")
             raise typer.Exit(0)
         check_unfinished(checkpoint, settings)
     with run.claimed(settings):
@@ -74,6 +77,7 @@ def train(
         code = run_training(settings, run, resume_from=checkpoint)
         if run.read_rows():
             report_at_the_end(run.path)
+            run.send()
     raise typer.Exit(code)
 
 

@@ -35,10 +35,13 @@ from vlarl_rllib.process.console import make_console, make_progress, pasted, say
 from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, keep_trying
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
+from vlarl_rllib.process.storage import Place
 from vlarl_rllib.runs.checkpoints import number_of
-from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on, installed_versions
+from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on
 from vlarl_rllib.runs.export import write_model
 from vlarl_rllib.runs.ray_session import ray_session
+from vlarl_rllib.runs.sealing import WEIGHTS_FOLDER, note_shards
+from vlarl_rllib.runs.versions import installed_versions
 from vlarl_rllib.settings import Role, Settings, SettingsError, calculate_runtime_args
 
 MODEL_DIRECTORY = "model"
@@ -77,7 +80,7 @@ def run_sft(settings: Settings, run: RunDirectory, *, resume: bool = False) -> i
         return 1
 
 
-def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Path | None) -> int:
+def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Place | None) -> int:
     began, first = time.time(), number_of(checkpoint) if checkpoint else 0
     data = settings.sft.data or ""
     base = resolve_model(settings.model.path)
@@ -213,8 +216,9 @@ class FineTuning:
         """Write a checkpoint; a disk that is full is no reason to end."""
         try:
             with self._run.checkpoints(self._settings.run.keep_checkpoints, "step").writing(step) as directory:
-                (directory / "learners").mkdir()
-                self._group.call("save_sharded", str((directory / "learners").resolve()))
+                learners = directory / WEIGHTS_FOLDER
+                learners.mkdir()
+                note_shards(directory, self._group.call("save_sharded", str(learners.resolve())))
                 (directory / DATA_FILE).write_text(json.dumps({"fingerprint": self._identity}))
         except (OSError, LearnerError) as error:
             self._console.print(f"no checkpoint of step {step:,}: {one_line(error)}", style="yellow")

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -24,12 +23,14 @@ from vlarl_rllib.process.console import make_console, pasted, shown
 from vlarl_rllib.process.lost_output import KEEP_TRYING_SECONDS, LOST, keep_trying
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
+from vlarl_rllib.process.storage import Place
 from vlarl_rllib.runs.checkpoints import CheckpointStore, number_of
-from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on, installed_versions
+from vlarl_rllib.runs.directory import ERROR_FILE, RowLog, RunDirectory, how_to_go_on
 from vlarl_rllib.runs.pulse import FROZEN_SECONDS, TrialWatch
 from vlarl_rllib.runs.ray_session import ray_session
 from vlarl_rllib.runs.tune_output import fit, loggers
-from vlarl_rllib.settings import Settings, calculate_runtime_args
+from vlarl_rllib.runs.versions import installed_versions
+from vlarl_rllib.settings import Settings, SettingsError, calculate_runtime_args
 
 HURRY_SECONDS = 5.0
 """Of trying to write the summary where a signal has asked for the end."""
@@ -53,11 +54,13 @@ class StopAfter(tune.Stopper):
         return {}
 
 
-def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None) -> int:
+def run_training(settings: Settings, run: RunDirectory, resume_from: Place | None) -> int:
     """Train and write `summary.json`; the process's exit code.
 
     0 = done or ended by SIGTERM, 130 = ended by Ctrl-C (both can be resumed), 1 = failed.
     """
+    if run.storage and settings.run.wandb:
+        raise SettingsError("run.wandb: W&B keeps files in the run's directory; give a --run-dir that is no URI")
     console = make_console()
     began = time.time()
     log = RowLog(run)
@@ -65,7 +68,7 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     origin = CheckpointStore.resolve(resume_from).absolute() if resume_from else None
     plan = calculate_runtime_args(settings)
     console.print(
-        f"run directory {shown(run.path)}: {plan.num_slots} slots, {settings.engines.num} engine(s), "
+        f"run directory {shown(run.place)}: {plan.num_slots} slots, {settings.engines.num} engine(s), "
         f"{settings.learners.num} learner(s)"
     )
 
@@ -82,7 +85,7 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
     END.limit_seconds, END.words, END.sigterm_code = settings.run.stop_seconds, partial(how_to_go_on, run), 0
     END.on_loss = keep_at_least
     with (
-        ray_session(plan, settings, run.path, {"--resume-from": origin}),
+        ray_session(plan, settings, run.place, {"--resume-from": origin}),
         END.polled(partial(_notice, console, settings)),
     ):
         error, abandoned = _fit_through_failures(_config(settings, run, log, origin), settings, run, log, console)
@@ -101,9 +104,9 @@ def run_training(settings: Settings, run: RunDirectory, resume_from: Path | None
         return _finish(settings, run, log, abandoned, console)
 
 
-def _config(settings: Settings, run: RunDirectory, log: RowLog, origin: Path | None) -> VLAPPOConfig:
+def _config(settings: Settings, run: RunDirectory, log: RowLog, origin: Place | None) -> VLAPPOConfig:
     """Of the run's first trial."""
-    config = VLAPPOConfig.from_settings(settings, run.path)
+    config = VLAPPOConfig.from_settings(settings, str(run.place))
     config.restore_from = str(origin) if origin else None
     if log.rows:
         config.faults, config.policy_version = log.rows[-1]["faults"], log.rows[-1]["policy_version"]
@@ -113,6 +116,7 @@ def _config(settings: Settings, run: RunDirectory, log: RowLog, origin: Path | N
 def _write(run: RunDirectory, log: RowLog, summary: dict[str, Any]) -> None:
     log.write()
     replace_file(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    run.send()
 
 
 def _notice(console: Console, settings: Settings, name: str) -> None:
@@ -160,7 +164,7 @@ def _fit(
     config: VLAPPOConfig, settings: Settings, run: RunDirectory, table: LiveTable, console: Console
 ) -> tuple[Exception | None, bool]:
     """Run the one trial; what it failed with, or None, and whether it was killed because the run is to end."""
-    watch = TrialWatch(str(run.path), calculate_runtime_args(settings), partial(console.print, style="dim"))
+    watch = TrialWatch(str(run.place), calculate_runtime_args(settings), partial(console.print, style="dim"))
     callbacks: list[Any] = [table, watch, *loggers()]
     if settings.run.wandb:
         callbacks.append(wandb_logger(settings.run.wandb))
@@ -171,8 +175,8 @@ def _fit(
         param_space=config,
         tune_config=tune.TuneConfig(trial_dirname_creator=_trial_dirname),
         run_config=tune.RunConfig(
-            name=run.path.name,
-            storage_path=str(run.path.parent),
+            name=run.place.name,
+            storage_path=str(run.place.parent),
             stop=StopAfter(settings.run.iterations, watch),
             checkpoint_config=tune.CheckpointConfig(
                 # of our pointers; Tune holds the whole result of each one it keeps
@@ -263,7 +267,7 @@ def _finish(settings: Settings, run: RunDirectory, log: RowLog, abandoned: bool,
         )
         return 1
     if END.signal is None:
-        console.print(f"done: {shown(run.path)}/summary.json")
+        console.print(f"done: {shown(run.place / 'summary.json')}")
         return 0
     if kept < done:
         lost = f"iteration {done} has" if kept + 1 == done else f"iterations {kept + 1} to {done} have"
@@ -273,7 +277,7 @@ def _finish(settings: Settings, run: RunDirectory, log: RowLog, abandoned: bool,
     else:
         dropped = calculate_runtime_args(settings).evaluation_episodes and not last["evaluation"]
         where = eval_options(settings.env.name, settings.env.suite)
-        missing = f"; its evaluation was dropped: vlarl eval {pasted(run.path)} {where}" if dropped else ""
+        missing = f"; its evaluation was dropped: vlarl eval {pasted(run.place)} {where}" if dropped else ""
         console.print(f"stopped behind the last iteration{missing}")
         return 0 if END.is_warned else END.code  # nothing is left that the same command would do
     return END.code

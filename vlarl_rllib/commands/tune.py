@@ -34,7 +34,7 @@ from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END
 from vlarl_rllib.rllib_compat import give_up, restored_tuner, tolerant_tune, trial_path
-from vlarl_rllib.runs.checkpoints import CheckpointStore
+from vlarl_rllib.runs.checkpoints import CheckpointStore, local
 from vlarl_rllib.runs.directory import RunDirectory
 from vlarl_rllib.runs.experiment_watch import ExperimentWatch
 from vlarl_rllib.runs.experiments import EXPERIMENT_FILE
@@ -242,7 +242,7 @@ def _best_checkpoint(result: Any) -> tuple[Path | None, float | None]:
     if best is None:
         return None, None
     try:
-        return CheckpointStore.resolve(Path(best.path)), score
+        return local(CheckpointStore.resolve(Path(best.path))), score
     except (FileNotFoundError, DamagedCheckpointError):
         return None, None
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.process.own_files import own_file, own_folder, replace_file
-from vlarl_rllib.runs.directory import claimed, installed_versions
+from vlarl_rllib.runs.directory import claimed
+from vlarl_rllib.runs.versions import installed_versions
 from vlarl_rllib.settings import SettingsError
 
 if TYPE_CHECKING:

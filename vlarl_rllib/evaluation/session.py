@@ -173,7 +173,7 @@ def _report(request: EvaluationRequest, directory: EvaluationDirectory) -> Evalu
 
 
 def _changes(before: dict[str, str]) -> str:
-    from vlarl_rllib.runs.directory import installed_versions
+    from vlarl_rllib.runs.versions import installed_versions
 
     now = installed_versions()
     return ", ".join(

@@ -19,6 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from vlarl_rllib.learner.shard_files import ShardFiles
+from vlarl_rllib.process.storage import FileFacts, Place, facts_of
+
 STEPPED_FILE = "stepped.json"
 """Which optimisers had stepped. torch's state-dict functions initialise an optimiser's state with a dummy step and
 leave step = 1 behind, which would shift Adam's bias correction after a resume; so an optimiser without state is not
@@ -40,24 +43,36 @@ METADATA_CLASSES = {
 2.13)."""
 
 
-def save_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def save_sharded(
+    directory: Place, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]
+) -> dict[str, FileFacts]:
     """Write model and optimisers into `directory`, which every rank must see. Collective; complete when all ranks have
     returned.
+
+    Returns:
+        Size and digest of each file that this rank has written, by name in `directory`: who puts them together can see
+        whether all of them have come.
 
     Raises:
         OSError: where a rank could not write; raised on every rank.
     """
     stepped = [name for name, optimizer in optimizers.items() if optimizer.state]
     state = _state(model, optimizers, stepped)
+    shards = directory / "shards"
+    files = ShardFiles(shards)
     try:
-        dcp.save(state, checkpoint_id=directory / "shards")
+        dcp.save(state, storage_writer=files.writer())
     except dcp.api.CheckpointException as error:  # no Exception: it would end a Ray actor
         raise OSError(f"{directory}: {_first_failure(error)}") from None
+    written = {f"{shards.name}/{name}": facts for name, facts in files.written.items()}
     if dist.get_rank() == 0:
-        (directory / STEPPED_FILE).write_text(json.dumps(stepped))
+        text = json.dumps(stepped)
+        (directory / STEPPED_FILE).write_text(text)
+        written[STEPPED_FILE] = facts_of(text.encode())
+    return written
 
 
-def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def load_sharded(directory: Place, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """Read what `save_sharded` wrote, also into another number of ranks: weights and moments. Learning rates and the
     like stay as they are.
 
@@ -76,7 +91,7 @@ def load_sharded(directory: Path, model: nn.Module, optimizers: dict[str, torch.
     state = _state(model, optimizers, stepped)
     try:
         _refuse_foreign_metadata(directory / "shards")
-        dcp.load(state, checkpoint_id=directory / "shards", planner=_SafePlanner())
+        dcp.load(state, storage_reader=ShardFiles(directory / "shards").reader(), planner=_SafePlanner())
     except dcp.api.CheckpointException as error:
         raise OSError(f"{directory}: {_first_failure(error)}") from None
     for name, optimizer in optimizers.items():
@@ -144,6 +159,6 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _refuse_foreign_metadata(shards: Path) -> None:
+def _refuse_foreign_metadata(shards: Place) -> None:
     with (shards / ".metadata").open("rb") as file:
         _MetadataUnpickler(file).load()

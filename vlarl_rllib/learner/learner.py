@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +41,7 @@ from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, Scores, ShardedPo
 from vlarl_rllib.models.build import build_models
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import models_here
+from vlarl_rllib.process.storage import FileFacts, place_of
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.recorder import Telemetry, watch_gpu_memory
 from vlarl_rllib.types import WeightBucket, WeightManifest
@@ -290,15 +290,15 @@ class VLALearner(Rank, PPOTorchLearner):
         """See `Publisher.end`."""
         self.sharded.publisher.end()
 
-    def save_sharded(self, directory: str) -> None:
+    def save_sharded(self, directory: str) -> dict[str, FileFacts]:
         """See `ShardedPolicy.save`."""
         with self._phase("checkpoint"):
-            self.sharded.save(Path(directory))
+            return self.sharded.save(place_of(directory))
 
     def load_sharded(self, directory: str) -> None:
         """See `ShardedPolicy.load`."""
         with self._phase("checkpoint"):
-            self.sharded.load(Path(directory))
+            self.sharded.load(place_of(directory))
 
     def _get_optimizer_state(self) -> dict[str, Any]:
         """Nothing: sharded state cannot travel as one learner's numpy; see `save_sharded`."""

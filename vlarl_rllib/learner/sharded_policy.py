@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
 from vlarl_rllib.models.family import ActionFormat, PolicyFamily
+from vlarl_rllib.process.storage import FileFacts, Place
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.weights.publisher import Publisher
 from vlarl_rllib.weights.source import iterate_weights
@@ -244,11 +244,11 @@ class ShardedPolicy:
         """
         return iterate_weights(self.policy, getattr(torch, self._settings.engines.dtype), to_host=self._rank == 0)
 
-    def save(self, directory: Path) -> None:
-        """Write parameters and optimiser state. Collective."""
-        save_sharded(directory, self.trained_modules(), self.optimizers)
+    def save(self, directory: Place) -> dict[str, FileFacts]:
+        """Write parameters and optimiser state. Collective. Returns what this rank has written; see `save_sharded`."""
+        return save_sharded(directory, self.trained_modules(), self.optimizers)
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Place) -> None:
         """Read what `save` wrote, also with another number of ranks. Collective."""
         load_sharded(directory, self.trained_modules(), self.optimizers)
         self.publisher.forget()

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.learner.sharded_policy import POLICY, ShardedPolicy
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import models_here
+from vlarl_rllib.process.storage import FileFacts, place_of
 from vlarl_rllib.settings import Settings, SFTSettings
 
 DECODING_THREADS = 4
@@ -98,13 +98,13 @@ class SupervisedLearner(Rank):
             self.sharded.close()
         self.leave()
 
-    def save_sharded(self, directory: str) -> None:
+    def save_sharded(self, directory: str) -> dict[str, FileFacts]:
         """See `ShardedPolicy.save`."""
-        self.sharded.save(Path(directory))
+        return self.sharded.save(place_of(directory))
 
     def load_sharded(self, directory: str) -> None:
         """See `ShardedPolicy.load`."""
-        self.sharded.load(Path(directory))
+        self.sharded.load(place_of(directory))
 
     def with_weights(self, use: Callable[[dict[str, Tensor]], None]) -> None:
         """Have rank 0 call `use` with the whole policy by published name, on the CPU. Collective."""

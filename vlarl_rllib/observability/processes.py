@@ -6,17 +6,17 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.process.own_files import replace_file
+from vlarl_rllib.process.storage import Place
 
 
 def write_processes(
-    directory: Path,
+    directory: Place,
     *,
     runners: Mapping[int, Any],
     learners: Sequence[int],

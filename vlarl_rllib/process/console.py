@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vlarl_rllib.process.storage import Place, StoragePath
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,13 +33,15 @@ def make_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
-def shown(path: Path) -> str:
+def shown(path: Place) -> str:
     """A path from here, or from the root where it lies elsewhere: a job's working directory is deep in Ray's cache."""
+    if isinstance(path, StoragePath):
+        return str(path)
     relative = os.path.relpath(path)
     return os.path.abspath(path) if relative.startswith(os.pardir) else relative
 
 
-def pasted(path: Path) -> str:
+def pasted(path: Place) -> str:
     """The same as a shell takes it: for commands that a person copies."""
     return shlex.quote(shown(path))
 

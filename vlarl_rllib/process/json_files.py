@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+from vlarl_rllib.process.storage import Place
 
-def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
+
+def read_json_object(file: Place, remedy: str) -> dict[str, Any]:
     """What a JSON file holds.
 
     Raises ValueError, in one line that ends with `remedy`, where that is no object, or the file cannot be read.

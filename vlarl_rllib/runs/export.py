@@ -20,7 +20,7 @@ from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.models.statistics import action_statistics
 from vlarl_rllib.process.json_files import read_json_object
 from vlarl_rllib.process.own_files import own_folder
-from vlarl_rllib.runs.checkpoints import FACTS_FILE, POINTER_FILE, CheckpointStore
+from vlarl_rllib.runs.checkpoints import FACTS_FILE, POINTER_FILE, CheckpointStore, local
 from vlarl_rllib.runs.sealing import FILES_FILE, file_digest
 from vlarl_rllib.settings import Settings, SettingsError
 
@@ -56,11 +56,12 @@ def find_training_checkpoint(path: Path, family: str | None = None) -> TrainingC
     damages: list[str] = []
     if (path / FACTS_FILE).is_file() or (path / POINTER_FILE).is_file():
         try:
-            directory: Path | None = CheckpointStore.resolve(path)
+            directory: Path | None = local(CheckpointStore.resolve(path))
         except FileNotFoundError as error:
             raise SettingsError(str(error)) from None
     else:
-        directory = CheckpointStore(path / "checkpoints", keep=1).newest(damages.append)
+        newest = CheckpointStore(path / "checkpoints", keep=1).newest(damages.append)
+        directory = local(newest) if newest else None
     if directory is None:
         if damages:
             raise SettingsError("; ".join(damages))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vlarl_rllib.observability.ledger import Ledger
 from vlarl_rllib.observability.metrics import evaluation_metrics
 from vlarl_rllib.process.calls import EndRequested
+from vlarl_rllib.process.storage import place_of
 from vlarl_rllib.rollout.collector import RolloutCollector
 from vlarl_rllib.rollout.evaluation import held_out_starts
 from vlarl_rllib.rollout.video import keep_videos
@@ -58,7 +58,7 @@ class GreedyEvaluation:
             return None  # the iteration before it is whole, and counts
         results = [result for played in rounds for result in played.results]
         if self._run_dir:
-            keep_videos(Path(self._run_dir) / "videos", after, results)
+            keep_videos(place_of(self._run_dir) / "videos", after, results)
         metrics = evaluation_metrics(results)
         self._call_back("on_evaluate_end", evaluation_metrics=metrics)
         return metrics

@@ -6,7 +6,8 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from vlarl_rllib.process.storage import place_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Lack:
 
 
 EVERYWHERE = "put it where all nodes find it, on storage that they share or as a copy"
-SHARED = "give a directory on storage that all nodes share, such as NFS"
+SHARED = "give a directory on storage that all nodes share, such as NFS, or a URI such as s3://bucket/runs/mine"
 SAME_PACKAGES = "install the same packages on all nodes"
 
 
@@ -50,16 +51,15 @@ def _files(needs: Needs) -> Iterator[Lack]:
             yield Lack(name, f"{path} is missing", EVERYWHERE)
     if needs.probe is None:
         return
-    probe = Path(needs.probe)
-    if not probe.is_file():
-        yield Lack("--run-dir", f"what is written to {probe.parent} is not seen", SHARED)
-        return
+    probe = place_of(needs.probe)
     try:
-        with probe.open("a") as file:
-            file.write("seen\n")
+        if not probe.is_file():
+            yield Lack("--run-dir", f"what is written to {probe.parent} is not seen", SHARED)
+            return
+        probe.write_text("seen")
     except OSError as error:
-        fault = f"{probe.parent} cannot be written to ({error.strerror})"
-        yield Lack("--run-dir", fault, "give a directory that this user may write to from all nodes")
+        fault = f"{probe.parent} cannot be written to ({error.strerror or ' '.join(str(error).split())})"
+        yield Lack("--run-dir", fault, "give a place that this user may write to from all nodes")
 
 
 def _code(needs: Needs) -> Iterator[Lack]:

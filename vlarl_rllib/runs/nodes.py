@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.models.presets import cache_name, presets
 from vlarl_rllib.process.console import saying_so
+from vlarl_rllib.process.storage import Place
 from vlarl_rllib.runs.node_probe import SAME_PACKAGES, Lack, Needs, look
 from vlarl_rllib.runs.places import selects
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, SettingsError
@@ -28,25 +28,25 @@ ANSWER_SECONDS = 60.0
 """For a node to start a process and import this package: 4 s, 12 s on a loaded one."""
 PROBE = ".nodes-"
 MODEL_READERS = {Role.ALGORITHM, Role.RUNNER, Role.ENGINE, Role.LEARNER}
-Reads = Mapping[str, Path | str | None]
+Reads = Mapping[str, Place | str | None]
 NOTHING: Reads = MappingProxyType({})
 LEARNERS = {Role.ALGORITHM, Role.LEARNER}
 
 
-def check_nodes(plan: RuntimeArgs, settings: Settings, run: Path | None = None, reads: Reads = NOTHING) -> None:
+def check_nodes(plan: RuntimeArgs, settings: Settings, run: Place | None = None, reads: Reads = NOTHING) -> None:
     """Raise `SettingsError` for the first of `node_problems`."""
     for problem in node_problems(plan, settings, run, reads):
         raise SettingsError(problem)
 
 
 def node_problems(
-    plan: RuntimeArgs, settings: Settings, run: Path | None = None, reads: Reads = NOTHING
+    plan: RuntimeArgs, settings: Settings, run: Place | None = None, reads: Reads = NOTHING
 ) -> Iterator[str]:
     """Ask every node that may get one of the plan's actors, all at once; a line for each thing that is not there, or a
     node that does not answer within `ANSWER_SECONDS`.
 
     Args:
-        run: directory that the actors write into; None = they write nothing.
+        run: place that the actors write into; None = they write nothing.
         reads: what learners read beside the models, by the setting or option that names it.
     """
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and _roles(node, plan.bundles)}
@@ -86,16 +86,20 @@ def _name(node: Mapping[str, Any]) -> str:
     return f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
-def _write_probe(run: Path) -> Path:
+def _write_probe(run: Place) -> Place:
     probe = run / f"{PROBE}{uuid.uuid4().hex}"
-    probe.write_text("")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+    except OSError as error:
+        raise SettingsError(f"--run-dir: {run} cannot be written to ({' '.join(str(error).split())})") from None
     return probe
 
 
-def _needs(roles: set[Role], settings: Settings, probe: Path | None, reads: Reads) -> Needs:
+def _needs(roles: set[Role], settings: Settings, probe: Place | None, reads: Reads) -> Needs:
     model, rewards = settings.model, settings.rewards
     models = {"model.path": model.path} if roles & MODEL_READERS else {}
-    learned: dict[str, Path | str | None] = {}
+    learned: dict[str, Place | str | None] = {}
     if roles & LEARNERS:
         learned = {
             "model.critic_path": model.critic_path,

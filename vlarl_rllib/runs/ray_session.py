@@ -21,6 +21,7 @@ from vlarl_rllib.process.environment import environment_defaults
 from vlarl_rllib.process.import_path import is_import_path
 from vlarl_rllib.process.own_files import replace_file
 from vlarl_rllib.process.signals import END, children_outlive_the_terminal
+from vlarl_rllib.process.storage import Place
 from vlarl_rllib.process.surroundings import check_ray, cluster_address, has_ray_token, home_is_writable, user_directory
 from vlarl_rllib.ray_compat import ClusterNode, cluster_nodes
 from vlarl_rllib.rllib_compat import apart_from_our_signals, job_config, ray_version_at
@@ -39,7 +40,7 @@ SETTINGS_FRAME = 4
 
 @contextmanager
 def ray_session(
-    plan: RuntimeArgs, settings: Settings, run: Path | None = None, reads: Reads = NOTHING
+    plan: RuntimeArgs, settings: Settings, run: Place | None = None, reads: Reads = NOTHING
 ) -> Iterator[None]:
     """`start_ray`, and the end of what it started; nothing of both where a session is there already. In a cluster the
     nodes are asked for what actors need there (`check_nodes`, of the last two arguments too).

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle
 from ray.rllib.utils.checkpoints import CHECKPOINT_VERSION_LEARNER_AND_ENV_RUNNER
 
+from vlarl_rllib.process.storage import Place
 
-def write_rllib_files(directory: Path, algorithm_class: type, config: dict[str, Any]) -> None:
+
+def write_rllib_files(directory: Place, algorithm_class: type, config: dict[str, Any]) -> None:
     """Make `directory` one that `Algorithm.from_checkpoint` builds `algorithm_class(config)` from, and restores it
     from.
 

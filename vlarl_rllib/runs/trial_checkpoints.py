@@ -10,6 +10,7 @@ from pathlib import Path
 from vlarl_rllib.learner.rank_group import LearnerError, LearnerGroupError
 from vlarl_rllib.process.lost_output import LOST
 from vlarl_rllib.process.own_files import replace_file
+from vlarl_rllib.process.storage import Place, place_of
 from vlarl_rllib.runs.checkpoints import CheckpointStore, number_of
 from vlarl_rllib.runs.sealing import DamagedCheckpointError
 
@@ -35,14 +36,14 @@ class TrialCheckpoints:
     ) -> None:
         self.store: CheckpointStore | None = None
         if run_dir:
-            self.store = CheckpointStore(Path(run_dir) / "checkpoints", keep)
+            self.store = CheckpointStore(place_of(run_dir) / "checkpoints", keep)
         elif trial:
             self.store = CheckpointStore(trial / "checkpoints", keep=1, pointers=trial)
-        self.origin: Path | None = None
+        self.origin: Place | None = None
         """What was saved or restored last."""
         self._trial, self._restore_from, self._faults = trial, restore_from, faults
 
-    def newest(self) -> Path | str | None:
+    def newest(self) -> Place | str | None:
         """What to go on from, None = the model as it is.
 
         A trial may go on from another's (population based training), so its own newest is not always the one.
@@ -54,7 +55,7 @@ class TrialCheckpoints:
                 self.pass_over(str(error))
         return (self.store.newest(self.pass_over) if self.store else None) or self._restore_from
 
-    def behind(self, pointer: Path) -> Path:
+    def behind(self, pointer: Path) -> Place:
         """What Tune's pointer leads to; where `leave` has named a newer one of this trial, that.
 
         Raises:
@@ -63,7 +64,7 @@ class TrialCheckpoints:
         """
         target = CheckpointStore.resolve(pointer)
         note = self.store.root / LEFT_FILE if self.store is not None else None
-        if note is None or not note.is_file():
+        if note is None or not isinstance(note, Path) or not note.is_file():
             return target
         left = note.with_name(note.read_text().strip() or "none")
         note.unlink()  # what the trial does from now on has nothing to do with it
@@ -75,7 +76,12 @@ class TrialCheckpoints:
 
     def leave(self) -> None:
         """Name the newest one for the next start of this trial: the run ends before Tune hears of it."""
-        if self.store is not None and self.origin is not None and self.origin.parent == self.store.root:
+        if (
+            self.store is not None
+            and isinstance(self.store.root, Path)
+            and self.origin is not None
+            and self.origin.parent == self.store.root
+        ):
             with LOST.counting(LEFT_FILE):
                 replace_file(self.store.root / LEFT_FILE, self.origin.name)
 
@@ -93,7 +99,7 @@ class TrialCheckpoints:
             and number_of(self.origin) >= iteration
         )
 
-    def save(self, iteration: int, write: Callable[[Path], None]) -> None:
+    def save(self, iteration: int, write: Callable[[Place], None]) -> None:
         """`write` a checkpoint into the store; a failure is counted, and the older ones stay."""
         assert self.store is not None, "there is no directory to save into"
         try:
