@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.rollout.fake_group import FakeGroup
 from vlarl_rllib.process.calls import EndRequested
 from vlarl_rllib.rollout import async_collector, runner_pool
 from vlarl_rllib.rollout.async_collector import AsyncCollector
@@ -61,40 +62,23 @@ class Runner:
         return Portion(f"{self.pid}", iteration, QUOTA, QUOTA, False, dict(versions))
 
 
-class Runners:
+class Runners(FakeGroup):
     """In place of RLlib's EnvRunnerGroup, whose calls take as long as chance wants."""
 
     def __init__(self, num: int, rng: random.Random, sync: Weights) -> None:
-        self.rng, self.sync, self.pids, self.deaths = rng, sync, 0, 0
-        self.runners = {index: self.new(index) for index in range(1, num + 1)}
-        self.healthy = set(self.runners)
         self.calls: dict[int, Any] = {}
         self.mortality = 0.0
         self.frozen: set[int] = set()
-
-    def new(self, index: int) -> Runner:
-        self.pids += 1
-        return Runner(index, self.pids, self.rng, self.sync)
-
-    def healthy_worker_ids(self) -> list[int]:
-        return sorted(self.healthy)
-
-    def num_healthy_remote_workers(self) -> int:
-        return len(self.healthy)
-
-    def num_remote_workers(self) -> int:
-        return len(self.runners)
+        super().__init__(num, rng, lambda index, pid: Runner(index, pid, rng, sync))
 
     def restore(self) -> None:
         if self.rng.random() < 0.3:
-            self.healthy = set(self.runners)
+            super().restore()
 
-    def kill(self, index: int) -> None:
-        self.deaths += 1
-        self.healthy.discard(index)
+    def lose(self, index: int) -> None:
+        super().lose(index)
         self.calls.pop(index, None)
         self.frozen.discard(index)
-        self.runners[index] = self.new(index)
 
     def foreach_env_runner_async(
         self, functions: list[Any], *, tag: str, kwargs: list[Any], remote_worker_ids: list[int]
@@ -106,7 +90,7 @@ class Runners:
     def fetch_ready_async_reqs(self, *, tags: str, timeout_seconds: float) -> list[Any]:
         for index in list(self.calls):
             if self.rng.random() < self.mortality:
-                self.kill(index)
+                self.lose(index)
         ready = [index for index in self.calls if index not in self.frozen and self.rng.random() < 0.6]
         answers = []
         for index in ready:
@@ -121,7 +105,7 @@ def make(
     monkeypatch.setattr(async_collector, "POLL_SECONDS", 0.0)
     sync = Weights()
     runners = Runners(num, random.Random(seed), sync)
-    monkeypatch.setattr(RunnerCalls, "_kill", lambda self, index: runners.kill(index))
+    monkeypatch.setattr(RunnerCalls, "_kill", lambda self, index: runners.lose(index))
     options = {"restore_runners": runners.restore, "timeout_seconds": 60.0} | calls
     return (
         AsyncCollector(runners, sync, None, enough=lambda: enough, max_staleness=max_staleness, **options),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.rollout.fake_group import FakeGroup
 from vlarl_rllib.engines.protocol import NOT_FINITE
 from vlarl_rllib.errors import DivergedError, lower_the_rates
 from vlarl_rllib.rollout import runner_pool
@@ -59,34 +60,15 @@ class Runner:
         return played
 
 
-class Runners:
+class Runners(FakeGroup):
     """In place of RLlib's EnvRunnerGroup.
 
     `fail(method)` says whether a call is lost: before it is made, or on its way back.
     """
 
     def __init__(self, num: int, rng: random.Random, tasks: tuple[int, ...] = (0, 1)) -> None:
-        self.rng, self.tasks, self.pids = rng, tasks, 0
-        self.runners = {index: self.new(index) for index in range(1, num + 1)}
-        self.healthy = set(self.runners)
         self.fail: Callable[[str], str | None] = lambda method: None
-        self.deaths = 0
-
-    def new(self, index: int) -> Runner:
-        self.pids += 1
-        return Runner(index, self.pids, self.rng, self.tasks)
-
-    def healthy_worker_ids(self) -> list[int]:
-        return sorted(self.healthy)
-
-    def num_healthy_remote_workers(self) -> int:
-        return len(self.healthy)
-
-    def num_remote_workers(self) -> int:
-        return len(self.runners)
-
-    def restore(self) -> None:
-        self.healthy = set(self.runners)
+        super().__init__(num, rng, lambda index, pid: Runner(index, pid, rng, tasks))
 
     def foreach_env_runner(
         self, functions: list[Any], *, kwargs: list[Any], remote_worker_ids: list[int], **options: Any
@@ -99,9 +81,7 @@ class Runners:
             if when is None:
                 answers.append(answer)
             else:
-                self.deaths += 1
-                self.healthy.discard(index)
-                self.runners[index] = self.new(index)
+                self.lose(index)
         return answers
 
 
