@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from raylets import Raylets
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 env: {name: synthetic, num_envs: 2, num_processes: 1}
 rollout: {num_runners: 2}
