@@ -30,7 +30,7 @@ ALIGNMENT = 512
 COPY_THREADS, COPY_BYTES = 4, 2**24
 """That fill pinned memory, and how much one of them takes at a time."""
 SPARE_BUFFERS = 2
-"""That NIXL's sender keeps: one is read while the next is filled."""
+"""That a sender keeps: one is read while the next is filled."""
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
@@ -71,14 +71,35 @@ class ObjectStoreTransport(WeightTransport):
 
 
 class DirectTransport(WeightTransport):
-    """From card to card, by one of Ray's one-sided transports, which a subclass names."""
+    """From card to card, by one of Ray's one-sided transports, which a subclass names.
 
-    lends_tensors = True
+    The learner copies into two buffers of its own on its card, or where versions are kept, into as many as a version
+    has buckets. That takes a hundredth of a second for 13 GB, and what is published then takes no more memory than
+    that: torch gives back what another process has had open only when it runs out, and hardware takes longer to
+    register memory than to move what is in it.
+    """
+
+    lends_tensors = False
     ray_name: ClassVar[str]
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._free: list[Tensor] = []
+        self._used: dict[int, Tensor] = {}
 
     def put(self, tensors: Sequence[Tensor]) -> Any:
         """See `WeightTransport.put`."""
-        return ray.put(list(tensors), _tensor_transport=self.ray_name)
+        sizes = [tensor.nbytes for tensor in tensors]
+        total, device = _offsets(sizes)[-1], tensors[0].device
+        fitting = [index for index, buffer in enumerate(self._free) if buffer.numel() >= total]
+        buffer = self._free.pop(fitting[0]) if fitting else self._made(total, device)
+        pieces = _cut(buffer, sizes)
+        for piece, tensor in zip(pieces, tensors, strict=True):
+            piece.copy_(_bytes(tensor))
+        lent = [piece.view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+        handle = ray.put(lent, _tensor_transport=self.ray_name)
+        self._used[id(handle)] = buffer
+        return handle
 
     def get(self, handle: Any, specs: Sequence[TensorSpec], device: torch.device) -> list[Tensor]:
         """See `WeightTransport.get`."""
@@ -87,7 +108,17 @@ class DirectTransport(WeightTransport):
             return list(ray.get(handle))
 
     def free(self, handle: Any) -> None:
-        """Nothing: Ray lets go of the tensors with the last reference."""
+        """Use its buffer for another bucket."""
+        self._free.append(self._used.pop(id(handle)))
+        if len(self._free) > SPARE_BUFFERS:  # of a version that was kept, or too small by now
+            self._done_with(self._free.pop(0))
+
+    def _made(self, size: int, device: torch.device) -> Tensor:
+        """A buffer of so many bytes."""
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    def _done_with(self, buffer: Tensor) -> None:
+        """Before a buffer goes."""
 
     def _prepare(self, ref: Any, specs: Sequence[TensorSpec], device: torch.device) -> None:
         """Before a ref is fetched."""
@@ -123,57 +154,32 @@ class CudaIpcTransport(DirectTransport):
 
 
 class NixlTransport(DirectTransport):
-    """Between memories of any cards and nodes, over NVLink, RDMA, shared memory or TCP, as NIXL finds them.
-
-    Registering memory with the hardware takes longer than moving what is in it, so both ends use buffers of their own
-    that are registered once. The learner's two are copied into on its card; where versions are kept, there are as many
-    as a version has buckets.
-    """
+    """Between memories of any cards and nodes, over NVLink, RDMA, shared memory or TCP, as NIXL finds them; into a
+    buffer of the engine's own, too."""
 
     ray_name = NIXL
-    lends_tensors = False
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._free: list[Tensor] = []
-        self._used: dict[int, Tensor] = {}
         self._inbox = _NOTHING
-
-    def put(self, tensors: Sequence[Tensor]) -> Any:
-        """See `WeightTransport.put`."""
-        sizes = [tensor.nbytes for tensor in tensors]
-        total, device = _offsets(sizes)[-1], tensors[0].device
-        fitting = [index for index, buffer in enumerate(self._free) if buffer.numel() >= total]
-        buffer = self._free.pop(fitting[0]) if fitting else self._registered(total, device)
-        pieces = _cut(buffer, sizes)
-        for piece, tensor in zip(pieces, tensors, strict=True):
-            piece.copy_(_bytes(tensor))
-        handle = super().put(
-            [piece.view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
-        )
-        self._used[id(handle)] = buffer
-        return handle
-
-    def free(self, handle: Any) -> None:
-        """Use its buffer for another bucket."""
-        self._free.append(self._used.pop(id(handle)))
-        if len(self._free) > SPARE_BUFFERS:  # of a version that was kept, or too small by now
-            ray.experimental.deregister_nixl_memory(self._free.pop(0))
 
     def _prepare(self, ref: Any, specs: Sequence[TensorSpec], device: torch.device) -> None:
         """Have Ray write into the engine's buffer."""
         sizes = [spec.num_bytes for spec in specs]
         if self._inbox.numel() < (total := _offsets(sizes)[-1]):
             if self._inbox is not _NOTHING:
-                ray.experimental.deregister_nixl_memory(self._inbox)
-            self._inbox = self._registered(total, device)
+                self._done_with(self._inbox)
+            self._inbox = self._made(total, device)
         self._targets = _shaped(_cut(self._inbox, sizes), specs)  # Ray keeps weak references
         ray.experimental.set_target_for_ref(ref, self._targets)
 
-    def _registered(self, size: int, device: torch.device) -> Tensor:
-        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+    def _made(self, size: int, device: torch.device) -> Tensor:
+        buffer = super()._made(size, device)
         ray.experimental.register_nixl_memory(buffer)
         return buffer
+
+    def _done_with(self, buffer: Tensor) -> None:
+        ray.experimental.deregister_nixl_memory(buffer)
 
 
 class Staging:
