@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ray.cluster_utils import Cluster
+
+pytestmark = pytest.mark.slow
 
 CREW: dict[str, Any] = {
     "env": {"name": "synthetic"},
