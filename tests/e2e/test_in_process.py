@@ -114,11 +114,15 @@ def test_every_iteration_has_the_same_numbers(results: list[dict[str, Any]]) -> 
     ] * ITERATIONS
 
 
+BY_NUMBER = ("success_rate_by_task", "staleness")
+"""Whose keys are numbers of their own."""
+
+
 def names_of(row: dict[str, Any]) -> set[str]:
-    """Keys of a row of `metrics.jsonl`; those of what has several numbers behind a dot, but for tasks."""
+    """Keys of a row of `metrics.jsonl`; those of what has several numbers behind a dot, but for tasks and ages."""
     names: set[str] = set()
     for name, value in row.items():
-        inner = value if isinstance(value, dict) and name != "success_rate_by_task" else {}
+        inner = value if isinstance(value, dict) and name not in BY_NUMBER else {}
         names |= {f"{'evaluation' if name == 'initial_evaluation' else name}.{key}" for key in inner}
         names |= set() if inner and "evaluation" not in name else {name}
     return names
