@@ -149,7 +149,7 @@ def test_the_7b_model_gets_the_published_adapters_and_every_name_goes_both_ways(
         assert parameters[f"base_model.model.{name}.lora_A.weight"] is lora_a
         assert parameters[f"base_model.model.{name}.lora_B.weight"] is lora_b
         assert list(layer.base_layer.weight.shape) == published[f"{name}.weight"]
-    assert {name for name, _, _ in published_parameters(model)} == published.keys()
+    assert {item.name for item in published_parameters(model)} == published.keys()
 
 
 @pytest.mark.parametrize(("targets", "modules"), [("language_model", 224), ("frozen_vision", 228)])

@@ -128,7 +128,8 @@ def test_resolving_yields_to_a_process_that_was_faster(tmp_path, monkeypatch):
 
     def slow_write(name, directory):
         (tmp_path / "b" / target).mkdir(parents=True)
-        (tmp_path / "b" / target / "config.json").write_text("{}")
+        for place in (tmp_path / "b" / target, directory):
+            (place / "config.json").write_text("{}")
 
     monkeypatch.setattr(presets, "write_checkpoint", slow_write)
     assert resolve_model("tiny", tmp_path / "b") == str(tmp_path / "b" / target)
