@@ -177,7 +177,7 @@ class WeightManifest:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Site:
     """Where a process is, as far as weights go."""
 
     node: str = ""

@@ -10,7 +10,7 @@ from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from vlarl_rllib.models.openvla.presets import PRESETS, build_model
 from vlarl_rllib.settings import WeightSettings
-from vlarl_rllib.types import Place, SampleReply, SampleRequest, WeightBucket, WeightManifest
+from vlarl_rllib.types import SampleReply, SampleRequest, Site, WeightBucket, WeightManifest
 from vlarl_rllib.weights.publisher import Publisher
 from vlarl_rllib.weights.sync import WeightSync
 
@@ -92,8 +92,8 @@ class Oracle:
     def call(self, method: str, *args, **kwargs) -> list:
         return [getattr(self, method)(*args, **kwargs)]
 
-    def place(self) -> Place:
-        return Place()
+    def place(self) -> Site:
+        return Site()
 
     def next_bucket(self, done: int) -> WeightBucket | None:
         return self._publisher.next(done)

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from vlarl_rllib.engines.pool import EnginePool, _Member
-from vlarl_rllib.types import INITIAL_VERSION, Place, WeightBucket, WeightManifest
+from vlarl_rllib.types import INITIAL_VERSION, Site, WeightBucket, WeightManifest
 from vlarl_rllib.weights.sync import LoadedWeights, WeightSync
 
 WORKER_START_SECONDS = 60
@@ -23,7 +23,7 @@ class Learners:
         return [getattr(self, method)(*args, **kwargs)]
 
     def place(self):
-        return Place()
+        return Site()
 
     def begin_publishing(self, version, transport, *, whole, keep):
         self.left = [WeightBucket(0, (), version, frozen=False)]

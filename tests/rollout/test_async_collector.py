@@ -37,7 +37,7 @@ class Runner:
 
     def __init__(self, worker_index: int, pid: int, rng: random.Random, sync: Weights) -> None:
         self.worker_index, self.pid, self.rng, self.sync = worker_index, pid, rng, sync
-        self.generation, self.engine_error = -1, None
+        self.generation, self.engine_error, self.failure = -1, None, None
         self.shares: list[int] = []
         self.progress: list[Counter[int]] = []
 
@@ -55,7 +55,7 @@ class Runner:
                     report.portions.append(self.portion(self.shares[slot], self.progress[slot]))
                     self.shares[slot], self.progress[slot] = self.shares[slot] + 1, Counter()
         report.through = min(self.shares) - 1
-        report.attached = Attached(self.pid, (0,) * SLOTS, ())
+        report.attached = Attached(self.pid, (0,) * SLOTS, (), self.failure)
         return report
 
     def portion(self, iteration: int, versions: Counter[int]) -> Portion:
@@ -202,6 +202,21 @@ def test_engines_that_fail_are_seen_to_and_end_the_run_time_and_again(monkeypatc
     with pytest.raises(RuntimeError, match="the engine is out"):
         collector.collect(0, QUOTA, {})
     assert sync.visits == 1 + runner_pool.MAX_FRUITLESS_ROUNDS
+
+
+def test_runners_that_cannot_start_end_the_run_with_their_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    collector, runners, _ = make(1, 0, monkeypatch=monkeypatch)
+    make_runner = runners.new
+
+    def make_broken(index: int) -> Runner:
+        runner: Runner = make_runner(index)
+        runner.failure = "Traceback ...\nMemoryError: no room for a model"  # type: ignore[assignment]
+        return runner
+
+    runners.new = make_broken  # type: ignore[method-assign]
+    runners.lose(1)
+    with pytest.raises(RuntimeError, match=r"5 times in a row; .*runner 1 cannot start: MemoryError: no room for a"):
+        collector.collect(0, QUOTA, {})
 
 
 def test_an_end_is_heard_while_runners_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from vlarl_rllib.engines.step_loop import Sampled, StepLoop
 from vlarl_rllib.engines.weight_update import WeightUpdate
 from vlarl_rllib.models.family import ActionFormat
 from vlarl_rllib.settings import WeightSettings
-from vlarl_rllib.types import Place, SampleRequest, WeightBucket, WeightManifest
+from vlarl_rllib.types import SampleRequest, Site, WeightBucket, WeightManifest
 from vlarl_rllib.weights.placement import own_place
 from vlarl_rllib.weights.protocol import GoneError, WeightTransport
 from vlarl_rllib.weights.publisher import Publisher
@@ -107,7 +107,7 @@ class ProbeLearner:
     def learn(self, value: float) -> None:
         self._model.train_to(value)
 
-    def place(self) -> Place:
+    def place(self) -> Site:
         return own_place("cpu", takes_part=True)
 
     def begin_publishing(self, version: int, transport: str, *, whole: bool, keep: bool) -> WeightManifest:

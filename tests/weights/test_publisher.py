@@ -8,7 +8,7 @@ import torch
 
 from tests.weights.probe_transport import NUM_BUCKETS, LocalTransport, TinyModel
 from vlarl_rllib.settings import WeightSettings
-from vlarl_rllib.types import Place
+from vlarl_rllib.types import Site
 from vlarl_rllib.weights.publisher import Publisher
 from vlarl_rllib.weights.sync import WeightSync
 
@@ -52,8 +52,8 @@ class Learners:
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         return [getattr(self, method)(*args, **kwargs)]
 
-    def place(self) -> Place:
-        return Place()
+    def place(self) -> Site:
+        return Site()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tests.weights.probe_transport import PICKLED
 from vlarl_rllib.process.plugins import added_by_packages
 from vlarl_rllib.settings import Settings, SettingsError
 from vlarl_rllib.settings.transports import PARTS
-from vlarl_rllib.types import Place
+from vlarl_rllib.types import Site
 from vlarl_rllib.weights import find_transport, ray_transports
 from vlarl_rllib.weights.placement import choose_transport
 from vlarl_rllib.weights.protocol import WeightTransport
@@ -48,17 +48,17 @@ def test_settings_ask_for_what_the_contract_asks_for():
 @pytest.mark.parametrize(
     ("learner", "engines", "name", "why"),
     [
-        (Place("a"), [], "object_store", "the runners sample themselves"),
-        (Place("a"), [Place("a")], "object_store", "not all of them are on GPUs"),
-        (Place("a", "0", BOTH), [Place("a", "0", BOTH)] * 2, "cuda_ipc", "share one GPU"),
-        (Place("a", "0", BOTH), [Place("a", "0", BOTH), Place("a", "1", BOTH)], "nixl", "different GPUs"),
-        (Place("a", "0", BOTH), [Place("b", "0", BOTH)], "nixl", "different GPUs"),
-        (Place("a", "0", BOTH), [Place("b", "1", BOTH - {"nixl"})], "object_store", "cannot serve: engine-0"),
-        (Place("a", "0", BOTH), [Place("a", "0", BOTH), Place("a")], "object_store", "not all of them are on GPUs"),
-        (Place("a", "0"), [Place("a", "0", BOTH)], "object_store", "nixl cannot serve: the first learner"),
+        (Site("a"), [], "object_store", "the runners sample themselves"),
+        (Site("a"), [Site("a")], "object_store", "not all of them are on GPUs"),
+        (Site("a", "0", BOTH), [Site("a", "0", BOTH)] * 2, "cuda_ipc", "share one GPU"),
+        (Site("a", "0", BOTH), [Site("a", "0", BOTH), Site("a", "1", BOTH)], "nixl", "different GPUs"),
+        (Site("a", "0", BOTH), [Site("b", "0", BOTH)], "nixl", "different GPUs"),
+        (Site("a", "0", BOTH), [Site("b", "1", BOTH - {"nixl"})], "object_store", "cannot serve: engine-0"),
+        (Site("a", "0", BOTH), [Site("a", "0", BOTH), Site("a")], "object_store", "not all of them are on GPUs"),
+        (Site("a", "0"), [Site("a", "0", BOTH)], "object_store", "nixl cannot serve: the first learner"),
     ],
 )  # fmt: skip
-def test_auto_chooses_by_place(learner: Place, engines: list[Place], name: str, why: str):
+def test_auto_chooses_by_place(learner: Site, engines: list[Site], name: str, why: str):
     choice = choose_transport("auto", learner, engines)
     assert choice.name == name and why in choice.why
 
@@ -66,13 +66,13 @@ def test_auto_chooses_by_place(learner: Place, engines: list[Place], name: str, 
 @pytest.mark.parametrize(
     ("wanted", "learner", "engines", "message"),
     [
-        ("cuda_ipc", Place("a", "0", BOTH), [Place("a", "1", BOTH)], "engine-0 is on another GPU .* use nixl or"),
-        ("cuda_ipc", Place("a", "0", BOTH), [Place("b", "0", BOTH)], "engine-0 is on another GPU"),
-        ("nixl", Place("a"), [Place("a", "0", BOTH)], "the first learner cannot take part in Ray's nixl"),
-        ("nixl", Place("a", "0", BOTH), [Place("a", "0", BOTH), Place("a")], "engine-1 cannot take part"),
+        ("cuda_ipc", Site("a", "0", BOTH), [Site("a", "1", BOTH)], "engine-0 is on another GPU .* use nixl or"),
+        ("cuda_ipc", Site("a", "0", BOTH), [Site("b", "0", BOTH)], "engine-0 is on another GPU"),
+        ("nixl", Site("a"), [Site("a", "0", BOTH)], "the first learner cannot take part in Ray's nixl"),
+        ("nixl", Site("a", "0", BOTH), [Site("a", "0", BOTH), Site("a")], "engine-1 cannot take part"),
     ],
 )
-def test_what_is_named_and_cannot_serve_is_one_line(wanted: str, learner: Place, engines: list[Place], message: str):
+def test_what_is_named_and_cannot_serve_is_one_line(wanted: str, learner: Site, engines: list[Site], message: str):
     with pytest.raises(ValueError, match=f"weights.transport: {wanted}: .*{message}") as error:
         choose_transport(wanted, learner, engines)
     assert "\n" not in str(error.value)

@@ -29,7 +29,7 @@ from vlarl_rllib.engines.protocol import EngineSpec, EngineStatus
 from vlarl_rllib.errors import one_line
 from vlarl_rllib.ray_compat import lost_bundles
 from vlarl_rllib.telemetry.actors import ActorNames
-from vlarl_rllib.types import INITIAL_VERSION, Place, WeightManifest
+from vlarl_rllib.types import INITIAL_VERSION, Site, WeightManifest
 from vlarl_rllib.weights.protocol import TransferError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class _Member(Taker):
 
     options: dict[str, Any] = field(default_factory=dict)
     pid: int = 0
-    place: Place = field(default_factory=Place)
+    place: Site = field(default_factory=Site)
     num_failures: int = 0
     """In a row; an engine that has sampled since it started begins a new row."""
     last_error: str = field(default="")
@@ -134,7 +134,7 @@ class EnginePool:
         """The engines that run, as takers of weights."""
         return [member for member in self._members if member.is_ready]
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[Site]:
         """Where the engines are, as of when they last answered."""
         return [member.place for member in self.members]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlarl_rllib.models.family import ActionFormat
 from vlarl_rllib.models.presets import resolve_model
-from vlarl_rllib.types import Place, SampleReply, SampleRequest
+from vlarl_rllib.types import SampleReply, SampleRequest, Site
 
 MAX_PROMPT_TOKENS = 128
 """Text tokens of the longest prompt an engine makes room for; LIBERO's longest has 38 with Llama's tokenizer."""
@@ -86,7 +86,7 @@ class EngineStatus:
     """Decisions sampled since the engine started."""
     busy_seconds: float
     """Time in which at least one request was in the model, since the engine started."""
-    place: Place = field(default_factory=Place)
+    place: Site = field(default_factory=Site)
 
 
 class Engine(Protocol):

@@ -14,7 +14,7 @@ from vlarl_rllib.learner import fsdp
 from vlarl_rllib.models.presets import models_here
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.actors import own_name
-from vlarl_rllib.types import Place
+from vlarl_rllib.types import Site
 from vlarl_rllib.weights.placement import own_place
 from vlarl_rllib.weights.ray_transports import tensor_transport_options
 
@@ -42,7 +42,7 @@ class Rank:
         """Which node this actor is on."""
         return ray.get_runtime_context().get_node_id()
 
-    def place(self) -> Place:
+    def place(self) -> Site:
         """Where it is, as far as weights go."""
         learners = self.settings.learners
         takes_part = learners.num > 0 and tensor_transport_options(learners.gpus, self.settings.weights.transport)

@@ -86,7 +86,7 @@ class RankGroup:
     @property
     def can_grow(self) -> bool:
         """Whether ranks are missing whose places are there again."""
-        return len(self.workers) < len(self._places())
+        return len(self.workers) < self.settings.learners.num and len(self.workers) < len(self._places())
 
     def _places(self) -> list[int]:
         """Planned ranks that have a place now, those of one node behind one another."""

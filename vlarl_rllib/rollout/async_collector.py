@@ -17,7 +17,7 @@ from typing import Any
 from vlarl_rllib.process.calls import EndRequested
 from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.contribution import Contribution, Order, Portion
-from vlarl_rllib.rollout.runner_pool import Raised, numbered
+from vlarl_rllib.rollout.runner_pool import numbered
 
 REPORT_SECONDS = 1.0
 """How long a runner plays before it reports. What it plays goes on meanwhile; only its replies wait for the next call.
@@ -32,7 +32,7 @@ class AsyncCollector(RolloutCollector):
 
     Args:
         max_staleness: updates that a decision's policy may be behind the learners'.
-        positional, calls: see `RolloutCollector`.
+        runners_sync_and_pool, calls: see `RolloutCollector`.
     """
 
     def __init__(self, *runners_sync_and_pool: Any, max_staleness: int, **calls: Any) -> None:
@@ -62,10 +62,14 @@ class AsyncCollector(RolloutCollector):
             self._versions[iteration] = self._sync.version
             self._versions = {i: v for i, v in self._versions.items() if i >= iteration - self._max_staleness}
             self._sync.make_engines_current()
+        self._drop_stale()
         while not self._is_whole(rollout):
             if self._ended.is_set():
                 raise EndRequested
+            if self._through and min(self._through.values()) >= self._last:
+                self._forget_all()  # all have played what they may, and too much of it was lost
             self._pump(POLL_SECONDS)
+            self._drop_stale()
         return self._take(rollout)
 
     def keep_playing(self) -> None:
@@ -82,34 +86,24 @@ class AsyncCollector(RolloutCollector):
         self._versions = {}
 
     def _forget_all(self) -> None:
+        """All begin anew, with the running iteration."""
+        lost = self._waiting.lost_steps + sum(portion.env_steps for _, portion in self._waiting.portions)
+        self._waiting = Rollout(lost_steps=lost, stale_steps=self._waiting.stale_steps)
         self._generation += 1
-        self._waiting = Rollout(lost_steps=sum(portion.env_steps for _, portion in self._waiting.portions))
         self._through = {}
 
     # Who has played what
 
     def _is_whole(self, rollout: Rollout) -> bool:
-        """Whether the iteration has the shares of all runners, and enough of them.
-
-        Where too few are left, since runners died, later shares will do; where there are none, all begin anew.
-        """
-        self._drop_stale()
-        if self._owing():
-            return False
-        if len(rollout.portions) + len(self._waiting.portions) >= self._enough():
-            return True
-        if self._through and min(self._through.values()) >= self._last:
-            self._forget_all()
-        return False
+        """Whether the iteration has the shares of all runners, and enough of them: where too few are left, since
+        runners died, later ones will do."""
+        is_owed = any(through < self._iteration for through in self._through.values())
+        return not is_owed and len(rollout.portions) + len(self._waiting.portions) >= self._enough()
 
     @property
     def _last(self) -> int:
         """Newest iteration whose share may be begun."""
         return self._iteration + self._max_staleness
-
-    def _owing(self) -> list[int]:
-        """Runners that have not played the iteration's shares yet."""
-        return [index for index, through in self._through.items() if through < self._iteration]
 
     def _drop_stale(self) -> None:
         oldest = min(self._versions.values())
@@ -151,9 +145,9 @@ class AsyncCollector(RolloutCollector):
         self._call_idle()
         began = time.monotonic()
         answers = dict(answer for _, answer in self._runners.fetch_ready_async_reqs(tags=CALL, timeout_seconds=seconds))
-        failures = sum(isinstance(answer, Raised) for answer in answers.values())
         reports: dict[int, Contribution] = self._unraised(dict(answers), CALL)
-        failures += self._forget_dead(answers)
+        failures = len(answers) - len(reports) + self._forget_dead(answers)
+        failures += sum(bool(report.attached and report.attached.failure) for report in reports.values())
         errors = [self._take_report(index, report) for index, report in reports.items()]
         if any(report.played for report in reports.values()):
             self._fruitless = 0

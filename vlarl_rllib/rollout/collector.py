@@ -77,14 +77,14 @@ class RolloutCollector(RunnerCalls):
         filter_groups: whether uniform groups are left out.
     """
 
+    meanwhile: Callable[[], None] | None = None
+    """What to do now and then while the learners update."""
+
     def __init__(
         self, *runners_sync_and_pool: Any, enough: Callable[[], int], filter_groups: bool = False, **calls: Any
     ) -> None:
         super().__init__(*runners_sync_and_pool, **calls)
         self._enough, self._filter_groups = enough, filter_groups
-
-    meanwhile: Callable[[], None] | None = None
-    """What to do now and then while the learners update."""
 
     def collect(
         self, iteration: int, quota: int, weights: Mapping[tuple[int, int], float], rollout: Rollout | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vlarl_rllib.settings import SettingsError
 from vlarl_rllib.settings.transports import AUTO, CUDA_IPC, NIXL, OBJECT_STORE
-from vlarl_rllib.types import Place
+from vlarl_rllib.types import Site
 from vlarl_rllib.weights import find_transport
 
 
@@ -19,7 +19,7 @@ class Choice:
     why: str
 
 
-def own_place(device: str, *, takes_part: bool) -> Place:
+def own_place(device: str, *, takes_part: bool) -> Site:
     """Of this process.
 
     Args:
@@ -35,10 +35,10 @@ def own_place(device: str, *, takes_part: bool) -> Place:
     direct = set()
     if takes_part:
         direct = ({CUDA_IPC} if gpu else set()) | ({NIXL} if nixl_is_installed() else set())
-    return Place(ray.get_runtime_context().get_node_id() if ray.is_initialized() else "", gpu, frozenset(direct))
+    return Site(ray.get_runtime_context().get_node_id() if ray.is_initialized() else "", gpu, frozenset(direct))
 
 
-def choose_transport(wanted: str, learner: Place, engines: Sequence[Place]) -> Choice:
+def choose_transport(wanted: str, learner: Site, engines: Sequence[Site]) -> Choice:
     """What `weights.transport` means between the first learner and these engines; without engines, runners read.
 
     Raises:

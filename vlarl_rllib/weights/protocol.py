@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from vlarl_rllib.types import Place, TensorSpec
+from vlarl_rllib.types import Site, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,6 @@ class WeightTransport(ABC):
     def free(self, handle: Any) -> None:
         """Forget a bucket; in the process that `put` it."""
 
-    def obstacle(self, learner: Place, engines: Sequence[Place]) -> str | None:
+    def obstacle(self, learner: Site, engines: Sequence[Site]) -> str | None:
         """Why weights cannot travel so between these, in one line with the remedy; None where they can."""
         return None

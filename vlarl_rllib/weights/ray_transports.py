@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlarl_rllib.settings import SettingsError
 from vlarl_rllib.settings.transports import CUDA_IPC, NIXL
-from vlarl_rllib.types import Place, TensorSpec
+from vlarl_rllib.types import Site, TensorSpec
 from vlarl_rllib.weights.protocol import GoneError, WeightTransport
 
 ALIGNMENT = 512
@@ -123,7 +123,7 @@ class DirectTransport(WeightTransport):
     def _prepare(self, ref: Any, specs: Sequence[TensorSpec], device: torch.device) -> None:
         """Before a ref is fetched."""
 
-    def obstacle(self, learner: Place, engines: Sequence[Place]) -> str | None:
+    def obstacle(self, learner: Site, engines: Sequence[Site]) -> str | None:
         """See `WeightTransport.obstacle`."""
         if self.ray_name not in learner.direct:
             return (
@@ -140,7 +140,7 @@ class CudaIpcTransport(DirectTransport):
 
     ray_name = CUDA_IPC
 
-    def obstacle(self, learner: Place, engines: Sequence[Place]) -> str | None:
+    def obstacle(self, learner: Site, engines: Sequence[Site]) -> str | None:
         """See `WeightTransport.obstacle`."""
         if found := super().obstacle(learner, engines):
             return found

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
-from vlarl_rllib.types import INITIAL_VERSION, Place, WeightBucket, WeightManifest
+from vlarl_rllib.types import INITIAL_VERSION, Site, WeightBucket, WeightManifest
 from vlarl_rllib.weights.placement import Choice, choose_transport
 from vlarl_rllib.weights.protocol import GoneError
 
@@ -54,7 +54,7 @@ class Takers(Protocol):
     @property
     def members(self) -> list[Any]: ...
 
-    def places(self) -> list[Place]: ...
+    def places(self) -> list[Site]: ...
 
     def outdated(self, version: int) -> list[Any]: ...
 
@@ -109,7 +109,7 @@ class WeightSync:
         """Of the newest version that was published in full."""
         self._learners, self._pool = learners, pool
         self._wanted_transport, self._keep = transport, keep
-        self._chosen: tuple[list[Place], Choice] | None = None
+        self._chosen: tuple[list[Site], Choice] | None = None
         self._frozen: tuple[WeightBucket, ...] = ()
         """Kept buckets of what training does not change."""
         self._frozen_of = "", ""
