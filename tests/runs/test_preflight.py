@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from vlarl_rllib.envs.registry import suites
-from vlarl_rllib.runs.preflight import check_model, check_quickstart, check_sft, doubts, sft_doubts
-from vlarl_rllib.settings import Settings, SettingsError
+from vlarl_rllib.runs.preflight import check, check_model, check_quickstart, check_sft, doubts, sft_doubts
+from vlarl_rllib.settings import Settings, SettingsError, transports
 
 
 @pytest.mark.parametrize("suite", suites("libero"))
@@ -168,3 +168,11 @@ def test_an_earlier_quickstart_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "demonstrations").mkdir()
     with pytest.raises(SettingsError, match="holds an earlier quickstart; give another directory, or remove it"):
         check_quickstart(settings, tmp_path)
+
+
+def test_a_transport_that_is_not_installed_is_said_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(transports, "nixl_is_installed", lambda: False)
+    settings = Settings.from_dict({"env": {"name": "synthetic"}, "weights": {"transport": "nixl"}})
+    with pytest.raises(SettingsError, match=r"weights.transport: nixl needs the package nixl .* or use auto"):
+        check(settings)

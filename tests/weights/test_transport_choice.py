@@ -9,10 +9,10 @@ import ray
 
 from tests.weights.probe_transport import PICKLED
 from vlarl_rllib.process.plugins import added_by_packages
-from vlarl_rllib.settings import Settings, SettingsError
+from vlarl_rllib.settings import Settings, SettingsError, transports
 from vlarl_rllib.settings.transports import PARTS
 from vlarl_rllib.types import Site
-from vlarl_rllib.weights import find_transport, ray_transports
+from vlarl_rllib.weights import find_transport
 from vlarl_rllib.weights.placement import choose_transport
 from vlarl_rllib.weights.protocol import WeightTransport
 from vlarl_rllib.weights.ray_transports import tensor_transport_options
@@ -80,7 +80,7 @@ def test_what_is_named_and_cannot_serve_is_one_line(wanted: str, learner: Site, 
 
 
 def test_a_transport_that_is_not_installed_is_one_line_before_any_actor_starts(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ray_transports, "nixl_is_installed", lambda: False)
+    monkeypatch.setattr(transports, "nixl_is_installed", lambda: False)
     with pytest.raises(SettingsError, match=re.escape("run: pip install 'vlarl-rllib[nixl]', or use auto")):
         tensor_transport_options(1.0, "nixl")
     assert tensor_transport_options(0.0, "auto") == {} != tensor_transport_options(0.5, "auto")

@@ -20,9 +20,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from tests.weights.probe_transport import NUM_BUCKETS, PICKLED, ProbeEngine, ProbeLearner
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.engines.protocol import EngineError, EngineSpec
+from vlarl_rllib.settings.transports import nixl_is_installed
 from vlarl_rllib.types import HALF_LOADED, SampleRequest
 from vlarl_rllib.weights.protocol import GoneError
-from vlarl_rllib.weights.ray_transports import nixl_is_installed, tensor_transport_options
+from vlarl_rllib.weights.ray_transports import tensor_transport_options
 from vlarl_rllib.weights.sync import WeightSync
 
 SECONDS = 120

@@ -25,7 +25,7 @@ from vlarl_rllib.rewards.weighted import make_reward
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
 from vlarl_rllib.settings.plan import num_training_starts
 from vlarl_rllib.settings.published import absolute_unless_name, is_model_name
-from vlarl_rllib.settings.transports import AUTO, TRANSPORTS, transport_class
+from vlarl_rllib.settings.transports import AUTO, TRANSPORTS, require_installed, transport_class
 
 MANY_STARTS = 1000
 """More than a run plays often enough to tell the hard ones."""
@@ -70,6 +70,8 @@ def _check_decisions(settings: Settings) -> None:
 def _check_transport(settings: Settings) -> None:
     name = settings.weights.transport
     if name in (AUTO, *TRANSPORTS):
+        if cluster_address() is None:  # elsewhere the driver may be a machine that needs nothing of it
+            require_installed(name)
         return
     try:
         transport_class(name)

@@ -8,8 +8,10 @@ An installed package adds one through an entry point:
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
+from vlarl_rllib.errors import SettingsError
 from vlarl_rllib.process.plugins import added_by_packages, load_class
 
 AUTO = "auto"
@@ -23,6 +25,20 @@ TRANSPORTS = {
 """`module:Class` of the transports that come with the package, by name."""
 PARTS = ("lends_tensors", "put", "get", "free", "obstacle")
 """What `WeightTransport` asks of a class, so that another one is refused before any actor starts."""
+
+
+def nixl_is_installed() -> bool:
+    """In this process's environment."""
+    return importlib.util.find_spec("nixl") is not None
+
+
+def require_installed(transport: str) -> None:
+    """Raise `SettingsError` where this environment lacks what the transport needs."""
+    if transport == NIXL and not nixl_is_installed():
+        raise SettingsError(
+            "weights.transport: nixl needs the package nixl in the environment of every node, and here it is not "
+            "installed; run: pip install 'vlarl-rllib[nixl]', or use auto"
+        )
 
 
 def transports() -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlarl_rllib.settings import SettingsError
-from vlarl_rllib.settings.transports import AUTO, CUDA_IPC, NIXL, OBJECT_STORE
+from vlarl_rllib.settings.transports import AUTO, CUDA_IPC, NIXL, OBJECT_STORE, nixl_is_installed
 from vlarl_rllib.types import Site
 from vlarl_rllib.weights import find_transport
 
@@ -28,8 +28,6 @@ def own_place(device: str, *, takes_part: bool) -> Site:
     """
     import ray
     import torch
-
-    from vlarl_rllib.weights.ray_transports import nixl_is_installed
 
     gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if device == "cuda" else ""
     direct = set()

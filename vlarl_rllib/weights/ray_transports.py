@@ -7,7 +7,6 @@ ends live through each other's death; Ray kills both where the result of an acto
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,7 @@ import torch
 from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError, RayError
 from torch import Tensor
 
-from vlarl_rllib.settings import SettingsError
-from vlarl_rllib.settings.transports import CUDA_IPC, NIXL
+from vlarl_rllib.settings.transports import CUDA_IPC, NIXL, require_installed
 from vlarl_rllib.types import Site, TensorSpec
 from vlarl_rllib.weights.protocol import GoneError, WeightTransport
 
@@ -237,17 +235,8 @@ def tensor_transport_options(gpus: float, transport: str) -> dict[str, Any]:
 
     Raises `SettingsError`, before there is any actor, where the transport is not installed.
     """
-    if transport == NIXL and not nixl_is_installed():
-        raise SettingsError(
-            "weights.transport: nixl needs the package nixl in the environment of every node, and here it is not "
-            "installed; run: pip install 'vlarl-rllib[nixl]', or use auto"
-        )
+    require_installed(transport)
     return {"enable_tensor_transport": True} if gpus or transport in (CUDA_IPC, NIXL) else {}
-
-
-def nixl_is_installed() -> bool:
-    """In this process's environment."""
-    return importlib.util.find_spec("nixl") is not None
 
 
 def _bytes(tensor: Tensor) -> Tensor:
