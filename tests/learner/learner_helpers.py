@@ -51,18 +51,20 @@ def contributions() -> list[list[SingleAgentEpisode]]:
 
 
 def build(
-    num_learners: int, model: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, **training: Any
+    num_learners: int,
+    model: dict[str, Any] | None = None,
+    rollout: dict[str, Any] | None = None,
+    learners: dict[str, Any] | None = None,
+    **training: Any,
 ) -> VLALearnerGroup:
     dtype = (model or {}).get("dtype", "float32")
-    units = (
-        {} if num_learners == 1 else {"min_unit_parameters": 1}
-    )  # one learner: one FSDP unit, as a model this small has it; others: as large ones
+    several = {"num": num_learners, "fsdp": {"min_unit_parameters": 1}}  # units as large models have them
     settings = Settings.from_dict(
         {
             "model": model or {},
             "engines": {"dtype": dtype},
             "rollout": rollout or {},
-            "learners": {"num": num_learners, "micro_batch_size": 4, "timeout_seconds": 120, "fsdp": units},
+            "learners": {"micro_batch_size": 4, "timeout_seconds": 120} | several | (learners or {}),
             "training": {
                 "minibatch_size": 10,
                 "num_epochs": 2,

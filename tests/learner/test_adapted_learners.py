@@ -18,6 +18,7 @@ from learner_helpers import (
 )
 
 from vlarl_rllib.learner.collate import collate
+from vlarl_rllib.learner.device_batch import DeviceBatch
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
 from vlarl_rllib.models.presets import resolve_model
@@ -54,6 +55,27 @@ def test_adapters_alone_are_trained_sent_merged_and_saved(
     assert largest_difference(sent, weights(two, 2)) <= 1e-4  # Adam on gradients near zero, at a large learning rate
     two.call("load_sharded", str(tmp_path))
     assert largest_difference(sent, weights(two, 3)) == 0.0
+
+
+@pytest.mark.parametrize("targets", ["published", "language_model"])
+def test_adapters_merged_ahead_learn_and_send_the_same(
+    make_group: Callable[..., VLALearnerGroup], targets: str
+) -> None:
+    """To the bit, also where features of frozen towers are kept from the score pass."""
+    groups = [
+        make_group(0, {"lora": {"rank": 4, "targets": targets}}, learners={"merge_ahead": ahead}, lr=1e-3)
+        for ahead in (False, True)
+    ]
+    for iteration in range(2):
+        in_each_pass, ahead = (update(group, iteration) for group in groups)
+        assert in_each_pass == ahead
+    assert not changed(*(parameters(group) for group in groups))
+    assert not changed(*(weights(group, 1) for group in groups))
+    held = dict(groups[1]._learner.sharded.policy.named_buffers())
+    name = "language_model.model.layers.0.mlp.up_proj.merged_weight"
+    assert torch.equal(held[name], weights(groups[1], 2)[name.replace("merged_weight", "weight")])
+    assert weights(groups[1], 3)[name.replace("merged_weight", "weight")].data_ptr() != held[name].data_ptr()
+    assert not [name for name in groups[0]._learner.sharded.policy.state_dict() if "merged_weight" in name]
 
 
 def test_a_frozen_bfloat16_base_under_float32_adapters(make_group: Callable[..., VLALearnerGroup]) -> None:
@@ -98,9 +120,8 @@ def test_a_quantised_base_sends_what_it_computes_with(make_group: Callable[..., 
         assert error < {"8bit": 0.01, "4bit": 0.12}[bits], name
     policy = group._learner.sharded.policy
     reference.load_state_dict(sent)
-    inputs = collate(contributions(), group._learner._processor.prompt_ids, ACTIONS).model_inputs(
-        np.arange(6), torch.device("cpu")
-    )
+    batch = collate(contributions(), group._learner._processor.prompt_ids, ACTIONS)
+    inputs = DeviceBatch(batch, torch.device("cpu"), fixed_length=False).inputs(np.arange(6))
     with torch.no_grad():
         torch.testing.assert_close(policy(**inputs).action_logits, reference(**inputs).action_logits, atol=1e-5, rtol=0)
     before = parameters(group)

@@ -56,14 +56,6 @@ def test_steps_then_bootstrap_frames() -> None:
     assert torch.equal(batch.flat(batch.rows(batch.rewards)), batch.rewards)
 
 
-def test_model_inputs_are_padded_on_the_right_and_stay_uint8() -> None:
-    batch = collate([[fragment(1, 5)], [fragment(1, 7, instruction="push it")]], prompt_ids, ACTIONS)
-    inputs = batch.model_inputs(np.array([0, 1, 2]), torch.device("cpu"))
-    assert inputs["pixel_values"].dtype == torch.uint8 and inputs["pixel_values"].shape == (3, 3, 2, 2)
-    assert inputs["attention_mask"].sum(1).tolist() == [6, 8, 6]
-    assert inputs["action_tokens"][:2].tolist() == [list(range(5, 12)), list(range(7, 14))]
-
-
 def test_nothing_to_collate_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         collate([[]], prompt_ids, ACTIONS)

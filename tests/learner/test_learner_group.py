@@ -22,6 +22,7 @@ from learner_helpers import (
 
 from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
+from vlarl_rllib.learner.device_batch import DeviceBatch
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.learner.rank_group import LearnerError, LearnerGroupError
 
@@ -67,14 +68,45 @@ def test_0_1_and_2_learners_make_the_same_update_and_load_each_others_checkpoint
     assert largest_difference(local_second, weights(two, 3)) <= 2e-5
 
 
+def test_compiled_blocks_of_fixed_shapes_make_the_same_update(
+    make_group: Callable[..., VLALearnerGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uneven passes are filled up, so that each block sees one shape: with a compiler that only traces."""
+    shapes = set()
+
+    def trace(module: torch.nn.Module, dynamic: bool) -> None:
+        module.register_forward_pre_hook(lambda _, inputs: shapes.add(tuple(inputs[0].shape)))
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager", dynamic=dynamic)
+
+    plain = make_group(0)
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    compiled = make_group(0, learners={"compile": True})
+    for iteration in range(2):
+        expected, metrics = update(plain, iteration), update(compiled, iteration)
+        assert metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
+    assert largest_difference(weights(plain, 1), weights(compiled, 1)) <= 1e-5
+    rows_and_lengths = {shape[:2] for shape in shapes}
+    assert rows_and_lengths == {(4, length) for _, length in rows_and_lengths} and len(rows_and_lengths) == 3
+
+
+@pytest.mark.slow
+def test_inductor_makes_the_same_update(make_group: Callable[..., VLALearnerGroup]) -> None:
+    plain, compiled = make_group(0), make_group(0, learners={"compile": True})
+    expected, metrics = update(plain), update(compiled)
+    assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-5, nan_ok=True)
+    assert largest_difference(weights(plain, 1), weights(compiled, 1)) <= 2e-5
+
+
 def test_critic_warm_up_leaves_the_policy_alone(make_group: Callable[..., VLALearnerGroup]) -> None:
     group = make_group(0, critic_warmup_iterations=1)
     before = weights(group, 1)
     head = group._learner.sharded.policy.value_head
-    values_before = [p.full_tensor().clone() for p in head.parameters()]
+    values_before = [whole(p) for p in head.parameters()]
     update(group, iteration=0)
     assert largest_difference(before, weights(group, 2)) == 0.0
-    assert any(not torch.equal(a, p.full_tensor()) for a, p in zip(values_before, head.parameters(), strict=True))
+    assert any(not torch.equal(a, whole(p)) for a, p in zip(values_before, head.parameters(), strict=True))
     update(group, iteration=1)
     assert largest_difference(before, weights(group, 3)) > 0.0
 
@@ -109,7 +141,7 @@ def test_value_shaping_acts_like_a_larger_critic(make_group: Callable[..., VLALe
     learner.settings = learner.settings.replaced(rewards={"value_shaping": 2.0})
     group.receive(contributions(), STEPS)
     batch = learner._batch
-    targets = learner._targets(batch)
+    targets = learner._targets(DeviceBatch(batch, torch.device("cpu"), fixed_length=False))
     # The first fragment: five steps to a success, behind which the value is 0.
     values, rewards = targets["old_values"][:5].double(), batch.rewards[:5].double()
     larger = 3.0 * torch.cat([values, torch.zeros(1, dtype=torch.float64)])
@@ -227,7 +259,7 @@ def test_group_relative_advantages_compare_the_episodes_of_a_contribution_and_le
     group.receive(contributions(), STEPS)
     learner = group._learner
     batch = learner._batch
-    advantages = learner._targets(batch)["advantages"]
+    advantages = learner._targets(DeviceBatch(batch, torch.device("cpu"), fixed_length=False))["advantages"]
     first, second = batch.rewards[:5].sum(), batch.rewards[5:8].sum()
     assert advantages[:8].tolist() == pytest.approx([float(first - second)] * 5 + [float(second - first)] * 3, abs=1e-5)
     assert advantages[8:].tolist() == [0.0] * 22, "the other contributions are of one episode each"

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+from vlarl_rllib.learner.casts import in_type
 
 
 @pytest.fixture
@@ -42,3 +44,26 @@ def test_sharded_units_give_the_outputs_and_gradients_of_the_plain_model(golden_
     for name, parameter in plain.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name].full_tensor(), parameter.grad)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+def test_rounding_without_fsdp_is_that_of_its_mixed_precision(golden_s, one_process_group):
+    plain = copy.deepcopy(golden_s.model).requires_grad_()
+    plain.add_value_head()
+    sharded = copy.deepcopy(plain)
+    mesh = dist.init_device_mesh("cpu", (1,))
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(sharded, mesh=mesh, mp_policy=precision)
+    inputs = golden_s.inputs(slice(0, 2)) | {"action_tokens": golden_s.tensor("forced_tokens")[:2, 0]}
+    outputs = [model(**inputs) for model in (in_type(plain, torch.bfloat16), sharded)]
+    for output in outputs:
+        (output.action_logits.square().mean() + (output.values - 1).square().mean()).backward()
+    assert torch.equal(outputs[0].action_logits, outputs[1].action_logits)
+    gradients = {name: parameter.grad for name, parameter in sharded.named_parameters()}
+    compared = 0
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.dtype == parameter.dtype == torch.float32
+            torch.testing.assert_close(gradients[name].full_tensor(), parameter.grad, atol=0, rtol=0)
+            compared += 1
+    assert compared > 20

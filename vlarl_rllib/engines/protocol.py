@@ -61,6 +61,8 @@ class EngineSpec:
     False = each call is a batch of its own, so that its rounding does not depend on timing.
     """
     seed: int
+    quantization: str | None = None
+    """`engines.quantization`."""
     run: str = "vlarl"
     """What the run is called, on Ray's dashboard and in metrics."""
     suite: str = ""

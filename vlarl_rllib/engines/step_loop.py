@@ -1,9 +1,9 @@
 """The thread that owns a model which generates step by step: continuous batching over all callers.
 
-Whatever waits is admitted before each step, or with `mix_calls` off once the model is idle. A weight update waits for
-what was submitted before it and holds back what was submitted after it, so that every decision comes from one version;
-where it breaks off, the model samples nothing before a whole version has arrived. After the first exception of the
-model nobody waits any more.
+Whatever waits is admitted before each step, once it is enough for a batch or has waited for others long enough; with
+`mix_calls` off, one call at a time and once the model is idle. A weight update waits for what was submitted before it
+and holds back what was submitted after it, so that every decision comes from one version; where it breaks off, the
+model samples nothing before a whole version has arrived. After the first exception of the model nobody waits any more.
 """
 
 from __future__ import annotations
@@ -87,15 +87,25 @@ class StepLoop:
         build: makes the stepper.
         actions: what a reply must be.
         mix_calls: see `EngineSpec.mix_calls`.
+        batch: so many requests need not wait for others.
+        wait_seconds: how long fewer of them wait, where calls are mixed.
 
     Raises:
         EngineError: `build` failed.
     """
 
     def __init__(
-        self, build: Callable[[], Stepper], actions: ActionFormat, name: str = "engine", *, mix_calls: bool = True
+        self,
+        build: Callable[[], Stepper],
+        actions: ActionFormat,
+        name: str = "engine",
+        *,
+        mix_calls: bool = True,
+        batch: int = 1,
+        wait_seconds: float = 0.0,
     ) -> None:
         self._actions = actions
+        self._batch, self._wait_seconds = batch, wait_seconds if mix_calls else 0.0
         self._waits_for_idle = (WeightUpdate,) if mix_calls else (WeightUpdate, _Call)
         self._inbox: deque[_Call | WeightUpdate | _Probe] = deque()
         self._wake = threading.Condition()
@@ -149,7 +159,10 @@ class StepLoop:
     def num_waiting(self) -> int:
         """Requests that are not in the model yet."""
         with self._wake:
-            return sum(len(item.requests) for item in self._inbox if isinstance(item, _Call))
+            return self._count_waiting()
+
+    def _count_waiting(self) -> int:
+        return sum(len(item.requests) for item in self._inbox if isinstance(item, _Call))
 
     def _submit(self, item: _Call | WeightUpdate | _Probe) -> None:
         with self._wake:
@@ -173,12 +186,19 @@ class StepLoop:
 
     def _admit(self, stepper: Stepper) -> None:
         """Take what waits, in order; block while there is nothing at all to do."""
+        has_begun = False
         while True:
             with self._wake:
                 while not self._inbox and not self._in_flight:
                     self._wake.wait()
                 if not self._inbox or (isinstance(self._inbox[0], self._waits_for_idle) and self._in_flight):
                     return
+                if not has_begun and (seconds := self._seconds_to_wait()) > 0:
+                    if self._in_flight:
+                        return
+                    self._wake.wait(seconds)
+                    continue
+                has_begun = True
                 item = self._inbox.popleft()
             # A caller that went away has cancelled its future; from here on it can no longer do so.
             if not item.future.set_running_or_notify_cancel():
@@ -186,6 +206,13 @@ class StepLoop:
             self._starting = item
             self._start(stepper, item)
             self._starting = None
+
+    def _seconds_to_wait(self) -> float:
+        """How long the first in the inbox may still wait for others to make a batch with; 0 = it need not."""
+        first = self._inbox[0]
+        if not isinstance(first, _Call) or self._count_waiting() >= self._batch:
+            return 0.0
+        return first.since + self._wait_seconds - time.perf_counter()
 
     def _start(self, stepper: Stepper, item: _Call | WeightUpdate | _Probe) -> None:
         if isinstance(item, _Call):

@@ -80,27 +80,6 @@ class RolloutBatch:
         first of all."""
         return np.where(frames < self.num_decisions, frames, 0)
 
-    def model_inputs(self, frames: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """What the model needs for the frames with these indices: input_ids, attention_mask, pixel_values (uint8),
-        action_tokens.
-
-        A frame behind a fragment has no tokens; it gets those of another one, whose logits nobody reads.
-        """
-        prompts = [self.prompts[i] for i in self.frame_prompt[frames]]
-        length = max(map(len, prompts))
-        input_ids = torch.zeros(len(prompts), length, dtype=torch.long)
-        attention_mask = torch.zeros(len(prompts), length, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, : len(prompt)] = torch.tensor(prompt)
-            attention_mask[row, : len(prompt)] = 1
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "pixel_values": torch.from_numpy(self.frames[frames]).permute(0, 3, 1, 2).contiguous(),
-            "action_tokens": torch.from_numpy(self.tokens[self.decisions_at(frames)]),
-        }
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-
 
 def collate(
     contributions: Sequence[Sequence[SingleAgentEpisode]],

@@ -35,7 +35,8 @@ from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.advantages import advantages_and_targets
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
-from vlarl_rllib.learner.loss import LossInputs, LossSettings, ppo_loss
+from vlarl_rllib.learner.device_batch import DeviceBatch, padded
+from vlarl_rllib.learner.loss import LossInputs, LossSettings, added_up, ppo_loss
 from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, Scores, ShardedPolicy
 from vlarl_rllib.models.build import build_models
@@ -174,91 +175,92 @@ class VLALearner(Rank, PPOTorchLearner):
         self.before_gradient_based_update(timesteps=timesteps or {})
         self._weights_seq_no += 1
         with self._phase("score"):
-            targets = self._targets(batch)
+            data = DeviceBatch(batch, self._device, fixed_length=self.sharded.fixed_shapes)
+            targets = self._targets(data)
         with self._phase("optimize"):
             warm_up = iteration < self.settings.training.critic_warmup_iterations
-            self._optimize(batch, targets, plan, warm_up=warm_up)
+            self._optimize(data, targets, plan, warm_up=warm_up)
             self.sharded.require_finite_weights()
         self.telemetry.count("trained_samples", batch.num_decisions * self.settings.training.num_epochs)
         self._log_steps(batch)
         self.after_gradient_based_update(timesteps=timesteps or {})
         return self.metrics.reduce()
 
-    def _targets(self, batch: RolloutBatch) -> dict[str, Tensor]:
-        """Values, advantages and old log-probs before the first optimiser step; everything [N], log-probs [N, A]."""
-        training = self.settings.training
-        values, log_probs = self._score(batch)
+    def _targets(self, data: DeviceBatch) -> dict[str, Tensor]:
+        """What the loss of each decision compares with, from before the first optimiser step, on the device; everything
+        [N], log-probs [N, A]."""
+        training, batch = self.settings.training, data.batch
+        values, log_probs = self._score(data)
         old_values = values[: batch.num_decisions]
         advantages, value_targets = advantages_and_targets(batch, values, self.settings)
         self._log_targets(batch, old_values, value_targets, advantages, log_probs)
-        return {
+        recomputes = training.old_log_probs == "recompute"
+        targets = {
             "old_values": old_values,
             "value_targets": value_targets,
             "advantages": fsdp.normalize(advantages)
             if training.advantages == "gae" and training.normalize_advantages
             else advantages,
-            "old_log_probs": log_probs if training.old_log_probs == "recompute" else batch.behaviour_log_probs,
+            "behaviour_log_probs": batch.behaviour_log_probs,
+            "old_log_probs": log_probs if recomputes else batch.behaviour_log_probs,
         }
+        return {name: target.to(self._device) for name, target in targets.items()}
 
     @torch.no_grad()
-    def _score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+    def _score(self, data: DeviceBatch) -> tuple[Tensor, Tensor]:
         """Values [N+E] of all frames and log-probs [N, A] of the tokens taken, in passes of `micro_batch_size`."""
-        size = self.settings.learners.micro_batch_size
+        size, batch = self.settings.learners.micro_batch_size, data.batch
         num_passes = int(fsdp.all_reduce_max(-(-len(batch.frames) // size)))
-        values, log_probs = [], []
+        scores = []
         for i in range(num_passes):
             frames = np.arange(i * size, min((i + 1) * size, len(batch.frames)))
-            out = self._forward(batch, frames)
-            values.append(out.values.cpu()[: len(frames)])
-            log_probs.append(out.log_probs.cpu()[: len(frames)])
-        return torch.cat(values).float(), torch.cat(log_probs)[: batch.num_decisions]
+            out = self._forward(data, padded(frames, self._rows(len(frames))))
+            scores.append((out.values[: len(frames)], out.log_probs[: len(frames)]))
+            if out.reusable:
+                data.keep({name: tensor[: len(frames)] for name, tensor in out.reusable.items()})
+        data.all_kept()
+        values, log_probs = (torch.cat(parts).cpu() for parts in zip(*scores, strict=True))
+        return values.float(), log_probs[: batch.num_decisions]
 
-    def _forward(self, batch: RolloutBatch, frames: np.ndarray) -> Scores:
-        """One pass through the sharded policy. Without frames a dummy row runs, so that no rank misses a collective."""
-        frames = frames if len(frames) else np.zeros(1, dtype=np.int64)
-        executed = batch.executed[batch.decisions_at(frames)].to(self._device)
-        return self.sharded.score(batch.model_inputs(frames, self._device), executed, self.settings.temperature)
+    def _rows(self, count: int) -> int:
+        """Rows of a pass over `count` frames: without frames a dummy row runs, so that no rank misses a collective."""
+        if not self.sharded.fixed_shapes:
+            return max(1, count)
+        return max(count, min(self.settings.learners.micro_batch_size, self.settings.training.minibatch_size))
 
-    def _optimize(self, batch: RolloutBatch, targets: dict[str, Tensor], plan: UpdatePlan, *, warm_up: bool) -> None:
+    def _forward(self, data: DeviceBatch, frames: np.ndarray) -> Scores:
+        """One pass through the sharded policy."""
+        return self.sharded.score(data.inputs(frames), data.executed(frames), self.settings.temperature)
+
+    def _optimize(self, data: DeviceBatch, targets: dict[str, Tensor], plan: UpdatePlan, *, warm_up: bool) -> None:
         training = self.settings.training
         loss_settings = LossSettings.of(training, self._actions.num_actions, train_policy=not warm_up)
         history: list[dict[str, float]] = []
         for minibatch in plan.minibatches(
             self._rank, training.num_epochs, training.minibatch_size, self.settings.learners.micro_batch_size
         ):
-            sums: dict[str, float] = {}
+            parts: list[dict[str, Tensor]] = []
             for i, steps in enumerate(minibatch.forwards):
                 self.sharded.reduce_gradients(in_this_pass=i == len(minibatch.forwards) - 1)
-                outputs = ppo_loss(self._loss_inputs(batch, targets, steps, minibatch.num_valid), loss_settings)
+                outputs = ppo_loss(self._loss_inputs(data, targets, steps, minibatch.num_valid), loss_settings)
                 self.sharded.backward(outputs.loss)
-                for name, value in outputs.sums.items():
-                    sums[name] = (
-                        max(sums.get(name, 0.0), float(value))
-                        if name == "ratio_deviation"
-                        else sums.get(name, 0.0) + float(value)
-                    )
-            history.append(self._finish_minibatch(sums, minibatch.num_valid, warm_up=warm_up))
+                parts.append(outputs.sums)
+            history.append(self._finish_minibatch(added_up(parts), minibatch.num_valid, warm_up=warm_up))
         self._log_optimization(history)
 
     def _loss_inputs(
-        self, batch: RolloutBatch, targets: dict[str, Tensor], steps: np.ndarray, num_valid: int
+        self, data: DeviceBatch, targets: dict[str, Tensor], steps: np.ndarray, num_valid: int
     ) -> LossInputs:
-        out = self._forward(batch, steps)
-        rows = steps if len(steps) else np.zeros(1, dtype=np.int64)
-        on_device = {name: target[rows].to(self._device) for name, target in targets.items()}
+        frames = padded(steps, self._rows(len(steps)))
+        out, rows = self._forward(data, frames), data.on_device(frames)
         return LossInputs(
             log_probs=out.log_probs,
             entropy=out.entropy,
             values=out.values.float(),
-            behaviour_log_probs=(
-                targets["old_log_probs"]
-                if self.settings.training.old_log_probs == "behaviour"
-                else batch.behaviour_log_probs
-            )[rows].to(self._device),
-            executed=batch.executed[rows].to(self._device),
-            mask=torch.full((len(rows),), len(steps) > 0, device=self._device),
+            executed=data.executed(frames),
+            mask=data.on_device(np.arange(len(frames)) < len(steps)),
             num_valid=float(num_valid),
-            **on_device,
+            **{name: target[rows] for name, target in targets.items()},
         )
 
     def _finish_minibatch(self, sums: dict[str, float], num_valid: int, *, warm_up: bool) -> dict[str, float]:

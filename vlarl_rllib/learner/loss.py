@@ -5,6 +5,7 @@ Letters: N = decisions, K = actions of a decision, A = its tokens, U = units tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,14 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
     return LossOutputs(
         _masked_sum(per_decision, mask) / inputs.num_valid, {name: value.detach() for name, value in sums.items()}
     )
+
+
+def added_up(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """`LossOutputs.sums` of all micro-batches of a minibatch together; waits for the device once."""
+    table = torch.stack([torch.stack([*sums.values()]) for sums in parts]).double()
+    total = dict(zip(parts[0], table.sum(0).tolist(), strict=True))
+    largest = list(parts[0]).index("ratio_deviation")
+    return total | {"ratio_deviation": float(table[:, largest].max())}
 
 
 def _units(tokens: Tensor, settings: LossSettings) -> Tensor:

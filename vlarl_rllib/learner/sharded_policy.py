@@ -6,7 +6,7 @@ N = rows of a forward pass, A = tokens of a row's decision, V = action ids.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,14 @@ from torch.nn.utils import get_total_norm
 
 from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
+from vlarl_rllib.learner.casts import in_type
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
 from vlarl_rllib.models.family import ActionFormat, PolicyFamily
+from vlarl_rllib.models.lora import merge_ahead
 from vlarl_rllib.process.storage import FileFacts, Place
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.weights.publisher import Publisher
-from vlarl_rllib.weights.source import iterate_weights
+from vlarl_rllib.weights.source import iterate_weights, local_shard
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +47,14 @@ class Scores:
     """[N] of the distributions of the executed tokens together, in nats."""
     values: Tensor
     """[N]"""
+    reusable: Mapping[str, Tensor]
+    """What later passes over the same frames may take instead of `pixel_values`; empty where the frames' way into the
+    policy is trained."""
 
 
 class ShardedPolicy:
     """The models of one rank with their optimisers. What says "collective" must be called on all ranks, as often on
-    each.
+    each. A single rank holds them whole, without FSDP.
 
     Args:
         policy: with its value head, where it has one.
@@ -82,25 +87,47 @@ class ShardedPolicy:
         self._if_diverged = if_diverged
         self._skipped_in_a_row = 0
         self._few_patches = device.type == "cpu" and bool(policy.num_image_tokens <= FEW_PATCHES)  # type: ignore[operator]
-        self._shard()
+        self._whole = world_size == 1 and not settings.learners.fsdp.cpu_offload
+        self.fixed_shapes = compiles(settings)
+        """Whether passes should have the same shapes each time: another shape is compiled anew."""
+        self._calls = {name: self._make_ready(model) for name, model in self.trained_modules().items()}
+        self._merges_ahead = self._whole and merges_ahead(settings)
+        self._reusable = family.frozen_inputs(policy) if critic is None else ()
+        self._weights_changed()
         self.optimizers = self._make_optimizers(lr, weight_decay)
         """AdamW for the policy and, where something of it is trained, with its own learning rate for value head or
         critic."""
         self.publisher = Publisher(policy, getattr(torch, settings.engines.dtype), settings.weights, rank)
         """This rank's part in bringing the policy to the engines."""
 
-    def _shard(self) -> None:
-        model, learners = self._settings.model, self._settings.learners
-        ranks = self._world_size
-        for sharded in self.trained_modules().values():
+    def _make_ready(self, model: nn.Module) -> Callable[..., Any]:
+        """Put a model where it computes, sharded or whole; how to call it."""
+        learners, ranks = self._settings.learners, self._world_size
+        dtype = None if self._settings.model.lora else getattr(torch, self._settings.model.dtype)
+        if learners.fsdp.checkpoint_activations:
+            self._family.checkpoint_activations(model)
+        if self._whole:
+            fsdp.place_whole(model, self._device)
+        else:
+            planned = calculate_runtime_args(self._settings).mesh if ranks == max(1, learners.num) else (1, ranks)
             fsdp.shard_model(
-                sharded,
+                model,
                 self._family,
                 device=self._device,
-                mesh_shape=calculate_runtime_args(self._settings).mesh if ranks == max(1, learners.num) else (1, ranks),
-                compute_dtype=None if model.lora else getattr(torch, model.dtype),
+                mesh_shape=planned,
+                compute_dtype=dtype,
                 settings=learners.fsdp,
             )
+        if self.fixed_shapes:
+            for unit in self._family.compile_units(model):
+                unit.compile(dynamic=False)
+        return in_type(model, dtype) if self._whole and dtype not in (None, torch.float32) else model
+
+    @torch.no_grad()
+    def _weights_changed(self) -> None:
+        """Merge the adapters for all passes to come, where they are merged ahead."""
+        if self._merges_ahead:
+            merge_ahead(self.trained_modules())
 
     def _make_optimizers(self, lr: float, weight_decay: float) -> dict[str, torch.optim.Optimizer]:
         """Frozen parameters belong to none."""
@@ -133,6 +160,7 @@ class ShardedPolicy:
                 fsdp.fill(parameter, fresh[name])
         for optimizer in self.optimizers.values():
             optimizer.state.clear()
+        self._weights_changed()
 
     def trained_modules(self) -> nn.ModuleDict:
         """All that is trained: `policy` and, where it is separate, `critic`."""
@@ -144,7 +172,8 @@ class ShardedPolicy:
         """One teacher-forced pass. Collective.
 
         Args:
-            inputs: input_ids, attention_mask, pixel_values and action_tokens [N, A], on this rank's device.
+            inputs: input_ids, attention_mask, action_tokens [N, A], and pixel_values or what `Scores.reusable` has
+                for them, on this rank's device.
             executed: [N, A] bool, there too: tokens of actions that were played.
         """
         output = self.forward(**inputs)
@@ -152,19 +181,20 @@ class ShardedPolicy:
         if self.critic is not None:
             frames = {name: tensor for name, tensor in inputs.items() if name != "action_tokens"}
             with self._attention():
-                values = self.critic(**frames).values
+                values = self._calls[CRITIC](**frames).values
         distribution = torch.log_softmax(output.action_logits / temperature, dim=-1)
         chosen = inputs["action_tokens"] - self._action_ids[0]
         return Scores(
             log_probs=distribution.gather(-1, chosen[..., None])[..., 0],
             entropy=-torch.where(executed[..., None], distribution.exp() * distribution, 0.0).sum((-2, -1)),
             values=values,
+            reusable={name: getattr(output, name) for name in self._reusable},
         )
 
     def forward(self, **inputs: Any) -> Any:
         """The policy's own output. Collective."""
         with self._attention():
-            return self.policy(**inputs)
+            return self._calls[POLICY](**inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Add to the gradients. Collective.
@@ -186,7 +216,7 @@ class ShardedPolicy:
     def reduce_gradients(self, *, in_this_pass: bool) -> None:
         """Say before a forward pass whether its gradients are reduced over the ranks: once for an optimiser step, in
         its last pass."""
-        for model in self.trained_modules().values():
+        for model in self.trained_modules().values() if not self._whole else ():
             model.set_requires_gradient_sync(in_this_pass)  # type: ignore[operator]
 
     def step(self, names: Sequence[str]) -> tuple[dict[str, float], bool]:
@@ -205,6 +235,7 @@ class ShardedPolicy:
             self._skipped_in_a_row = 0
             for name in names:
                 self.optimizers[name].step()
+            self._weights_changed()
         else:
             self._skip(norms)
         for optimizer in self.optimizers.values():
@@ -225,9 +256,7 @@ class ShardedPolicy:
     def require_finite_weights(self) -> None:
         """Before engines or a checkpoint get them. Collective. Raises DivergedError."""
         shards = [
-            fsdp.local_shard(parameter)
-            for optimizer in self.optimizers.values()
-            for parameter in _parameters(optimizer)
+            local_shard(parameter) for optimizer in self.optimizers.values() for parameter in _parameters(optimizer)
         ]
         largest = get_total_norm([shard for shard in shards if shard.numel()], float("inf"))
         finite = bool(largest.isfinite())
@@ -251,11 +280,25 @@ class ShardedPolicy:
     def load(self, directory: Place) -> None:
         """Read what `save` wrote, also with another number of ranks. Collective."""
         load_sharded(directory, self.trained_modules(), self.optimizers)
+        self._weights_changed()
         self.publisher.forget()
 
     def close(self) -> None:
         """Free what was published."""
         self.publisher.close()
+
+
+def compiles(settings: Settings) -> bool:
+    """`learners.compile`, or what it is by default."""
+    chosen = settings.learners.compile
+    return settings.learners.gpus > 0 if chosen is None else chosen
+
+
+def merges_ahead(settings: Settings) -> bool:
+    """Whether a learner that holds the whole model keeps the merged weights: `learners.merge_ahead`, or what it is by
+    default."""
+    chosen, model = settings.learners.merge_ahead, settings.model
+    return model.lora is not None and (model.quantization is None if chosen is None else chosen)
 
 
 def _in_one(policy: nn.Module, critic: nn.Module | None) -> nn.ModuleDict:

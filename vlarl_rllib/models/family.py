@@ -294,6 +294,15 @@ class PolicyFamily(ABC):
     def shard_units(self, policy: nn.Module) -> Iterable[nn.Module]:
         """Modules that FSDP may gather each on its own; it gathers the rest at once."""
 
+    def compile_units(self, policy: nn.Module) -> Iterable[nn.Module]:
+        """Modules worth compiling each on its own: those that repeat, so that one compilation serves many."""
+        return ()
+
+    def frozen_inputs(self, policy: nn.Module) -> tuple[str, ...]:
+        """Outputs of a forward pass that later passes may take, under these names, instead of `pixel_values`: nothing
+        that is trained is in them."""
+        return ()
+
     @abstractmethod
     def checkpoint_activations(self, policy: nn.Module) -> None:
         """Have the backward pass compute activations again."""

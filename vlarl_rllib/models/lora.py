@@ -4,8 +4,8 @@ r = rank, N = rows of the input (batch x sequence), I = in features, O = out fea
 
 PEFT computes `x Wᵀ + s (x Aᵀ) Bᵀ`. Here a layer multiplies once with `W' = W + s B A`, rounded to the compute type as
 the sampler's weights are, and its backward pass forms the two low-rank gradients alone. So the learner runs on exactly
-the weights that the engines hold, and saves the extra products. W' is made anew in both passes: it would otherwise
-double the memory of the base.
+the weights that the engines hold, and saves the extra products. W' is made anew in both passes, or, where there is
+memory for it beside the base, once for all passes between two optimiser steps (`merge_ahead`).
 
 The base may be quantised (`models/quantization.py`); then W is what it dequantises to.
 """
@@ -87,9 +87,32 @@ class _Merged(peft_layers.LoraLayer):
 class MergedLinear(peft_layers.Linear, _Merged):
     """A linear layer with an adapter."""
 
+    merged_weight: Tensor | None
+    """W', where it was merged ahead and is current."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("merged_weight", None, persistent=False)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = _MergedProduct.apply(x, *self.factors[:2], self)
+        lora_a, lora_b, scaling = self.factors
+        if self.merged_weight is None:
+            out = _MergedProduct.apply(x, lora_a, lora_b, self)
+        else:
+            out = _Product.apply(x, self.merged_weight, lora_a, lora_b, scaling)
         return out if self.base_layer.bias is None else out + self.base_layer.bias
+
+    @torch.no_grad()
+    def merge_ahead(self) -> None:
+        """Merge what A and B are now."""
+        merged = merge_lora(self.base_weight(), *self.factors)
+        if self.merged_weight is None:
+            self.merged_weight = merged
+        else:
+            self.merged_weight.copy_(merged)
+
+    def published_weight(self, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        return super().published_weight(gather) if self.merged_weight is None else self.merged_weight
 
     def rows(self, ids: slice) -> Tensor:
         """Rows of the merged weight, differentiable; for a head of which only some outputs are wanted."""
@@ -108,7 +131,7 @@ class MergedConv2d(peft_layers.Conv2d, _Merged):
 
 
 class _MergedProduct(torch.autograd.Function):
-    """x [..., I] -> x W'ᵀ [..., O]; gradients for x, A and B."""
+    """x [..., I] -> x W'ᵀ [..., O], merging on the way; gradients for x, A and B."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, layer: MergedLinear) -> Tensor:
@@ -125,13 +148,37 @@ class _MergedProduct(torch.autograd.Function):
         grad_x = (
             grad @ merge_lora(ctx.layer.base_weight(), lora_a, lora_b, scaling) if ctx.needs_input_grad[0] else None
         )
-        grad_a = grad_b = None
-        if ctx.needs_input_grad[1]:
-            rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
-            low = grad_rows @ lora_b.to(grad.dtype)
-            grad_a = (low.T @ rows).to(lora_a.dtype) * scaling
-            grad_b = (grad_rows.T @ (rows @ lora_a.to(x.dtype).T)).to(lora_b.dtype) * scaling
-        return grad_x, grad_a, grad_b, None
+        return grad_x, *_factor_gradients(ctx, x, grad, lora_a, lora_b, scaling), None
+
+
+class _Product(torch.autograd.Function):
+    """x [..., I] -> x W'ᵀ [..., O] with W' as given; gradients for x, A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, merged: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(x, merged, lora_a, lora_b)
+        ctx.scaling = scaling
+        return F.linear(x, merged)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+        x, merged, lora_a, lora_b = ctx.saved_tensors
+        (grad,) = grad_outputs
+        grad_x = grad @ merged if ctx.needs_input_grad[0] else None
+        return grad_x, None, *_factor_gradients(ctx, x, grad, lora_a, lora_b, ctx.scaling), None
+
+
+def _factor_gradients(
+    ctx: Any, x: Tensor, grad: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of A and B, in their types, from products in that of x."""
+    if not any(ctx.needs_input_grad[1:]):
+        return None, None
+    rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
+    low = grad_rows @ lora_b.to(grad.dtype)
+    grad_a = (low.T @ rows).to(lora_a.dtype) * scaling
+    grad_b = (grad_rows.T @ (rows @ lora_a.to(x.dtype).T)).to(lora_b.dtype) * scaling
+    return grad_a, grad_b
 
 
 def add_lora(
@@ -167,6 +214,14 @@ def set_dequantized_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Choose the type in which quantised weights are used."""
     for _, layer in lora_layers(model):
         layer.dequantized_dtype = dtype
+
+
+def merge_ahead(model: nn.Module) -> None:
+    """Merge every adapted linear layer once, for all passes until A and B change: as much memory again as their
+    weights. Call it again after each change; the model must not be sharded or quantised."""
+    for _, layer in lora_layers(model):
+        if isinstance(layer, MergedLinear):
+            layer.merge_ahead()
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, MergedLinear | MergedConv2d]]:

@@ -77,6 +77,13 @@ def _impossible_engines(s: Sections) -> Iterator[str]:
             f"engines.gpus: {s.engines.gpus:g} has no engine to go to; set engines.num to at least 1, or "
             "engines.gpus to 0"
         )
+    if s.engines.quantization and not s.engines.gpus:
+        yield f"engines.quantization: {s.engines.quantization} needs engines on a GPU; set engines.gpus, or null"
+    if s.engines.quantization and s.training.old_log_probs != "recompute":
+        yield (
+            f"engines.quantization: {s.engines.quantization} makes the sampler's log-probs differ from the learner's; "
+            "set training.old_log_probs to recompute, or quantization to null"
+        )
     if s.engines.dtype != s.model.dtype and s.training.old_log_probs != "recompute":
         yield (
             f"engines.dtype: {s.engines.dtype} differs from model.dtype {s.model.dtype}, so the sampler's "

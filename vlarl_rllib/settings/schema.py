@@ -149,6 +149,11 @@ class EngineSettings(Section):
     gpus: NonNegativeFloat = Field(0.0, le=8.0, description="GPUs of each engine; a fraction shares a GPU, 0 = CPU.")
     cpus: CPUs = Field(1.0, description="CPUs that Ray reserves for each engine.")
     dtype: DType = Field("float32", description="Weights and compute type of the engine.")
+    quantization: Literal["fp8"] | None = Field(
+        None,
+        description="fp8 = the language model multiplies in 8-bit floats, scaled by tensor and token: faster on GPUs "
+        "that have them, and further from the learner, which training.old_log_probs recompute corrects.",
+    )
     max_batch: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="Sequences that an engine decodes at once.")
     enforce_eager: bool = Field(
         False, description="Do without CUDA graphs: starts faster, samples slower. CPU engines are always eager."
@@ -186,6 +191,15 @@ class LearnerSettings(Section):
     )
     timeout_seconds: Seconds = Field(
         600.0, description="A collective or call that takes longer means that a learner is dead or frozen."
+    )
+    compile: bool | None = Field(
+        None,
+        description="Compile the blocks of the model, about half a minute at a first start; null = on GPUs.",
+    )
+    merge_ahead: bool | None = Field(
+        None,
+        description="Where one learner holds the whole model: merge adapters once for an optimiser step instead of in "
+        "each pass, which takes as much memory again as the adapted weights; null = unless model.quantization is set.",
     )
     fsdp: FSDPSettings = FSDPSettings()
 

@@ -56,12 +56,14 @@ class Published:
         Args:
             dtype: shards are cast before they are gathered, so bfloat16 halves the traffic. Adapters are merged, always
                 anew from the base, before their weight is cast.
-            copy: never the parameter's own memory, which on one rank the whole tensor is.
+            copy: never memory that the model goes on using, which on one rank the whole tensor may be.
         """
         if self.adapted is not None:
-            return cast(Tensor, self.adapted.published_weight(_gather)).to(dtype).contiguous()
-        tensor = _gather(self.parameter, dtype).to(dtype).contiguous()
-        return tensor.clone() if copy and tensor.data_ptr() == _memory(self.parameter) else tensor
+            own = whole = cast(Tensor, self.adapted.published_weight(_gather))
+        else:
+            own, whole = local_shard(self.parameter), _gather(self.parameter, dtype)
+        tensor = whole.to(dtype).contiguous()
+        return tensor.clone() if copy and tensor.data_ptr() == own.data_ptr() else tensor
 
 
 def published_parameters(model: nn.Module) -> Iterator[Published]:
@@ -115,9 +117,9 @@ def _gather(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return cast(DTensor, tensor.to(device=tensor.device_mesh.device_type, dtype=dtype)).full_tensor()
 
 
-def _memory(parameter: nn.Parameter) -> int:
-    """Address of a parameter, or of this rank's shard of it."""
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).data_ptr()
+def local_shard(parameter: Tensor) -> Tensor:
+    """The part of a parameter that lies on this rank: all of it, where it is not sharded."""
+    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()  # type: ignore[attr-defined]
 
 
 def check_names_and_shapes(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> None:

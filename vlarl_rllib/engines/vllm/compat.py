@@ -180,6 +180,7 @@ def build_engine(spec: EngineSpec, config: Any, num_tokens: int, architecture: s
         hf_overrides={"architectures": [architecture]},
         load_format="safetensors",  # "auto" would fall back to pickles
         dtype=spec.dtype,  # type: ignore[arg-type]
+        quantization=spec.quantization,  # type: ignore[arg-type]
         seed=spec.seed,
         enforce_eager=on_cpu or spec.enforce_eager,
         max_model_len=length,

@@ -5,7 +5,7 @@ N = sequences of a step, S = image side in pixels, P = image patches, D = hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,6 +21,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
 from vlarl_rllib.engines.vllm.compat import engine_input
+from vlarl_rllib.engines.vllm.frame_encoder import FrameEncoder
 from vlarl_rllib.models.openvla import OpenVLAConfig, PrismaticVisionBackbone
 from vlarl_rllib.models.openvla.modeling import PrismaticProjector
 
@@ -83,6 +84,10 @@ class VlarlOpenVLA(nn.Module, SupportsMultiModal):
             hf_config=vllm_config.model_config.hf_config.text_config,
             prefix=maybe_prefix(prefix, "language_model"),
         )
+        self._frames_to_patches: Callable[[Tensor], Tensor] = self._encode
+        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        if vllm_config.device_config.device_type == "cuda" and not model.enforce_eager:
+            self._frames_to_patches = FrameEncoder(self._encode, scheduler.max_num_seqs)
         self._action_ids = config.action_token_ids
         self._vocab_size = config.text_config.vocab_size
 
@@ -105,7 +110,10 @@ class VlarlOpenVLA(nn.Module, SupportsMultiModal):
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None:
             return []
-        return self.projector(self.vision_backbone(pixel_values))
+        return self._frames_to_patches(pixel_values)
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        return self.projector(self.vision_backbone(frames))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Logits [N, vocabulary] float32, -inf at all but the 256 action ids, which alone go through the LM head.

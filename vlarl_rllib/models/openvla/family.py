@@ -183,6 +183,17 @@ class OpenVLAFamily(PolicyFamily):
         yield from (backbone.featurizer, backbone.fused_featurizer, policy.projector)
         yield from policy.language_model.model.layers
 
+    def compile_units(self, policy: Any) -> Iterable[nn.Module]:
+        """The towers' blocks and the decoder layers."""
+        backbone = policy.vision_backbone
+        yield from (*backbone.featurizer.live_blocks, *backbone.fused_featurizer.live_blocks)
+        yield from policy.language_model.model.layers
+
+    def frozen_inputs(self, policy: Any) -> tuple[str, ...]:
+        """The features of both towers, where neither is trained."""
+        trained = any(parameter.requires_grad for parameter in policy.vision_backbone.parameters())
+        return () if trained else ("vision_features",)
+
     def checkpoint_activations(self, policy: Any) -> None:
         """Of the language model's layers."""
         policy.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

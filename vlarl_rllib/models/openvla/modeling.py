@@ -47,6 +47,9 @@ class OpenVLAOutput(NamedTuple):
     """[B, A, 256] float32, over the action ids in id order (or all ids); A is 1 where no action tokens were given."""
     values: Tensor | None
     """[B] float32 from the last prompt token; None without a value head."""
+    vision_features: Tensor
+    """[B, P, vision width] of the frames, which later passes may take instead of them while the towers stay the same.
+    """
 
 
 class ActionPrediction(NamedTuple):
@@ -180,12 +183,13 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         Returns:
             Logits at the positions that predict the action tokens, and values where there is a value head.
         """
+        features = self._vision_features(pixel_values, vision_features)
         hidden, prompt_hidden = self.action_hidden_states(
-            input_ids, attention_mask, pixel_values, action_tokens, vision_features
+            input_ids, attention_mask, action_tokens=action_tokens, vision_features=features
         )
         values = None if self.value_head is None else self.value_head(prompt_hidden)
         logits = self._logits(hidden, slice(None)) if full_vocabulary else self._action_rows(hidden)
-        return OpenVLAOutput(action_logits=logits, values=values)
+        return OpenVLAOutput(logits, values, features)
 
     def action_logits(
         self,
@@ -215,7 +219,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         text, lengths = right_padded(input_ids, attention_mask)
         if action_tokens is not None:
             text = _append_to_rows(text, lengths, action_tokens[:, :-1])
-        embeddings = self._sequence_embeddings(text, pixel_values, vision_features)
+        embeddings = self._sequence_embeddings(text, self._vision_features(pixel_values, vision_features))
         num_states = 1 if action_tokens is None else action_tokens.shape[1]
         positions = self._last_prompt_position(lengths)[:, None] + torch.arange(num_states, device=lengths.device)
         hidden = self.language_model.model(
@@ -296,7 +300,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             raise ValueError("gradient checkpointing drops the cache in training mode; call model.eval() to sample")
         noise = draw_noise(seeds, len(input_ids), NUM_ACTION_TOKENS, len(self.action_token_ids)).to(self.device)
         text, lengths = right_padded(input_ids, attention_mask)
-        embeddings = self._sequence_embeddings(text, pixel_values, None)
+        embeddings = self._sequence_embeddings(text, self._vision_features(pixel_values, None))
         position = self._last_prompt_position(lengths)
         prefill = embeddings.shape[1]
         visible = torch.arange(prefill + NUM_ACTION_TOKENS, device=position.device).expand(len(text), -1)
@@ -323,12 +327,16 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 ).last_hidden_state
         return torch.stack(tokens, dim=1), torch.stack(log_probs, dim=1)
 
-    def _sequence_embeddings(self, text: Tensor, pixel_values: Tensor | None, vision_features: Tensor | None) -> Tensor:
+    def _vision_features(self, pixel_values: Tensor | None, vision_features: Tensor | None) -> Tensor:
+        """[B, P, vision width], computed unless they are given."""
+        if vision_features is not None:
+            return vision_features
+        if pixel_values is None:
+            raise ValueError("pass pixel_values, or vision_features that were computed before")
+        return self.vision_backbone(pixel_values)
+
+    def _sequence_embeddings(self, text: Tensor, vision_features: Tensor) -> Tensor:
         """Embeddings [B, P + text length, D] of [BOS | patches | rest of the text]."""
-        if vision_features is None:
-            if pixel_values is None:
-                raise ValueError("pass pixel_values, or vision_features that were computed before")
-            vision_features = self.vision_backbone(pixel_values)
         patches = self.projector(vision_features)
         words = self.language_model.model.embed_tokens(text)
         return torch.cat([words[:, :1], patches.to(words.dtype), words[:, 1:]], dim=1)

@@ -7,6 +7,7 @@ Parameter names are the published ones (timm's, with LayerScale's `gamma` called
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +44,21 @@ def normalize_pixels(pixels: Tensor, mean: Sequence[float] = PIXEL_MEAN, std: Se
         pixels = pixels.permute(0, 3, 1, 2)
     if pixels.shape[1] != 3:
         raise ValueError(f"raw images must have 3 channels, got shape {list(pixels.shape)}")
-    shift, scale = torch.tensor([mean, std], dtype=torch.float32, device=pixels.device)[..., None, None].unbind(0)
-    # The divisor is a tensor: torch turns division by a Python number into a product on CUDA, one bit off the CPU.
-    scaled = pixels.to(torch.float32) / torch.full((), 255.0, device=pixels.device)
-    return scaled.repeat(1, 2, 1, 1).sub_(shift).div_(scale)
+    shift, scale, white = _pixel_constants(tuple(mean), tuple(std), pixels.device)
+    return (pixels.to(torch.float32) / white).repeat(1, 2, 1, 1).sub_(shift).div_(scale)
+
+
+@cache
+def _pixel_constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation [6, 1, 1], and 255, on the device: made in each pass, they would wait for the GPU.
+
+    The divisor is a tensor: torch turns division by a Python number into a product on CUDA, one bit off the CPU.
+    """
+    with torch.inference_mode(False):
+        shift, scale = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
+        return shift, scale, torch.full((), 255.0, device=device)
 
 
 class PatchEmbed(nn.Module):

@@ -1,0 +1,92 @@
+"""A rank's decisions where its passes read them.
+
+N = decisions, E = frames behind fragments that go on, A = tokens of a decision, S = image side, R = rows of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlarl_rllib.learner.collate import RolloutBatch
+
+MAX_BYTES = 2 * 2**30
+"""Of the frames, and of what may be reused of them: more than that goes to the device, or is computed, in each pass."""
+LENGTH_STEP = 16
+"""Where shapes are to be the same, prompts are padded to a multiple of this."""
+
+
+class DeviceBatch:
+    """A `RolloutBatch` on a device.
+
+    Args:
+        fixed_length: pad prompts alike in every pass, instead of to the longest of the pass.
+    """
+
+    def __init__(self, batch: RolloutBatch, device: torch.device, *, fixed_length: bool) -> None:
+        self.batch, self._device = batch, device
+        frames = torch.from_numpy(batch.frames)
+        self._frames = frames.to(device) if frames.nbytes <= MAX_BYTES else frames
+        self._lengths = np.array([len(prompt) for prompt in batch.prompts])
+        longest = int(self._lengths.max())
+        self._length = -(-longest // LENGTH_STEP) * LENGTH_STEP if fixed_length else None
+        ids = torch.zeros(len(batch.prompts), self._length or longest, dtype=torch.long)
+        for row, prompt in enumerate(batch.prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        visible = torch.arange(ids.shape[1]) < torch.from_numpy(self._lengths)[:, None]
+        self._ids, self._visible = ids.to(device), visible.long().to(device)
+        self._tokens = torch.from_numpy(batch.tokens).to(device)
+        self._executed = batch.executed.to(device)
+        self._reusable: list[Mapping[str, Tensor]] = []
+        self._reuse: dict[str, Tensor] = {}
+
+    def inputs(self, frames: np.ndarray) -> dict[str, Tensor]:
+        """What the model needs for the frames with these indices: input_ids, attention_mask [R, L], action_tokens
+        [R, A], and pixel_values [R, 3, S, S] uint8 or what is reused of them.
+
+        A frame behind a fragment has no tokens; it gets those of another one, whose logits nobody reads.
+        """
+        prompts = self.batch.frame_prompt[frames]
+        length = self._length or int(self._lengths[prompts].max())
+        prompt, decision, frame = (
+            self.on_device(index) for index in (prompts, self.batch.decisions_at(frames), frames)
+        )
+        pixels = self._reuse or {"pixel_values": self._frames}
+        seen = {
+            name: tensor[frame if tensor.device == frame.device else torch.from_numpy(frames)]
+            for name, tensor in pixels.items()
+        }
+        if not self._reuse:
+            seen["pixel_values"] = seen["pixel_values"].to(self._device).permute(0, 3, 1, 2).contiguous()
+        return {
+            "input_ids": self._ids[prompt, :length],
+            "attention_mask": self._visible[prompt, :length],
+            "action_tokens": self._tokens[decision],
+            **seen,
+        }
+
+    def executed(self, frames: np.ndarray) -> Tensor:
+        """[R, A] bool: tokens of actions that were played, of the decisions at these frames."""
+        return self._executed[self.on_device(self.batch.decisions_at(frames))]
+
+    def on_device(self, values: np.ndarray) -> Tensor:
+        """Copied without waiting for the device."""
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+    def keep(self, reusable: Mapping[str, Tensor]) -> None:
+        """Later passes may take this instead of frames: of the next ones in order, until `all_kept`."""
+        self._reusable.append(reusable)
+
+    def all_kept(self) -> None:
+        """From now on passes get what was kept, if that is little enough to be."""
+        parts, self._reusable = self._reusable, []
+        if parts and sum(tensor.nbytes for part in parts for tensor in part.values()) <= MAX_BYTES:
+            self._reuse = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def padded(frames: np.ndarray, rows: int) -> np.ndarray:
+    """Indices of frames, filled up with the first frame of all to `rows`."""
+    return np.concatenate([frames, np.zeros(max(0, rows - len(frames)), dtype=np.int64)])
