@@ -173,7 +173,7 @@ class VLAPPOConfig(PPOConfig):
             family=family_name(resolve_model(settings.model.path), settings.model.family),
             dtype=engines.dtype,
             gpus=engines.gpus,
-            max_batch=engines.max_batch,
+            max_batch=calculate_runtime_args(settings).engine_batch,
             enforce_eager=engines.enforce_eager,
             mix_calls=not settings.lockstep,
             seed=settings.run.seed,

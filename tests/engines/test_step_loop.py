@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlarl_rllib.engines.protocol import EngineError, check_requests
-from vlarl_rllib.engines.step_loop import Sampled, StepLoop
+from vlarl_rllib.engines.step_loop import WAIT_SHARE, Sampled, StepLoop
 from vlarl_rllib.models.family import ActionFormat
 from vlarl_rllib.types import HALF_LOADED, INITIAL_VERSION, SampleRequest, WeightBucket
 from vlarl_rllib.weights.protocol import TransferError
@@ -105,6 +105,47 @@ def test_requests_of_different_callers_share_a_batch(loop, stepper):
         assert future.result(SECONDS)[0].tokens[0] == 100 + seed
     # The first step may have begun with the first request alone.
     assert max(stepper.batch_sizes) >= 5
+
+
+def test_what_comes_while_a_batch_runs_makes_the_next_one(loop, stepper):
+    stepper.gate.clear()
+    first = loop.sample([request(0), request(1)])
+    while loop.num_in_flight < 2:
+        time.sleep(0.001)
+    later = [loop.sample([request(seed)]) for seed in (2, 3, 4)]
+    stepper.gate.set()
+    for future in (first, *later):
+        future.result(SECONDS)
+    assert stepper.batch_sizes == [2, 2, 3, 3]
+
+
+def test_few_requests_wait_a_moment_for_others_and_enough_do_not(stepper):
+    loop = StepLoop(lambda: stepper, ACTIONS, enough=3)
+    loop.sample([request(0)]).result(SECONDS)  # no batch yet to measure by: no wait
+    loop._batch_seconds = 4.0 / WAIT_SHARE
+    lone, began = loop.sample([request(1)]), time.monotonic()
+    others = loop.sample([request(2), request(3)])
+    for future in (lone, others):
+        future.result(SECONDS)
+    assert time.monotonic() - began < 2.0
+    assert stepper.batch_sizes == [1, 1, 3, 3]
+    loop._batch_seconds = 0.05 / WAIT_SHARE
+    began = time.monotonic()
+    loop.sample([request(4)]).result(SECONDS)
+    assert time.monotonic() - began >= 0.05
+    assert stepper.batch_sizes[4:] == [1, 1]
+    assert loop._batch_seconds < 0.05 / WAIT_SHARE, "as long as that batch took"
+
+
+def test_a_call_by_itself_does_not_wait(stepper):
+    loop = StepLoop(lambda: stepper, ACTIONS, mix_calls=False, enough=3)
+    loop._batch_seconds = 60.0 / WAIT_SHARE
+    stepper.gate.clear()
+    futures = [loop.sample([request(seed)]) for seed in range(3)]
+    stepper.gate.set()
+    for future in futures:
+        future.result(SECONDS)
+    assert stepper.batch_sizes == [1] * 6
 
 
 def test_an_update_lets_earlier_requests_finish_and_later_ones_wait(loop, stepper):

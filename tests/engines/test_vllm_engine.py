@@ -266,4 +266,4 @@ def test_vllm_measures_memory_with_a_frame_of_the_policys_size(spec):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.splitlines()[-1] == "3 28 28 torch.uint8 4 4"
+    assert done.stdout.splitlines()[-1] == "28 28 3 torch.uint8 4 4"

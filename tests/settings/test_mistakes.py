@@ -40,6 +40,14 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"model": {"quantization": "8bit", "lora": {}}, "learners": {"gpus": 1, "fsdp": {"cpu_offload": True}}},
         ("model.quantization: 8bit", "cpu_offload to false"),
     ),
+    "eight-bit floats on a CPU": (
+        {"engines": {"quantization": "fp8"}, "training": {"old_log_probs": "recompute"}},
+        ("engines.quantization: fp8", "set engines.gpus"),
+    ),
+    "eight-bit floats whose log-probs are taken for the learner's": (
+        {"engines": {"quantization": "fp8", "gpus": 1}},
+        ("engines.quantization: fp8", "set training.old_log_probs to recompute"),
+    ),
     "another number of bits": (
         {"model": {"lora": {}, "quantization": "2bit"}},
         ("model.quantization: '2bit'", "'8bit' or '4bit'"),

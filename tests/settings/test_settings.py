@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.envs.registry import suites
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, calculate_runtime_args, known_keys
 from vlarl_rllib.settings.published import PUBLISHED_MODELS
@@ -113,6 +114,18 @@ def test_learning_in_the_driver_counts_as_one_learner() -> None:
 )
 def test_mesh_is_filled_up(num: int, mesh: tuple[int, int], expected: tuple[int, int]) -> None:
     assert plan(learners={"num": num, "fsdp": {"mesh": mesh}}, env={"num_envs": 8}).mesh == expected
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "num_engines", "max_batch", "expected"),
+    [(20, 1, 64, 20), (20, 1, 8, 8), (21, 2, 64, 11), (4, 0, 64, 4)],
+)
+def test_an_engine_makes_room_for_its_share_of_the_slots(
+    num_envs: int, num_engines: int, max_batch: int, expected: int
+) -> None:
+    chosen = settings(env={"num_envs": num_envs}, engines={"num": num_engines, "max_batch": max_batch})
+    assert calculate_runtime_args(chosen).engine_batch == expected
+    assert VLAPPOConfig.from_settings(chosen).engine_spec().max_batch == expected
 
 
 @pytest.mark.parametrize(
@@ -316,6 +329,7 @@ PLACED: dict[str, dict[str, Any]] = {
 THROUGH_PLAN: dict[str, tuple[dict[str, Any], str]] = {
     "env.tasks": ({"env": {"tasks": [3]}}, "slot_tasks"),
     "env.num_processes": ({"env": {"num_processes": 1}}, "num_processes"),
+    "engines.max_batch": ({"engines": {"max_batch": 2}}, "engine_batch"),
     "learners.fsdp.mesh": ({"learners": {"num": 2, "fsdp": {"mesh": [2, 1]}}}, "mesh"),
     "placement.strategy": ({"placement": {"strategy": "SPREAD"}}, "strategy"),
     **{

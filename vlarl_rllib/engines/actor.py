@@ -72,7 +72,9 @@ class EngineActor:
         self._image_size = facts.image_size
         self._processor = family.processor(spec.model_path)
         self._expected: Shapes = expected_tensors(family.without_memory(spec.model_path))
-        self._loop = StepLoop(partial(make_stepper, spec), facts.actions, name, mix_calls=spec.mix_calls)
+        self._loop = StepLoop(
+            partial(make_stepper, spec), facts.actions, name, mix_calls=spec.mix_calls, enough=-(-spec.max_batch // 2)
+        )
         self._update = WeightUpdate.closed()
         self._takes_part = bool(tensor_transport_options(spec.gpus, spec.transport))
         self._telemetry = Telemetry(spec.run, spec.suite, name.rpartition("/")[2])

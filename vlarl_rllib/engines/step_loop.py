@@ -1,9 +1,11 @@
 """The thread that owns a model which generates step by step: continuous batching over all callers.
 
-Whatever waits is admitted before each step, once it is enough for a batch or has waited for others long enough; with
-`mix_calls` off, one call at a time and once the model is idle. A weight update waits for what was submitted before it
-and holds back what was submitted after it, so that every decision comes from one version; where it breaks off, the
-model samples nothing before a whole version has arrived. After the first exception of the model nobody waits any more.
+A batch is what waits once the model is idle: joining one that runs would cut prompts into many small passes (with 7B
+weights on an H200, 64 slots whose environments take 150 ms get 104 decisions a second that way, 116 so). A few requests
+wait a moment for others; with `mix_calls` off each call is a batch of its own. A weight update waits for what was
+submitted before it and holds back what was submitted after it, so that every decision comes from one version; where it
+breaks off, the model samples nothing before a whole version has arrived. After the first exception of the model nobody
+waits any more.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 MAX_LATENCIES = 10_000
 """How many are kept for whoever reads them."""
+WAIT_SHARE = 0.1
+"""Of the time that the last batch took: how long a few requests wait for others to share the next one with."""
 NO_WHOLE_VERSION = "the engine's last weight update broke off, so it holds weights of two versions"
 
 
@@ -87,8 +91,7 @@ class StepLoop:
         build: makes the stepper.
         actions: what a reply must be.
         mix_calls: see `EngineSpec.mix_calls`.
-        batch: so many requests need not wait for others.
-        wait_seconds: how long fewer of them wait, where calls are mixed.
+        enough: so many requests need not wait for others.
 
     Raises:
         EngineError: `build` failed.
@@ -101,12 +104,11 @@ class StepLoop:
         name: str = "engine",
         *,
         mix_calls: bool = True,
-        batch: int = 1,
-        wait_seconds: float = 0.0,
+        enough: int = 1,
     ) -> None:
         self._actions = actions
-        self._batch, self._wait_seconds = batch, wait_seconds if mix_calls else 0.0
-        self._waits_for_idle = (WeightUpdate,) if mix_calls else (WeightUpdate, _Call)
+        self._mix_calls, self._enough = mix_calls, enough
+        self._batch_began = self._batch_seconds = 0.0
         self._inbox: deque[_Call | WeightUpdate | _Probe] = deque()
         self._wake = threading.Condition()
         self._starting: _Call | WeightUpdate | _Probe | None = None
@@ -185,21 +187,12 @@ class StepLoop:
             self._fail(error, started)
 
     def _admit(self, stepper: Stepper) -> None:
-        """Take what waits, in order; block while there is nothing at all to do."""
-        has_begun = False
-        while True:
-            with self._wake:
-                while not self._inbox and not self._in_flight:
-                    self._wake.wait()
-                if not self._inbox or (isinstance(self._inbox[0], self._waits_for_idle) and self._in_flight):
-                    return
-                if not has_begun and (seconds := self._seconds_to_wait()) > 0:
-                    if self._in_flight:
-                        return
-                    self._wake.wait(seconds)
-                    continue
-                has_begun = True
-                item = self._inbox.popleft()
+        """Start what waits, in order, until there is a batch; block while there is nothing at all to do."""
+        makes_batch = not self._in_flight
+        if makes_batch:
+            self._wait_for_batch()
+            self._batch_began = time.perf_counter()
+        while (item := self._next_item(makes_batch)) is not None:
             # A caller that went away has cancelled its future; from here on it can no longer do so.
             if not item.future.set_running_or_notify_cancel():
                 continue
@@ -207,12 +200,25 @@ class StepLoop:
             self._start(stepper, item)
             self._starting = None
 
-    def _seconds_to_wait(self) -> float:
-        """How long the first in the inbox may still wait for others to make a batch with; 0 = it need not."""
-        first = self._inbox[0]
-        if not isinstance(first, _Call) or self._count_waiting() >= self._batch:
+    def _wait_for_batch(self) -> None:
+        with self._wake:
+            while not self._inbox or (seconds := self._seconds_to_wait(self._inbox[0])) > 0:
+                self._wake.wait(seconds if self._inbox else None)
+
+    def _seconds_to_wait(self, first: _Call | WeightUpdate | _Probe) -> float:
+        """How long the first in the inbox may still wait for others; it need not where this is 0 or less."""
+        if not (self._mix_calls and isinstance(first, _Call)) or self._count_waiting() >= self._enough:
             return 0.0
-        return first.since + self._wait_seconds - time.perf_counter()
+        return first.since + WAIT_SHARE * self._batch_seconds - time.perf_counter()
+
+    def _next_item(self, makes_batch: bool) -> _Call | WeightUpdate | _Probe | None:
+        """What is to be started now, if anything."""
+        with self._wake:
+            first = self._inbox[0] if self._inbox else None
+            joins = isinstance(first, _Call) and makes_batch and self._mix_calls
+            if first is None or (self._in_flight and not (joins or isinstance(first, _Probe))):
+                return None
+            return self._inbox.popleft()
 
     def _start(self, stepper: Stepper, item: _Call | WeightUpdate | _Probe) -> None:
         if isinstance(item, _Call):
@@ -237,7 +243,10 @@ class StepLoop:
         begin = time.perf_counter()
         for sampled in stepper.step():
             self._deliver(sampled)
-        self.busy_seconds += time.perf_counter() - begin
+        now = time.perf_counter()
+        self.busy_seconds += now - begin
+        if not self._in_flight:
+            self._batch_seconds = now - self._batch_began
 
     def _deliver(self, sampled: Sampled) -> None:
         reply = checked_reply(sampled.token_ids, sampled.log_probs, self._actions, self.policy_version)

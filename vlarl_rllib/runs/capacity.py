@@ -133,7 +133,7 @@ def estimate(settings: Settings, plan: RuntimeArgs) -> Estimate:
     of_type = BYTES[model.dtype] / 2  # the measured ones are bfloat16's
     engine = {
         "weights": size * BYTES[engines.dtype],
-        "cache": engines.max_batch * cache,
+        "cache": plan.engine_batch * cache,
         "CUDA graphs and scratch": size * WORKSPACE_BYTES,
         "CUDA": CONTEXT_BYTES,
     }

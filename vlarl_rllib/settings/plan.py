@@ -55,6 +55,8 @@ class RuntimeArgs:
     """Optimiser steps of one iteration. None as above."""
     micro_batches: int
     """Forward and backward passes of each learner for one full minibatch."""
+    engine_batch: int
+    """Sequences that an engine makes room for: its share of the slots, within `engines.max_batch`."""
     num_processes: int
     """Environment subprocesses of each runner."""
     mesh: tuple[int, int]
@@ -91,15 +93,16 @@ class RuntimeArgs:
 def calculate_runtime_args(settings: Sections, *, cores: int | None = None) -> RuntimeArgs:
     """Derive sizes and resources. Pure but for the default of `cores`, this machine's."""
     env, rollout, learners = settings.env, settings.rollout, settings.learners
-    steps = None if rollout.episodes_per_iteration else rollout.num_runners * env.num_envs * rollout.steps_per_iteration
+    ranks, num_slots = max(1, learners.num), rollout.num_runners * env.num_envs
+    steps = None if rollout.episodes_per_iteration else num_slots * rollout.steps_per_iteration
     minibatches = math.ceil(steps / settings.training.minibatch_size) if steps else None
-    ranks = max(1, learners.num)
     return RuntimeArgs(
-        num_slots=rollout.num_runners * env.num_envs,
+        num_slots=num_slots,
         steps_per_iteration=steps,
         num_minibatches=minibatches,
         optimizer_steps=minibatches * settings.training.num_epochs if minibatches else None,
         micro_batches=math.ceil(settings.training.minibatch_size / ranks / learners.micro_batch_size),
+        engine_batch=min(settings.engines.max_batch, math.ceil(num_slots / max(1, settings.engines.num))),
         num_processes=num_environment_processes(env, cores),
         mesh=resolve_mesh(learners.fsdp.mesh, ranks),
         slot_tasks=_slot_tasks(settings, cores),

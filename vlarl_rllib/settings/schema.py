@@ -154,7 +154,10 @@ class EngineSettings(Section):
         description="fp8 = the language model multiplies in 8-bit floats, scaled by tensor and token: faster on GPUs "
         "that have them, and further from the learner, which training.old_log_probs recompute corrects.",
     )
-    max_batch: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="Sequences that an engine decodes at once.")
+    max_batch: Annotated[int, Field(ge=1, le=4096)] = Field(
+        64,
+        description="Sequences that an engine decodes at once, at most: it makes room for its share of the slots.",
+    )
     enforce_eager: bool = Field(
         False, description="Do without CUDA graphs: starts faster, samples slower. CPU engines are always eager."
     )

@@ -147,7 +147,7 @@ def engine_input(prompt_ids: list[int], image: np.ndarray, image_ids: list[int],
         image_ids: placeholders, one for each patch.
         identifier: of the frame, unique among those in flight.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    pixels = torch.from_numpy(image.copy())  # what Ray has delivered is not writable, of which torch would warn
     item = MultiModalKwargsItem({"pixel_values": MultiModalFieldElem(data=pixels, field=MultiModalBatchedField())})
     return mm_input(
         [prompt_ids[0], *image_ids, *prompt_ids[1:]],

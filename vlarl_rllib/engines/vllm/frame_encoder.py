@@ -20,7 +20,7 @@ class FrameEncoder:
     filled up. The graphs read weights where they are, so new ones must be written in place.
 
     Args:
-        encode: [n, 3, S, S] uint8 -> [n, P, D], each frame for itself.
+        encode: [n, S, S, 3] uint8 -> [n, P, D], each frame for itself.
         max_frames: of one graph; more go through several times.
     """
 

@@ -106,7 +106,7 @@ class VlarlOpenVLA(nn.Module, SupportsMultiModal):
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def embed_multimodal(self, **kwargs: Any) -> Tensor | list[Tensor]:
-        """Patch embeddings [images, P, D] of `pixel_values` [images, 3, S, S] uint8."""
+        """Patch embeddings [images, P, D] of `pixel_values` [images, S, S, 3] uint8."""
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None:
             return []

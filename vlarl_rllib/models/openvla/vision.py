@@ -201,7 +201,8 @@ class PrismaticVisionBackbone(nn.Module):
         """Patch features of each image.
 
         Args:
-            pixel_values: [B, 6, S, S] normalised (`normalize_pixels`), any float dtype; or raw uint8 [B, 3, S, S].
+            pixel_values: [B, 6, S, S] normalised (`normalize_pixels`), any float dtype; or raw uint8 [B, 3, S, S] or
+                [B, S, S, 3].
 
         Returns:
             [B, P, embed_dim] in the weights' dtype: DINOv2's features, then SigLIP's, of each patch in row-major order.
