@@ -32,6 +32,8 @@ from vlarl_rllib.process.plugins import added_by_packages, load_class
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vlarl_rllib.models.flops import PolicyFlops
+
 GROUP = "vlarl_rllib.families"
 """Entry points of other packages."""
 
@@ -259,6 +261,10 @@ class PolicyFamily(ABC):
         """
         return 0
 
+    def count_flops(self, checkpoint: str, prompt_tokens: int) -> PolicyFlops | None:
+        """What each pass takes for a prompt of so many tokens, of a directory; None = the family does not count."""
+        return None
+
     def preset_facts(self) -> Mapping[str, PolicyFacts]:
         """The small models that can be made from a seed, by name; only of the package's own families."""
         return {}
@@ -271,7 +277,8 @@ class PolicyFamily(ABC):
     # With torch
 
     def write_preset(self, preset: str, directory: Path, seed: int) -> None:
-        """Write a whole checkpoint with random weights; the same seed gives the same bytes."""
+        """Write a whole checkpoint with random weights; the same seed gives the same bytes. `RANDOM_7B` is a preset too
+        of a family that has published checkpoints."""
         raise KeyError(preset)
 
     @abstractmethod
