@@ -16,6 +16,7 @@ from vlarl_rllib.cli import main
 
 SMALL = (
     "env.num_envs=2",
+    "env.num_processes=2",
     "rollout.steps_per_iteration=4",
     "training.minibatch_size=8",
     "learners.micro_batch_size=4",
@@ -50,7 +51,7 @@ ROWS = {
         ("an iteration: update", "part"), ("an iteration: sync", "part"), ("neither sampling nor update", "part"),
     ],
     "env": [
-        ("1 process(es), a slot each", "product"), ("one environment in a loop", "plain"),
+        ("1 process(es), a slot each", "product"), ("2 process(es), a slot each", "product"), ("one environment in a loop", "plain"),
         ("one simulator, never drawn", "ceiling"), ("reset of the same task", "part"),
     ],
 }  # fmt: skip

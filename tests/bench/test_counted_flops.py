@@ -47,8 +47,8 @@ def test_a_pass_by_hand() -> None:
     assert chain.training_flops(training_of(None)) == 3 * 360 - 120
     # The head alone: only its own gradient.
     assert chain.training_flops(lambda module: Training.WHOLE if module == "head" else Training.FROZEN) == 360 + 60
-    # An adapter of rank 1 on the first layer: forward and both of its gradients, 2 x 3 x (4 + 5) and 2 x 3 x (5 + 4 + 5)
-    # more; the head passes its gradient on, attention two.
+    # An adapter of rank 1 on the first layer: 2 x 3 x (4 + 5) forward, as much for both of its gradients, 2 x 3 x 5
+    # between them; the head passes its gradient on, attention two.
     adapted = chain.training_flops(training_of(["first"]), 1)
     assert adapted == 360 + (54 + 54 + 30) + 180 * 2 + 60
 

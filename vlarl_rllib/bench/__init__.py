@@ -1,4 +1,4 @@
-"""`vlarl bench`: how fast each part is, beside a plain loop and what the machine could do. Importing this loads nothing.
+"""`vlarl bench`: how fast each part is, beside a plain loop and what the machine could do. This file loads nothing.
 
 Each benchmark is a module of its name with `measure(settings, profile) -> Result`.
 """

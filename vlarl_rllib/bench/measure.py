@@ -27,7 +27,6 @@ def rate(
     device: torch.device,
     *,
     prepare: Callable[[], None] = lambda: None,
-    warm_up: int = WARM_UP,
 ) -> float:
     """Amount a second: the median over calls.
 
@@ -37,15 +36,15 @@ def rate(
     """
     rates: list[float] = []
     began = time.perf_counter()
-    for number in range(warm_up + MOST_REPEATS):
-        if number == warm_up:
+    for number in range(WARM_UP + MOST_REPEATS):
+        if number == WARM_UP:
             began = time.perf_counter()
         prepare()
         _finish(device)
         start = time.perf_counter()
         amount = call()
         _finish(device)
-        if number >= warm_up:
+        if number >= WARM_UP:
             rates.append(amount / (time.perf_counter() - start))
         if len(rates) >= REPEATS and time.perf_counter() - began > SECONDS:
             break

@@ -26,7 +26,9 @@ UNIT, ENV_UNIT = "calls/s", "environment steps/s"
 
 def measure(settings: Settings, profile: bool) -> Result:
     """Iterations of sampling, without updates; the environment is the settings'."""
-    settings = settings.replaced(rollout={"async_mode": False}, learners={"num": 0, "gpus": 0.0})
+    settings = settings.replaced(
+        rollout={"async_mode": False}, learners={"num": 0, "gpus": 0.0}, weights={"transport": "auto"}
+    )
     policy, device = BenchPolicy(settings), device_of(settings.engines.gpus)
     num_slots, dtype = calculate_runtime_args(settings).num_slots, settings.engines.dtype
     result = Result.of("rollout", settings, str(device))
@@ -71,22 +73,27 @@ class Sampling:
     def __init__(self, collect: Callable[[int], tuple[float, float, dict[str, float]]]) -> None:
         self.seconds = Counter[str]()
         """Of the iterations that count, by what they went to."""
-        self.iterations = 0
         self.engine = self.single = self.memory_gb = 0.0
-        self._collect, self._number, env_steps_of_a_decision = collect, 0, 1.0
+        self._collect, self._number, self._steps_of_a_decision = collect, 0, 1.0
+        self.decisions = rate(self._iterate, torch.device("cpu"))
 
-        def iteration() -> float:
-            decisions, env_steps, seconds = self._collect(self._number)
-            nonlocal env_steps_of_a_decision
-            env_steps_of_a_decision = env_steps / decisions
-            self._number += 1
-            if self._number > WARM_UP:
-                self.iterations += 1
-                self.seconds.update(seconds)
-            return decisions
+    @property
+    def env_steps(self) -> float:
+        """A second."""
+        return self.decisions * self._steps_of_a_decision
 
-        self.decisions = rate(iteration, torch.device("cpu"))
-        self.env_steps = self.decisions * env_steps_of_a_decision
+    @property
+    def iterations(self) -> int:
+        """That count."""
+        return self._number - WARM_UP
+
+    def _iterate(self) -> float:
+        decisions, env_steps, seconds = self._collect(self._number)
+        self._number += 1
+        self._steps_of_a_decision = env_steps / decisions
+        if self._number > WARM_UP:
+            self.seconds.update(seconds)
+        return decisions
 
 
 def _product(policy: BenchPolicy, workers: Workers[RolloutCollector], num_slots: int) -> Sampling:

@@ -1,4 +1,4 @@
-"""What is measured: the settings without a config, the model, and the machine's part in both. Loads no torch by itself."""
+"""What is measured: the settings where there is no config, and the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlarl_rllib.settings.published import PUBLISHED_MODELS, RANDOM_7B, absolute
 
 ON_CPU: dict[str, Any] = {
     "model": {"path": "tiny"},
-    "env": {"name": "synthetic", "tasks": [0], "num_envs": 8, "num_processes": 1},
+    "env": {"name": "synthetic", "tasks": [0], "num_envs": 8},
     "rollout": {"steps_per_iteration": 16},
     "training": {"minibatch_size": 64},
     "evaluation": {"episodes": 0},
