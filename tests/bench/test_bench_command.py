@@ -33,7 +33,7 @@ ROWS = {
         (words, kind)
         for what in ("update with its score pass", "update alone")
         for words, kind in (
-            (what, "product"), (f"PEFT under autocast, {what}", "plain"), (f"products, {what}", "ceiling"),
+            (what, "product"), (f"loop with PEFT, {what}", "plain"), (f"products, {what}", "ceiling"),
         )
     ],
     "sync": [
@@ -41,7 +41,7 @@ ROWS = {
         ("state_dict to the host, and load", "plain"), ("copy of as many bytes within the device", "ceiling"),
     ],
     "sft": [
-        ("fine-tuning, from RLDS", "product"), ("the model under autocast, tensors in memory", "plain"),
+        ("fine-tuning, from RLDS", "product"), ("loop in torch, tensors in memory", "plain"),
         ("products of training", "ceiling"),
     ],
     "iteration": [
@@ -51,8 +51,9 @@ ROWS = {
         ("an iteration: update", "part"), ("an iteration: sync", "part"), ("neither sampling nor update", "part"),
     ],
     "env": [
-        ("1 process(es), a slot each", "product"), ("2 process(es), a slot each", "product"), ("one environment in a loop", "plain"),
-        ("one simulator, never drawn", "ceiling"), ("reset of the same task", "part"),
+        ("1 process(es), a slot each", "product"), ("2 process(es), a slot each", "product"),
+        ("one environment in a loop", "plain"), ("one simulator, never drawn", "ceiling"),
+        ("reset of the same task", "part"),
     ],
 }  # fmt: skip
 """Of each benchmark, those that are there whatever is measured; of parts there are more."""

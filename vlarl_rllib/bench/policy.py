@@ -98,6 +98,11 @@ class BenchPolicy:
             init_lora_weights="gaussian",
         )
 
+    @property
+    def plain_loop(self) -> str:
+        """What trains in `plain.PlainTrainer`."""
+        return "loop with PEFT" if self.lora_config else "loop in torch"
+
     @cached_property
     def num_parameters(self) -> int:
         """Of all tensors as they are published."""

@@ -106,8 +106,8 @@ class Result:
         Args:
             plain, ceiling: rates in the same unit, that this one is compared with.
         """
-        ratios = [value / other if other else None for other in (plain, ceiling)]
-        self.rows.append(Row(name, kind, value, unit, *ratios, memory_gb))
+        over_plain, of_ceiling = (value / other if other else None for other in (plain, ceiling))
+        self.rows.append(Row(name, kind, value, unit, over_plain, of_ceiling, memory_gb))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -117,7 +117,7 @@ class Result:
         """The rows, and the profile where there is one."""
         title = f"{self.benchmark}: {self.settings['model']['path']} on {self.device}"
         rows = Table(
-            Column("what", overflow="fold"), "kind", *(Column(name, justify="right") for name in ("rate", "")),
+            Column("what", overflow="fold"), "kind", Column("rate", justify="right"), "",
             *(Column(name, justify="right") for name in ("x plain", "of ceiling", "GB")),
             title=title, title_justify="left", caption=DEFINITIONS, caption_justify="left",
         )  # fmt: skip

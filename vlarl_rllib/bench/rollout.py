@@ -96,12 +96,13 @@ class Sampling:
         return decisions
 
 
-def _product(policy: BenchPolicy, workers: Workers[RolloutCollector], num_slots: int) -> Sampling:
-    quota, pool = policy.settings.rollout.quota, workers.pool
+def _product(policy: BenchPolicy, workers: Workers, num_slots: int) -> Sampling:
+    quota, pool, collector = policy.settings.rollout.quota, workers.pool, workers.calls
+    assert isinstance(collector, RolloutCollector)
 
     def collect(iteration: int) -> tuple[float, float, dict[str, float]]:
         busy = engine_seconds(pool)
-        rollout = workers.calls.collect(iteration, quota, {})
+        rollout = collector.collect(iteration, quota, {})
         seconds = {"engines busy": engine_seconds(pool) - busy}
         for words, name in (
             ("environments, added up", "env_seconds"),

@@ -42,9 +42,8 @@ def measure(settings: Settings, profile: bool) -> Result:
         plain, plain_memory = _plain_rate(policy, device)
     training = policy.training_flops(supervised=True)
     ceiling = peak / training if training else None
-    kind = "PEFT under autocast" if policy.lora_config else "the model under autocast"
     result.add("fine-tuning, from RLDS", PRODUCT, value, UNIT, plain=plain, ceiling=ceiling, memory_gb=memory)
-    result.add(f"{kind}, tensors in memory", PLAIN, plain, UNIT, ceiling=ceiling, memory_gb=plain_memory)
+    result.add(f"{policy.plain_loop}, tensors in memory", PLAIN, plain, UNIT, ceiling=ceiling, memory_gb=plain_memory)
     if ceiling is not None:
         result.add("products of training", CEILING, ceiling, UNIT)
     result.counted = {"product FLOP/s": peak} | ({"training FLOP": training} if training else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import ray
@@ -61,7 +61,7 @@ def measure(settings: Settings, profile: bool) -> Result:
     for name, push in pushes.items():
         result.add(f"push of {name}, {push.gb:.4g} GB by {push.transport}", PART, push.seconds, "s")
         for part, words in PARTS.items():
-            result.add(f"  {words}", PART, push.parts[part], "s")
+            result.add(f"{name}, {words}", PART, push.parts[part], "s")
     result.counted = {"weight bytes": float(num_bytes)}
     result.profile = phases(pushes[WHOLE].parts, 1.0) if profile else []
     return result
@@ -89,7 +89,7 @@ class TimedLearners:
 
     def __init__(self, group: VLALearnerGroup) -> None:
         self._group = group
-        self.seconds = Counter[str]()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         began = time.perf_counter()

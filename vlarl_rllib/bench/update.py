@@ -52,8 +52,9 @@ def measure(settings: Settings, profile: bool) -> Result:
         ceiling = ceilings[scored] if ceilings else None
         value, memory = product[scored]
         result.add(what, PRODUCT, value, UNIT, plain=plain[scored][0], ceiling=ceiling, memory_gb=memory)
-        kind = "PEFT under autocast" if policy.lora_config else "the model under autocast"
-        result.add(f"{kind}, {what}", PLAIN, plain[scored][0], UNIT, ceiling=ceiling, memory_gb=plain[scored][1])
+        result.add(
+            f"{policy.plain_loop}, {what}", PLAIN, plain[scored][0], UNIT, ceiling=ceiling, memory_gb=plain[scored][1]
+        )
         if ceiling is not None:
             result.add(f"products, {what}", CEILING, ceiling, UNIT)
     result.counted = counted(policy, peak)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.engines.actor import EngineActor
@@ -21,14 +21,12 @@ from vlarl_rllib.weights.sync import LoadedWeights
 if TYPE_CHECKING:
     from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
-Calls = TypeVar("Calls", bound=RunnerCalls)
-
 
 @dataclass(frozen=True)
-class Workers(Generic[Calls]):
+class Workers:
     """What is running."""
 
-    calls: Calls
+    calls: RunnerCalls
     pool: EnginePool | None
 
     def restarts(self) -> dict[str, int]:
@@ -49,9 +47,9 @@ def start_workers(
     settings: Settings,
     name: str,
     *,
-    make_calls: Callable[..., Calls] = RunnerCalls,
+    make_calls: Callable[..., RunnerCalls] = RunnerCalls,
     engine_class: type[EngineActor] = EngineActor,
-) -> Iterator[Workers[Calls]]:
+) -> Iterator[Workers]:
     """Engines that serve the checkpoint as it is, and runners; all are gone afterwards.
 
     Args:
