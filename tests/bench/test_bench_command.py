@@ -58,7 +58,13 @@ ROWS = {
 }  # fmt: skip
 """Of each benchmark, those that are there whatever is measured; of parts there are more."""
 ADAPTERS = ("model.lora.rank=4", "model.lora.targets=language_model")
-OPTIONS = {"update": (*ADAPTERS, "--profile"), "sync": ADAPTERS, "sft": ("--profile",), "rollout": ("--profile",)}
+OPTIONS = {
+    "update": (*ADAPTERS, "--profile"),
+    "sync": ADAPTERS,
+    "sft": ("--profile",),
+    "env": ("env.name=synthetic",),
+    "rollout": ("--profile",),
+}
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from vlarl_rllib.bench.measure import REPEATS, device_of, matmul_rate, peak_memory_gb, threads
+from vlarl_rllib.bench.measure import REPEATS, device_of, matmul_rate, threads
 from vlarl_rllib.bench.policy import BenchPolicy
 from vlarl_rllib.bench.result import CEILING, PART, PLAIN, PRODUCT, Result, phases
 from vlarl_rllib.bench.rollout import plain_rate
-from vlarl_rllib.bench.update import counted, plain_rates
+from vlarl_rllib.bench.update import counted, learner_memory_gb, plain_rates
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.runs.ray_session import ray_session
 from vlarl_rllib.settings import Settings, calculate_runtime_args
@@ -65,14 +65,10 @@ def _train(settings: Settings) -> tuple[list[dict[str, Any]], float]:
     algorithm = VLAPPOConfig.from_settings(settings).build_algo()
     try:
         rows = [algorithm.train()["vlarl"] for _ in range(WARM_UP + REPEATS)]
-        memory = max(algorithm.learner_group.call("apply", _memory_of))
+        memory = max(algorithm.learner_group.call("apply", learner_memory_gb))
     finally:
         algorithm.stop()
     return rows[WARM_UP:], memory
-
-
-def _memory_of(learner: Any) -> float:
-    return peak_memory_gb(learner.choose_device())
 
 
 def _plain_rate(policy: BenchPolicy, num_slots: int, device: torch.device) -> float:

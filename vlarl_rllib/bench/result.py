@@ -61,8 +61,8 @@ class Operation:
     name: str
     milliseconds: float
     """Of its own, a step."""
-    calls: float
-    """A step."""
+    calls: float | None = None
+    """A step; None of a phase."""
 
 
 @dataclass
@@ -127,10 +127,11 @@ class Result:
             return [rows]
         profile = Table(
             Column("operation", overflow="fold"), Column("ms a step", justify="right"),
-            Column("calls a step", justify="right"), title="by self time", title_justify="left",
+            Column("calls a step", justify="right"), title="where the time goes", title_justify="left",
         )  # fmt: skip
         for operation in self.profile:
-            profile.add_row(operation.name, f"{operation.milliseconds:.3f}", f"{operation.calls:.1f}")
+            calls = "" if operation.calls is None else f"{operation.calls:.1f}"
+            profile.add_row(operation.name, f"{operation.milliseconds:.3f}", calls)
         return [rows, profile]
 
     def counted_in_words(self) -> str:
@@ -141,4 +142,4 @@ class Result:
 def phases(seconds: Mapping[str, float], steps: float) -> list[Operation]:
     """Seconds by name, over so many steps, as a profile: the largest first."""
     ordered = sorted(seconds.items(), key=lambda item: -item[1])
-    return [Operation(name, value / steps * 1e3, 1.0) for name, value in ordered]
+    return [Operation(name, value / steps * 1e3) for name, value in ordered]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlarl_rllib.envs.registry import DEFAULT_ENVIRONMENT
 from vlarl_rllib.models.family import load_family
 from vlarl_rllib.process.surroundings import cache_directory
 from vlarl_rllib.runs.preflight import check, check_environment, check_sft, count_gpus
@@ -36,12 +37,22 @@ ON_GPU: dict[str, Any] = ON_CPU | {
 }
 
 
-def bench_settings(config: Path | None, overrides: Sequence[str]) -> Settings:
-    """Those of a config, or those above; nothing is evaluated, logged or kept. Raises `SettingsError`."""
+SIMULATOR: dict[str, Any] = {"name": DEFAULT_ENVIRONMENT, "tasks": [0]}
+"""What `env` measures."""
+
+
+def bench_settings(name: str, config: Path | None, overrides: Sequence[str]) -> Settings:
+    """Those of a config, or those above; nothing is evaluated, logged or kept. Raises `SettingsError`.
+
+    Args:
+        name: of the benchmark.
+    """
     if config is not None:
         settings = Settings.from_yaml(config, overrides)
         return settings.replaced(evaluation={"episodes": 0, "every": 0}, run={"wandb": None, "dashboard": False})
     values = {section: dict(keys) for section, keys in (ON_GPU if count_gpus() else ON_CPU).items()}
+    if name == "env":
+        values["env"] |= SIMULATOR
     for override in overrides:
         apply_override(values, override)
     return Settings.from_dict(values)

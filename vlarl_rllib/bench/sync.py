@@ -14,7 +14,7 @@ from vlarl_rllib.bench.engine import MeasuredEngine
 from vlarl_rllib.bench.measure import REPEATS, WARM_UP, copy_rate, device_of, forget_peak, rate, threads
 from vlarl_rllib.bench.policy import BenchPolicy
 from vlarl_rllib.bench.result import CEILING, PART, PLAIN, PRODUCT, Result, phases
-from vlarl_rllib.bench.update import learner_group
+from vlarl_rllib.bench.update import learner_group, learner_memory_gb
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
@@ -45,6 +45,7 @@ def measure(settings: Settings, profile: bool) -> Result:
                 try:
                     pool.wait_until_ready()
                     pushes = _pushes(group, pool, settings)
+                    memory = _memory(group, pool)
                 finally:
                     group.shutdown()
             finally:
@@ -62,8 +63,11 @@ def measure(settings: Settings, profile: bool) -> Result:
         result.add(f"push of {name}, {push.gb:.4g} GB by {push.transport}", PART, push.seconds, "s")
         for part, words in PARTS.items():
             result.add(f"{name}, {words}", PART, push.parts[part], "s")
+    for name, gigabytes in memory.items():
+        result.add(f"memory of {name}", PART, gigabytes, "GB")
     result.counted = {"weight bytes": float(num_bytes)}
-    result.profile = phases(pushes[WHOLE].parts, 1.0) if profile else []
+    named = {PARTS[part]: seconds for part, seconds in pushes[WHOLE].parts.items()}
+    result.profile = phases(named, 1.0) if profile else []
     return result
 
 
@@ -136,6 +140,12 @@ def _pushes(group: VLALearnerGroup, pool: EnginePool, settings: Settings) -> dic
     found = {WHOLE: several(whole=True)}
     assert sync.manifest is not None
     return found | ({TRAINED: several(whole=False)} if sync.manifest.frozen else {})
+
+
+def _memory(group: VLALearnerGroup, pool: EnginePool) -> dict[str, float]:
+    """Of the process that took most of each, in 1e9 bytes; see `peak_memory_gb`."""
+    engines = ray.get([handle.peak_memory_gb.remote() for handle in pool.handles])
+    return {"a learner": max(group.call("apply", learner_memory_gb)), "an engine": max(engines)}
 
 
 def _plain_rate(policy: BenchPolicy, device: torch.device) -> float:

@@ -76,6 +76,11 @@ def learner_group(settings: Settings, policy: BenchPolicy) -> VLALearnerGroup:
     return config.build_learner_group(spaces={"__env__": spaces, "__env_single__": spaces, "default_policy": spaces})  # type: ignore[no-any-return]
 
 
+def learner_memory_gb(learner: Any) -> float:
+    """Of a learner's process, for `VLALearner.apply`."""
+    return peak_memory_gb(learner.choose_device())
+
+
 def contributions(settings: Settings, policy: BenchPolicy) -> list[list[SingleAgentEpisode]]:
     """What the slots of an iteration would bring, drawn at random: a fragment each that goes on."""
     plan, actions = calculate_runtime_args(settings), policy.facts.actions

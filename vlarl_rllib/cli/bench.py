@@ -37,7 +37,7 @@ def bench(
         raise SettingsError(f"--json: {json_file} is a directory; give a file")
     from vlarl_rllib.bench.setup import bench_settings, prepared
 
-    settings = bench_settings(config, overrides or [])
+    settings = bench_settings(name, config, overrides or [])
     with saying_so("checks of the settings and the model"):
         settings = prepared(name, settings)
     with saying_so(LIBRARIES):
