@@ -23,7 +23,8 @@ from vlarl_rllib.learner.loss import LossInputs, LossSettings, ppo_loss
 from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, ShardedPolicy
 from vlarl_rllib.rllib_compat import without_tensorflow
 from vlarl_rllib.rollout.slot_env import slot_spaces
-from vlarl_rllib.settings import Settings, calculate_runtime_args
+from vlarl_rllib.runs.ray_session import ray_session
+from vlarl_rllib.settings import Role, Settings, calculate_runtime_args
 from vlarl_rllib.types import DURATION_KEY, INITIAL_VERSION, INSTRUCTION_KEY, LOG_PROBS_KEY, VERSION_KEY
 
 with without_tensorflow():
@@ -39,12 +40,14 @@ def measure(settings: Settings, profile: bool) -> Result:
     with threads(settings.learners.cpus):
         result = Result.of("update", settings, str(device))
         peak = matmul_rate(device, getattr(torch, settings.model.dtype))
-        group = learner_group(settings, policy)
-        try:
-            product, operations = _product(group, policy, device, profile)
-        finally:
-            group.shutdown()
-            del group  # the plain loop needs its memory
+        # RLlib asks Ray for the GPU of a learner
+        with ray_session(calculate_runtime_args(settings).only(Role.ALGORITHM), settings):
+            group = learner_group(settings, policy)
+            try:
+                product, operations = _product(group, policy, device, profile)
+            finally:
+                group.shutdown()
+                del group  # the plain loop needs its memory
         plain = plain_rates(policy, device)
     result.profile = operations
     ceilings = update_ceilings(policy, peak)
