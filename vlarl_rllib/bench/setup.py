@@ -15,7 +15,7 @@ from vlarl_rllib.process.surroundings import cache_directory
 from vlarl_rllib.runs.preflight import check, check_environment, check_sft, count_gpus
 from vlarl_rllib.settings import Settings, SettingsError
 from vlarl_rllib.settings.overrides import apply_override
-from vlarl_rllib.settings.published import PUBLISHED_MODELS, RANDOM_7B, absolute_path
+from vlarl_rllib.settings.published import PUBLISHED_MODELS, RANDOM_7B
 
 ON_CPU: dict[str, Any] = {
     "model": {"path": "tiny"},
@@ -60,8 +60,7 @@ def bench_settings(name: str, config: Path | None, overrides: Sequence[str]) -> 
 
 def prepared(name: str, settings: Settings) -> Settings:
     """With a model that is there, and checked for this benchmark. Raises `SettingsError`."""
-    path = Path(settings.model.path)
-    if path == Path(absolute_path(RANDOM_7B)) and not path.is_dir():
+    if settings.model.path == RANDOM_7B:
         settings = settings.replaced(model={"path": str(random_7b())})
     if name == "env":
         check_environment(settings.env.name)
