@@ -51,6 +51,10 @@ def test_a_pass_by_hand() -> None:
     # between them; the head passes its gradient on, attention two.
     adapted = chain.training_flops(training_of(["first"]), 1)
     assert adapted == 360 + (54 + 54 + 30) + 180 * 2 + 60
+    # Frozen is what comes before the first trained layer, and a trunk only where all of its towers are.
+    assert chain.frozen_flops(training_of(["head"])) == 120 + 180 and chain.frozen_flops(training_of(["first"])) == 0
+    assert Pass((chain.trunk,), chain.trunk).frozen_flops(training_of(["none"])) == 720
+    assert Pass((chain.trunk,), chain.trunk).frozen_flops(training_of(["head"])) == 300
 
 
 def test_score_and_sampling_are_what_the_model_does() -> None:

@@ -80,8 +80,7 @@ def _plain_rate(policy: BenchPolicy, num_slots: int, device: torch.device) -> fl
 
 def _ceiling(policy: BenchPolicy, peak: float) -> float | None:
     """Decisions a second at the rate `peak` of one device, which samples, scores and trains."""
-    flops, training = policy.flops, policy.training_flops()
-    if flops is None or training is None:
+    flops, update = policy.flops, policy.update_flops()
+    if flops is None or update is None:
         return None
-    epochs = policy.settings.training.num_epochs
-    return peak / (flops.sample + flops.score.forward_flops + epochs * training)
+    return peak / (flops.sample + policy.settings.training.num_epochs * update)

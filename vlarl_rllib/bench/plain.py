@@ -112,3 +112,8 @@ class PlainTrainer:
 def micro_batches(rows: Sequence[int] | np.ndarray, size: int) -> list[np.ndarray]:
     """The rows in order, so many at a time."""
     return [np.asarray(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def moved(inputs: Mapping[str, Tensor], rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    """Some rows of tensors in host memory, on the device."""
+    return {name: tensor[rows].to(device) for name, tensor in inputs.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,7 @@ from peft import LoraConfig
 
 from vlarl_rllib.envs.registry import task_instructions
 from vlarl_rllib.models.family import PolicyFacts, PolicyFamily, PolicyProcessor, family_of
-from vlarl_rllib.models.flops import PolicyFlops, training_of
+from vlarl_rllib.models.flops import PolicyFlops, Training, training_of
 from vlarl_rllib.models.lora import MAX_ALPHA, read_adapter_config
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.settings import Settings
@@ -78,10 +79,24 @@ class BenchPolicy:
         """Of the forward and backward pass for one sample."""
         if self.flops is None:
             return None
-        chosen, config = self.flops.supervise if supervised else self.flops.score, self.lora_config
-        return chosen.training_flops(
-            training_of(config.target_modules if config else None, VALUE_HEAD), config.r if config else 0
+        chosen, rank = (
+            self.flops.supervise if supervised else self.flops.score,
+            self.lora_config.r if self.lora_config else 0,
         )
+        return chosen.training_flops(self._training_of, rank)
+
+    def update_flops(self) -> float | None:
+        """Of one trained sample with its share of the score pass, which is one for all epochs; what is frozen is
+        computed in that pass alone."""
+        if self.flops is None or (training := self.training_flops()) is None:
+            return None
+        score, epochs = self.flops.score, self.settings.training.num_epochs
+        return score.forward_flops / epochs + training - score.frozen_flops(self._training_of)
+
+    @property
+    def _training_of(self) -> Callable[[str], Training]:
+        config = self.lora_config
+        return training_of(config.target_modules if config else None, VALUE_HEAD)
 
     @cached_property
     def lora_config(self) -> LoraConfig | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlarl_rllib.bench.measure import device_of, forget_peak, matmul_rate, peak_memory_gb, profiled, rate, threads
-from vlarl_rllib.bench.plain import PlainTrainer, micro_batches
+from vlarl_rllib.bench.plain import PlainTrainer, micro_batches, moved
 from vlarl_rllib.bench.policy import BenchPolicy
 from vlarl_rllib.bench.result import CEILING, PLAIN, PRODUCT, Result
 from vlarl_rllib.bench.update import alone
@@ -95,8 +95,7 @@ def _plain_rate(policy: BenchPolicy, device: torch.device) -> tuple[float, float
 
     def step() -> float:
         for rows in micro_batches(range(size), micro):
-            chosen = {name: tensor[rows].to(device) for name, tensor in inputs.items()}
-            trainer.supervised_backward(chosen, targets[rows].to(device))
+            trainer.supervised_backward(moved(inputs, rows, device), targets[rows].to(device))
         trainer.step()
         return float(size)
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from vlarl_rllib.bench.measure import device_of, forget_peak, matmul_rate, peak_memory_gb, profiled, rate, threads
-from vlarl_rllib.bench.plain import PlainTrainer, micro_batches
+from vlarl_rllib.bench.plain import PlainTrainer, micro_batches, moved
 from vlarl_rllib.bench.policy import BenchPolicy
 from vlarl_rllib.bench.result import CEILING, PLAIN, PRODUCT, Result
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
+from vlarl_rllib.learner.device_batch import DeviceBatch, padded
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.learner.loss import LossInputs, LossSettings, ppo_loss
 from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, ShardedPolicy
@@ -117,6 +118,12 @@ class UpdateLoop:
     num_actions: int
     device: torch.device
 
+    def __post_init__(self) -> None:
+        self._data = DeviceBatch(self.batch, self.device, fixed_length=self.sharded.fixed_shapes)
+        self._old, self._rewards = (
+            tensor.to(self.device) for tensor in (self.batch.behaviour_log_probs, self.batch.rewards)
+        )
+
     def run(self) -> float:
         """An epoch; decisions."""
         training, count = self.settings.training, self.batch.num_decisions
@@ -130,22 +137,23 @@ class UpdateLoop:
             self.sharded.step((POLICY, CRITIC))
         return float(count)
 
-    def _inputs(self, rows: np.ndarray, num_valid: int) -> LossInputs:
-        batch, device = self.batch, self.device
-        executed, old = (tensor[rows].to(device) for tensor in (batch.executed, batch.behaviour_log_probs))
-        advantages = batch.rewards[rows].to(device)
-        scores = self.sharded.score(batch.model_inputs(rows, device), executed, self.settings.temperature)
+    def _inputs(self, steps: np.ndarray, num_valid: int) -> LossInputs:
+        data, size = self._data, self.settings.learners.micro_batch_size
+        frames = padded(steps, size) if self.sharded.fixed_shapes else steps
+        scores = self.sharded.score(data.inputs(frames), data.executed(frames), self.settings.temperature)
+        rows = data.on_device(frames)
+        rewards = self._rewards[rows]
         return LossInputs(
             log_probs=scores.log_probs,
             entropy=scores.entropy,
             values=scores.values.float(),
-            old_log_probs=old,
-            behaviour_log_probs=old,
-            old_values=torch.zeros_like(advantages),
-            advantages=advantages,
-            value_targets=advantages,
-            executed=executed,
-            mask=torch.ones(len(rows), dtype=torch.bool, device=device),
+            old_log_probs=self._old[rows],
+            behaviour_log_probs=self._old[rows],
+            old_values=torch.zeros_like(rewards),
+            advantages=rewards,
+            value_targets=rewards,
+            executed=data.executed(frames),
+            mask=data.on_device(np.arange(len(frames)) < len(steps)),
             num_valid=float(num_valid),
         )
 
@@ -186,18 +194,19 @@ def plain_rates(policy: BenchPolicy, device: torch.device) -> dict[bool, tuple[f
     settings = policy.settings
     batch = collate(contributions(settings, policy), policy.processor.prompt_ids, policy.facts.actions)
     trainer = PlainTrainer(policy, device, lr=settings.training.lr, value_head=True)
+    inputs = plain_inputs(policy, batch)
     micro, everything = settings.learners.micro_batch_size, np.arange(batch.num_decisions)
 
     def score() -> None:
         for rows in micro_batches(everything, micro):
-            log_probs, values = trainer.score(batch.model_inputs(rows, device))
+            log_probs, values = trainer.score(moved(inputs, rows, device))
             log_probs.cpu(), values.cpu()
 
     def optimize() -> float:
         for chosen in micro_batches(np.random.default_rng(0).permutation(everything), settings.training.minibatch_size):
             for rows in micro_batches(chosen, micro):
                 old, rewards = (tensor[rows].to(device) for tensor in (batch.behaviour_log_probs, batch.rewards))
-                trainer.ppo_backward(batch.model_inputs(rows, device), old, rewards, rewards)
+                trainer.ppo_backward(moved(inputs, rows, device), old, rewards, rewards)
             trainer.step()
         return float(len(everything))
 
@@ -213,16 +222,21 @@ def plain_rates(policy: BenchPolicy, device: torch.device) -> dict[bool, tuple[f
     return found
 
 
+def plain_inputs(policy: BenchPolicy, batch: RolloutBatch) -> dict[str, torch.Tensor]:
+    """What the model takes for each decision, in host memory as a data loader has it."""
+    frames = batch.frames[: batch.num_decisions]
+    slots = np.repeat(np.arange(len(batch.contribution_steps)), batch.contribution_steps)
+    inputs = policy.processor.raw_inputs(list(frames), [policy.instruction(slot) for slot in slots])
+    return inputs | {"action_tokens": torch.from_numpy(batch.tokens)}
+
+
 def update_ceilings(policy: BenchPolicy, peak: float) -> dict[bool, float] | None:
     """Trained samples a second at the rate `peak`, with the score pass and without; None where nothing is counted.
 
-    A score pass is one forward pass for all epochs; the frames behind fragments, one a slot, are left out.
+    The frames behind fragments, one a slot, which are scored and not trained on, are left out.
     """
-    training = policy.training_flops()
-    if training is None or policy.flops is None:
-        return None
-    score = policy.flops.score.forward_flops / policy.settings.training.num_epochs
-    return {True: peak / (training + score), False: peak / training}
+    scored, alone = policy.update_flops(), policy.training_flops()
+    return {True: peak / scored, False: peak / alone} if scored and alone else None
 
 
 def counted(policy: BenchPolicy, peak: float) -> dict[str, float]:

@@ -26,13 +26,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from vlarl_rllib.models.files import read_config, refuse_foreign_code
+from vlarl_rllib.models.flops import PolicyFlops
 from vlarl_rllib.models.statistics import action_statistics
 from vlarl_rllib.process.plugins import added_by_packages, load_class
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from vlarl_rllib.models.flops import PolicyFlops
 
 GROUP = "vlarl_rllib.families"
 """Entry points of other packages."""
@@ -253,12 +252,8 @@ class PolicyFamily(ABC):
         return None
 
     def cache_bytes(self, checkpoint: str | None, dtype: str) -> int:
-        """Memory that an engine keeps for each running decision; 0 where there is no cache.
-
-        Args:
-            checkpoint: a directory; None = a published one.
-            dtype: of the engine.
-        """
+        """Memory that an engine of this type keeps for each running decision, of a directory's model or, for None, a
+        published one; 0 where there is no cache."""
         return 0
 
     def count_flops(self, checkpoint: str, prompt_tokens: int) -> PolicyFlops | None:
@@ -270,15 +265,13 @@ class PolicyFamily(ABC):
         return {}
 
     def preset_digest(self, preset: str) -> str:
-        """Changes with what makes the preset, so that a checkpoint made by other code is not taken for the current
-        one."""
+        """Changes with what makes the preset: a checkpoint made by other code is not taken for the current one."""
         raise KeyError(preset)
 
     # With torch
 
     def write_preset(self, preset: str, directory: Path, seed: int) -> None:
-        """Write a whole checkpoint with random weights; the same seed gives the same bytes. `RANDOM_7B` is a preset too
-        of a family that has published checkpoints."""
+        """Write a whole checkpoint with random weights; the same seed gives the same bytes."""
         raise KeyError(preset)
 
     @abstractmethod

@@ -63,6 +63,15 @@ class Pass:
     def forward_flops(self) -> float:
         return sum(product.flops for chain in (*self.towers, self.trunk) for product in chain)
 
+    def frozen_flops(self, training_of: Callable[[str], Training]) -> float:
+        """Of the forward pass, what nothing that is trained comes before or into: it stays the same over updates, so
+        one pass over a frame is enough."""
+        total, none_so_far = 0.0, True
+        for chain in self.towers:
+            flops, is_trained = _frozen_start(chain, training_of)
+            total, none_so_far = total + flops, none_so_far and not is_trained
+        return total + (_frozen_start(self.trunk, training_of)[0] if none_so_far else 0.0)
+
     def training_flops(self, training_of: Callable[[str], Training], rank: int = 0) -> float:
         """Forward and backward pass, adapters' products included.
 
@@ -78,6 +87,16 @@ class Pass:
             flops, is_trained = _chain_flops(chain, training_of, rank, False)
             total, towers_are_trained = total + flops, towers_are_trained or is_trained
         return total + _chain_flops(self.trunk, training_of, rank, towers_are_trained)[0]
+
+
+def _frozen_start(chain: Iterable[Product], training_of: Callable[[str], Training]) -> tuple[float, bool]:
+    """Forward, of the products below the first level with a trained one, and whether there is one."""
+    products = list(chain)
+    trained = [
+        product.level for product in products if product.module and training_of(product.module) is not Training.FROZEN
+    ]
+    first = min(trained, default=None)
+    return sum(product.flops for product in products if first is None or product.level < first), first is not None
 
 
 def _chain_flops(
