@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vlarl_rllib.bench.measure import REPEATS, device_of, matmul_rate, threads
+from vlarl_rllib.bench.measure import REPEATS, device_of, matmul_rate, name_of, threads
 from vlarl_rllib.bench.policy import BenchPolicy
 from vlarl_rllib.bench.result import CEILING, PART, PLAIN, PRODUCT, Result, phases
 from vlarl_rllib.bench.rollout import plain_rate
@@ -26,7 +26,7 @@ def measure(settings: Settings, profile: bool) -> Result:
     """A few iterations of a `VLAPPO`, the first ones left out; no checkpoints, no evaluation."""
     policy, plan = BenchPolicy(settings), calculate_runtime_args(settings)
     device = device_of(settings.learners.gpus)
-    result = Result.of("iteration", settings, str(device))
+    result = Result.of("iteration", settings, name_of(device))
     with ray_session(plan, settings):
         rows, memory = _train(settings)
     with threads(settings.learners.cpus):

@@ -19,6 +19,8 @@ REPEATS, SECONDS, MOST_REPEATS = 3, 1.0, 50
 """At least so many calls count, and as many as fit into so long."""
 GPU_SIDE, CPU_SIDE = 8192, 1024
 """Of the square matrices whose product is the ceiling: large enough that its rate no longer rises."""
+PRODUCTS = 10
+"""The best of so many."""
 PROFILED_STEPS, PROFILE_ROWS = 3, 15
 
 
@@ -57,12 +59,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(side, side, device=device, dtype=dtype)
     best = 0.0
-    for _ in range(WARM_UP + 10):
+    for _ in range(WARM_UP + PRODUCTS):
         _finish(device)
         began = time.perf_counter()
         torch.mm(left, right, out=out)
         _finish(device)
         best = max(best, 2.0 * side**3 / (time.perf_counter() - began))
+    del left, right, out
+    forget_peak(device)  # an engine looks at what the card has left
     return best
 
 
@@ -128,6 +132,11 @@ def profiled(step: Callable[[], object], device: torch.device) -> list[Operation
 def device_of(gpus: float) -> torch.device:
     """Of something that reserves so many."""
     return torch.device("cuda", 0) if gpus else torch.device("cpu")
+
+
+def name_of(device: torch.device) -> str:
+    """For the table's title."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
 
 def _finish(device: torch.device) -> None:

@@ -79,11 +79,8 @@ class BenchPolicy:
         """Of the forward and backward pass for one sample."""
         if self.flops is None:
             return None
-        chosen, rank = (
-            self.flops.supervise if supervised else self.flops.score,
-            self.lora_config.r if self.lora_config else 0,
-        )
-        return chosen.training_flops(self._training_of, rank)
+        chosen = self.flops.supervise if supervised else self.flops.score
+        return chosen.training_flops(self._training_of, self.lora_config.r if self.lora_config else 0)
 
     def update_flops(self) -> float | None:
         """Of one trained sample with its share of the score pass, which is one for all epochs; what is frozen is

@@ -48,8 +48,8 @@ class Row:
             self.kind,
             f"{self.value:.4g}",
             self.unit,
-            "" if self.over_plain is None else f"{self.over_plain:.2f}",
-            "" if self.of_ceiling is None else f"{self.of_ceiling:.2f}",
+            "" if self.over_plain is None else f"{self.over_plain:.3g}",
+            "" if self.of_ceiling is None else f"{self.of_ceiling:.3g}",
             "" if self.memory_gb is None else f"{self.memory_gb:.2f}",
         )
 

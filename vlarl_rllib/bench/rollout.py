@@ -11,7 +11,16 @@ import ray
 import torch
 
 from vlarl_rllib.bench.engine import MeasuredEngine, direct_calls, requests
-from vlarl_rllib.bench.measure import WARM_UP, device_of, forget_peak, matmul_rate, peak_memory_gb, rate, threads
+from vlarl_rllib.bench.measure import (
+    WARM_UP,
+    device_of,
+    forget_peak,
+    matmul_rate,
+    name_of,
+    peak_memory_gb,
+    rate,
+    threads,
+)
 from vlarl_rllib.bench.plain import PlainSampler
 from vlarl_rllib.bench.policy import BenchPolicy
 from vlarl_rllib.bench.result import CEILING, PART, PLAIN, PRODUCT, Result, phases
@@ -31,7 +40,7 @@ def measure(settings: Settings, profile: bool) -> Result:
     )
     policy, device = BenchPolicy(settings), device_of(settings.engines.gpus)
     num_slots, dtype = calculate_runtime_args(settings).num_slots, settings.engines.dtype
-    result = Result.of("rollout", settings, str(device))
+    result = Result.of("rollout", settings, name_of(device))
     with threads(settings.engines.cpus):
         peak = matmul_rate(device, getattr(torch, dtype))
         with ray_session(evaluation_plan(settings), settings):

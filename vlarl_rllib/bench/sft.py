@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarl_rllib.bench.measure import device_of, forget_peak, matmul_rate, peak_memory_gb, profiled, rate, threads
+from vlarl_rllib.bench.measure import (
+    device_of,
+    forget_peak,
+    matmul_rate,
+    name_of,
+    peak_memory_gb,
+    profiled,
+    rate,
+    threads,
+)
 from vlarl_rllib.bench.plain import PlainTrainer, micro_batches, moved
 from vlarl_rllib.bench.policy import BenchPolicy
 from vlarl_rllib.bench.result import CEILING, PLAIN, PRODUCT, Result
@@ -35,7 +44,7 @@ def measure(settings: Settings, profile: bool) -> Result:
     settings = alone(settings)
     policy, device = BenchPolicy(settings), device_of(settings.learners.gpus)
     with threads(settings.learners.cpus), tempfile.TemporaryDirectory(prefix="vlarl-bench-") as scratch:
-        result = Result.of("sft", settings, str(device))
+        result = Result.of("sft", settings, name_of(device))
         peak = matmul_rate(device, getattr(torch, settings.model.dtype))
         data = _write_demonstrations(policy, Path(scratch))
         value, memory, result.profile = _product(policy, data, device, profile)

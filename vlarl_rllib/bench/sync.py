@@ -11,7 +11,7 @@ import ray
 import torch
 
 from vlarl_rllib.bench.engine import MeasuredEngine
-from vlarl_rllib.bench.measure import REPEATS, WARM_UP, copy_rate, device_of, forget_peak, rate, threads
+from vlarl_rllib.bench.measure import REPEATS, WARM_UP, copy_rate, device_of, forget_peak, name_of, rate, threads
 from vlarl_rllib.bench.policy import BenchPolicy
 from vlarl_rllib.bench.result import CEILING, PART, PLAIN, PRODUCT, Result, phases
 from vlarl_rllib.bench.update import learner_group, learner_memory_gb
@@ -36,7 +36,7 @@ def measure(settings: Settings, profile: bool) -> Result:
     """Learners and engines as in a run; the weights do not change between pushes."""
     policy, device = BenchPolicy(settings), device_of(settings.engines.gpus)
     plan = calculate_runtime_args(settings).only(Role.ALGORITHM, Role.LEARNER, Role.ENGINE)
-    result = Result.of("sync", settings, str(device))
+    result = Result.of("sync", settings, name_of(device))
     with threads(settings.learners.cpus):
         with ray_session(plan, settings):
             pool = _engines(settings)

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlarl_rllib.bench.measure import device_of, forget_peak, matmul_rate, peak_memory_gb, profiled, rate, threads
+from vlarl_rllib.bench.measure import (
+    device_of,
+    forget_peak,
+    matmul_rate,
+    name_of,
+    peak_memory_gb,
+    profiled,
+    rate,
+    threads,
+)
 from vlarl_rllib.bench.plain import PlainTrainer, micro_batches, moved
 from vlarl_rllib.bench.policy import BenchPolicy
 from vlarl_rllib.bench.result import CEILING, PLAIN, PRODUCT, Result
@@ -39,7 +48,7 @@ def measure(settings: Settings, profile: bool) -> Result:
     settings = alone(settings)
     policy, device = BenchPolicy(settings), device_of(settings.learners.gpus)
     with threads(settings.learners.cpus):
-        result = Result.of("update", settings, str(device))
+        result = Result.of("update", settings, name_of(device))
         peak = matmul_rate(device, getattr(torch, settings.model.dtype))
         # RLlib asks Ray for the GPU of a learner
         with ray_session(calculate_runtime_args(settings).only(Role.ALGORITHM), settings):
