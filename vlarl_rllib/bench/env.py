@@ -24,7 +24,7 @@ from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.types import ACTION_SIZE, EnvSpec
 
 UNIT = "environment steps/s"
-STEPS = 20
+STEPS = 10
 """Of each slot between two looks at the clock."""
 SLOTS = 4
 """Further ones on a model, whose memory is told."""
