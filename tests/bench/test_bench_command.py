@@ -63,6 +63,7 @@ OPTIONS = {
     "sync": ADAPTERS,
     "sft": ("--profile",),
     "env": ("env.name=synthetic",),
+    "iteration": ("engines.num=0", "learners.num=0"),  # actors of both are what rollout and sync start
     "rollout": ("--profile",),
 }
 
