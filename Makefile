@@ -48,9 +48,8 @@ libero-smoke: $(STAMP)  ## train a tiny policy for 3 iterations on real LIBERO w
 	rm -rf runs/libero-smoke
 	$(BIN)/vlarl train configs/libero_smoke_cpu.yaml --run-dir runs/libero-smoke
 
-bench: $(STAMP)  ## measure the environment and the rollout loop
-	$(BIN)/python benchmarks/env.py
-	$(BIN)/python benchmarks/rollout.py
+bench: $(STAMP)  ## measure every part on small models, beside plain loops: the table of docs/performance.md
+	@for name in rollout update sync sft iteration env; do $(BIN)/vlarl bench $$name || exit; done
 
 lock:  ## resolve the CPU lock anew (needs uv)
 	uv pip compile pyproject.toml --extra cpu --extra kbit --extra data --extra dev --python-version 3.11 --overrides requirements/overrides-cpu.txt \

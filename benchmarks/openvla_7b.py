@@ -19,7 +19,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,39 +36,6 @@ def timed(name: str) -> Iterator[None]:
     yield
     SECONDS[name] = time.perf_counter() - began
     print(f"{name:44} {SECONDS[name]:8.1f} s", flush=True)
-
-
-def write_random_7b(directory: Path, device: str) -> None:
-    """Published sizes, names and shards (at most 5 GB each), random bfloat16 weights, a word-level tokenizer with
-    Llama's id ranges."""
-    from huggingface_hub import save_torch_state_dict
-
-    from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor
-    from vlarl_rllib.models.openvla.presets import (
-        PRESETS,
-        action_statistics,
-        initialize_for_exploration,
-        write_tokenizer,
-    )
-
-    text = {"pad_token_id": 32000, "vocab_size": 32064, "torch_dtype": "bfloat16"}
-    config = OpenVLAConfig(
-        text_config=text, norm_stats=action_statistics(), dtype="bfloat16", architectures=["OpenVLAForActionPrediction"]
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        torch.manual_seed(0)
-        model = OpenVLAForActionPrediction(config)
-        initialize_for_exploration(model)
-    torch.set_default_dtype(torch.float32)
-    directory.mkdir(parents=True)
-    save_torch_state_dict(model.state_dict(), directory, max_shard_size="5GB", metadata={"format": "pt"})
-    config.save_pretrained(directory)
-    PrismaticImageProcessor.for_image_size(224).save_pretrained(directory)
-    write_tokenizer(replace(PRESETS["tiny"], word_vocab_size=32000 - 256), directory)
-    del model
-    if device == "cuda":
-        torch.cuda.empty_cache()  # the card is the learner's and the engine's from here on
 
 
 def settings_for(arguments: argparse.Namespace, model: str) -> Any:
@@ -291,8 +257,10 @@ def main() -> None:
     else:
         model = arguments.preset or str(arguments.scratch.resolve() / "openvla-7b-random")
         if not arguments.preset and not Path(model).is_dir():
+            from vlarl_rllib.models.openvla.random_7b import write_random_7b
+
             with timed("write random weights in published shards"):
-                write_random_7b(Path(model), device)
+                write_random_7b(Path(model))
         for directory in (run, out):
             shutil.rmtree(directory, ignore_errors=True)
         result = {"quantization": arguments.quantization}

@@ -1,4 +1,5 @@
-"""A push of the weights by parts, for each transport that this machine allows: learner and vLLM engine as in a run.
+"""A push of the weights by finer parts than `vlarl bench sync` has, for each transport that this machine allows, and
+what follows where learner or engine dies in the middle of one.
 
     python benchmarks/weights.py SCRATCH --model 7b --json weights.json                # random 7B with LoRA, GPUs of 1
     python benchmarks/weights.py SCRATCH --model 7b --kill engine --kill learner       # one of them dies in a push
@@ -388,10 +389,10 @@ def model_path(arguments: argparse.Namespace) -> str:
         return resolve_model(arguments.model)
     directory = arguments.scratch.resolve() / "openvla-7b-random"
     if not directory.is_dir():
-        from openvla_7b import write_random_7b
+        from vlarl_rllib.models.openvla.random_7b import write_random_7b
 
         began = time.perf_counter()
-        write_random_7b(directory, "cuda" if torch.cuda.is_available() else "cpu")
+        write_random_7b(directory)
         print(f"random 7B written in {time.perf_counter() - began:.0f} s", flush=True)
     return str(directory)
 

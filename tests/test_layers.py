@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "algorithm"),
     ("evaluation",),
     ("reports",),
+    ("bench",),
     ("commands",),
     ("cli",),
     ("__init__", "__main__"),

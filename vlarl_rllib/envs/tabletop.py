@@ -3,7 +3,7 @@ success.
 
 A floating two-finger gripper, two of three coloured objects and two coloured zones. The tasks touch, push, pick up or
 put down the object that the instruction names; the other object and the other zone are there to be left alone. Drawing
-in software takes most of a step (`python benchmarks/env.py --env tabletop --image-size 56`).
+in software takes most of a step (`vlarl bench env --set env.name=tabletop --set model.path=small`).
 """
 
 from __future__ import annotations

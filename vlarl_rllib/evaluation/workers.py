@@ -1,13 +1,15 @@
-"""The actors of an evaluation: engines and runners as in training, without an Algorithm and without learners."""
+"""Engines and runners as in training, without an Algorithm and without learners: the actors of an evaluation, and of
+the benchmark of rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlarl_rllib.config import VLAPPOConfig
+from vlarl_rllib.engines.actor import EngineActor
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.rllib_compat import kill_runners, make_runner_group
 from vlarl_rllib.rollout.runner_pool import RunnerCalls
@@ -41,11 +43,19 @@ def evaluation_plan(settings: Settings) -> RuntimeArgs:
 
 
 @contextmanager
-def start_workers(settings: Settings, name: str) -> Iterator[Workers]:
+def start_workers(
+    settings: Settings,
+    name: str,
+    *,
+    make_calls: Callable[..., RunnerCalls] = RunnerCalls,
+    engine_class: type[EngineActor] = EngineActor,
+) -> Iterator[Workers]:
     """Engines that serve the checkpoint as it is, and runners; all are gone afterwards.
 
     Args:
         name: what they are called on Ray's dashboard and in metrics, before a slash and their role.
+        make_calls: of what calls the runners, with `RunnerCalls`' arguments.
+        engine_class: of the engines' actors.
 
     Raises:
         RuntimeError: an engine does not start.
@@ -70,11 +80,12 @@ def start_workers(settings: Settings, name: str) -> Iterator[Workers]:
                 engines.num,
                 actor_options=options,
                 start_timeout_seconds=engines.start_timeout_seconds,
+                engine_class=engine_class,
             )
         runners = make_runner_group(config, runner_options(plan, ActorNames(name)))
         if pool is not None:
             pool.wait_until_ready()
-        calls = RunnerCalls(
+        calls = make_calls(
             runners,
             LoadedWeights(pool),
             pool,

@@ -8,6 +8,12 @@ MAX_WIDTHS = (512, 128)
 """Widths of the two inner layers for large backbones (RLinf's OpenVLA value head); smaller backbones cap them."""
 
 
+def value_head_widths(hidden_size: int) -> tuple[int, int, int, int]:
+    """Of what goes into each layer, and comes out of the last."""
+    first, second = (min(width, hidden_size) for width in MAX_WIDTHS)
+    return hidden_size, first, second, 1
+
+
 class ValueHead(nn.Module):
     """Three-layer MLP on one hidden state: [B, hidden_size] -> [B] float32.
 
@@ -18,10 +24,10 @@ class ValueHead(nn.Module):
 
     def __init__(self, hidden_size: int, seed: int = 0) -> None:
         super().__init__()
-        first, second = (min(width, hidden_size) for width in MAX_WIDTHS)
+        _, first, second, last = value_head_widths(hidden_size)
         self.fc1 = nn.Linear(hidden_size, first)
         self.fc2 = nn.Linear(first, second)
-        self.fc3 = nn.Linear(second, 1)
+        self.fc3 = nn.Linear(second, last)
         self._initialize(seed)
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from vlarl_rllib.models.files import read_config, refuse_foreign_code
+from vlarl_rllib.models.flops import PolicyFlops
 from vlarl_rllib.models.statistics import action_statistics
 from vlarl_rllib.process.plugins import added_by_packages, load_class
 
@@ -251,21 +252,20 @@ class PolicyFamily(ABC):
         return None
 
     def cache_bytes(self, checkpoint: str | None, dtype: str) -> int:
-        """Memory that an engine keeps for each running decision; 0 where there is no cache.
-
-        Args:
-            checkpoint: a directory; None = a published one.
-            dtype: of the engine.
-        """
+        """Memory that an engine of this type keeps for each running decision, of a directory's model or, for None, a
+        published one; 0 where there is no cache."""
         return 0
+
+    def count_flops(self, checkpoint: str, prompt_tokens: int) -> PolicyFlops | None:
+        """What each pass takes for a prompt of so many tokens, of a directory; None = the family does not count."""
+        return None
 
     def preset_facts(self) -> Mapping[str, PolicyFacts]:
         """The small models that can be made from a seed, by name; only of the package's own families."""
         return {}
 
     def preset_digest(self, preset: str) -> str:
-        """Changes with what makes the preset, so that a checkpoint made by other code is not taken for the current
-        one."""
+        """Changes with what makes the preset: a checkpoint made by other code is not taken for the current one."""
         raise KeyError(preset)
 
     # With torch

@@ -74,6 +74,10 @@ PUBLISHED_MODELS = {
 PRESET_NAMES = ("tiny", "small", "mini")
 """Of `models.presets.PRESETS`: small models that are made from a seed, for trying things out."""
 
+RANDOM_7B = "random-7b"
+"""What `vlarl bench` calls a model of the published sizes with random weights: 15 GB, made when it is first asked for,
+by `PolicyFamily.write_preset` of the published checkpoints' family."""
+
 
 def published_model(path: str) -> PublishedModel | None:
     """The checkpoint that `model.path` names by its name or hub id; None for any other model."""

@@ -28,10 +28,12 @@ from vlarl_rllib.models.openvla.actions import dataset_statistics as statistics_
 from vlarl_rllib.models.openvla.prompt import build_prompt
 from vlarl_rllib.process.json_files import read_json_object
 from vlarl_rllib.process.own_files import replace_file
+from vlarl_rllib.settings.published import RANDOM_7B
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from vlarl_rllib.models.flops import PolicyFlops
     from vlarl_rllib.models.openvla import OpenVLAConfig, OpenVLAProcessor
 
 PUBLISHED_PADDING = 64
@@ -144,6 +146,11 @@ class OpenVLAFamily(PolicyFamily):
         keys_and_values = 2 * text["num_hidden_layers"] * text["hidden_size"] * element
         return keys_and_values * -(-tokens // CACHE_BLOCK) * CACHE_BLOCK
 
+    def count_flops(self, checkpoint: str, prompt_tokens: int) -> PolicyFlops:
+        from vlarl_rllib.models.openvla.flops import count_flops
+
+        return count_flops(self.load_config(checkpoint), prompt_tokens)
+
     def preset_facts(self) -> Mapping[str, PolicyFacts]:
         return {name: presets.preset_facts(preset) for name, preset in presets.PRESETS.items()}
 
@@ -151,7 +158,12 @@ class OpenVLAFamily(PolicyFamily):
         return presets.preset_digest(preset)
 
     def write_preset(self, preset: str, directory: Path, seed: int) -> None:
-        presets.write_preset(preset, directory, seed)
+        if preset == RANDOM_7B:
+            from vlarl_rllib.models.openvla.random_7b import write_random_7b
+
+            write_random_7b(directory, seed)
+        else:
+            presets.write_preset(preset, directory, seed)
 
     def load_config(self, checkpoint: str) -> OpenVLAConfig:
         from vlarl_rllib.models.openvla import OpenVLAConfig
