@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
@@ -107,6 +108,50 @@ def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(
     augmented = supervise()
     assert abs(augmented["loss"] - metrics["loss"]) > 1e-3, "other pictures"
     assert supervise() == augmented, "the same for the same step"
+
+
+class Reads(TorchDispatchMode):
+    """How often the host looks at a number of a tensor: on a GPU it waits each time until all before it is done."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_reported_is_read_once_and_sums_up_the_passes(
+    make_group: Callable[..., RankGroup], demonstrations: Path
+) -> None:
+    group = make_group(0, lr=0.0, batch_size=20, augment=True)
+    group.call("open_data", read_statistics(demonstrations, OPENVLA)[1]["action"])
+    learner = group.local
+    ids = learner._facts.actions.token_ids
+    expected = dict.fromkeys(("loss", "correct", "l1"), 0.0)
+    batches = [next(learner._batches) for _ in range(3)]
+    for number, batch in enumerate(batches):
+        learner._generator.manual_seed((2 * 1_000_003 + number) * 1024)
+        with Reads() as reads:
+            passes = learner._accumulate(batch)
+        assert reads.count == 0 and [len(each.likely) for each in passes] == [8, 8, 4]
+        for each in passes:
+            expected["loss"] += float(each.loss) / 8
+            expected["correct"] += float((each.likely == each.targets[:, :7]).sum()) / 7
+            predicted = learner._codec.normalized(each.likely.numpy().clip(ids[0], ids[-1]))
+            expected["l1"] += float(np.abs(predicted - each.actions.numpy()).sum()) / 7
+    learner.sharded.optimizers["policy"].zero_grad()
+
+    learner._batches = iter(batches)
+    sums = group.call("supervise", 3)[0]
+    assert (sums["samples"], sums["steps"]) == (60.0, 3.0)
+    assert {name: sums[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_frames_that_do_not_fit_change_nothing(make_group: Callable[..., RankGroup], demonstrations: Path) -> None:
+    kept, decoded = (make_group(0, frames_gb=size) for size in (None, 0.0))
+    for group in (kept, decoded):
+        group.call("open_data", read_statistics(demonstrations, OPENVLA)[1]["action"])
+    assert kept.call("supervise", 8) == decoded.call("supervise", 8)
 
 
 def test_two_learners_imitate_too(make_group: Callable[..., RankGroup], demonstrations: Path) -> None:

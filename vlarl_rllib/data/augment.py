@@ -35,6 +35,13 @@ class AugmentationDraw:
     hue: Tensor
     """Turns of the colour circle."""
 
+    def to(self, device: torch.device) -> AugmentationDraw:
+        """On a GPU all in one copy, for which nobody waits."""
+        if device.type == "cpu":
+            return self
+        drawn = torch.stack([self.offset, self.brightness, self.contrast, self.saturation, self.hue])
+        return AugmentationDraw(*drawn.pin_memory().to(device, non_blocking=True))
+
 
 def draw(batch: int, generator: torch.Generator) -> AugmentationDraw:
     """Independent draws for `batch` images; `generator` is the CPU's."""
@@ -53,16 +60,14 @@ def draw(batch: int, generator: torch.Generator) -> AugmentationDraw:
 
 def augment(images: Tensor, chosen: AugmentationDraw) -> Tensor:
     """[B, 3, S, S] uint8 RGB -> the same, augmented."""
-    device = images.device
-    pixels = crop(images.float() / 255.0, chosen.offset.to(device)).clamp(0.0, 1.0)
-    pixels = (pixels + _per_image(chosen.brightness, device)).clamp(0.0, 1.0)
-    pixels = adjust_contrast(pixels, _per_image(chosen.contrast, device)).clamp(0.0, 1.0)
+    drawn = chosen.to(images.device)
+    pixels = crop(images.float() / 255.0, drawn.offset).clamp(0.0, 1.0)
+    pixels = (pixels + drawn.brightness[:, None, None, None]).clamp(0.0, 1.0)
+    pixels = adjust_contrast(pixels, drawn.contrast[:, None, None, None]).clamp(0.0, 1.0)
     hue, saturation, value = to_hsv(pixels)
-    pixels = to_rgb(hue, (saturation * chosen.saturation.to(device)[:, None, None]).clamp(0.0, 1.0), value).clamp(
-        0.0, 1.0
-    )
+    pixels = to_rgb(hue, (saturation * drawn.saturation[:, None, None]).clamp(0.0, 1.0), value).clamp(0.0, 1.0)
     hue, saturation, value = to_hsv(pixels)
-    pixels = to_rgb((hue + chosen.hue.to(device)[:, None, None]) % 1.0, saturation, value).clamp(0.0, 1.0)
+    pixels = to_rgb((hue + drawn.hue[:, None, None]) % 1.0, saturation, value).clamp(0.0, 1.0)
     return (pixels * 255.5).to(torch.uint8)  # `tf.image.convert_image_dtype`
 
 
@@ -102,7 +107,3 @@ def to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     turns = torch.stack([hue * 6.0 + shift for shift in (5.0, 3.0, 1.0)], dim=1) % 6.0
     weight = torch.minimum(turns, 4.0 - turns).clamp(0.0, 1.0)
     return value[:, None] - (value * saturation)[:, None] * weight
-
-
-def _per_image(values: Tensor, device: torch.device) -> Tensor:
-    return values.to(device)[:, None, None, None]

@@ -4,7 +4,7 @@ A step of `modified_libero_rlds` (openvla/modified_libero_rlds on the Hugging Fa
 but mirrored as the policy sees it; the environment's own action (`envs.base.VLAEnv`); the instruction; and the usual
 RLDS flags. TensorFlow does the reading and writing, in a process of its own (`data/tfds_process.py` says why).
 
-T = steps of an episode, H, W = size of a stored frame.
+N = steps of a shard, T = those of an episode, H, W = size of a stored frame.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class RLDSDataset:
         self._images: list[StoredFrame] = []
         self._numbers: list[int] = []
         """Of this shard's episodes, in the whole split."""
-        self._instructions: list[str] = []
+        self.instructions: list[str] = []
+        """Of each episode."""
         actions: list[np.ndarray] = []
         episode_of: list[int] = []
         step_of: list[int] = []
@@ -80,14 +81,16 @@ class RLDSDataset:
             length = len(episode["action"])
             self._images += episode["image"]
             self._numbers.append(index)
-            self._instructions.append(episode["instruction"])
+            self.instructions.append(episode["instruction"])
             actions.append(np.array(episode["action"], dtype=np.float32))
             episode_of += [self.num_episodes] * length
             step_of += range(length)
             self.num_episodes += 1
         self.actions = np.concatenate(actions) if actions else np.zeros((0, ACTION_SIZE), np.float32)
         """[N, 7] float32: the environment's own, of all steps in stored order."""
-        self._episode_of, self._step_of = np.array(episode_of, dtype=np.int64), np.array(step_of, dtype=np.int64)
+        self.episode_of = np.array(episode_of, dtype=np.int64)
+        """[N] of each step."""
+        self._step_of = np.array(step_of, dtype=np.int64)
         self._epoch, self._position = 0, 0
 
     def __len__(self) -> int:
@@ -95,38 +98,37 @@ class RLDSDataset:
 
     def __getitem__(self, index: int) -> Any:
         """Step `index` in stored order."""
-        episode = int(self._episode_of[index])
-        step = int(self._step_of[index])
-        try:
-            image = decoded(self._images[index])
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"{self.path}: the frame of step {step} in episode {self._numbers[episode]} cannot be decoded ({error})"
-            ) from None
+        episode = int(self.episode_of[index])
         example = {
-            "image": image,
+            "image": self.frame(index),
             "action": self.actions[index],
-            "instruction": self._instructions[episode],
+            "instruction": self.instructions[episode],
             "episode": episode,
-            "step": step,
+            "step": int(self._step_of[index]),
         }
         return example if self._transform is None else self._transform(example)
 
-    def actions_from(self, index: int, count: int) -> np.ndarray:
-        """[count, 7] float32: the actions of step `index` and behind it; at an episode's end its last one again."""
-        left = np.searchsorted(self._episode_of, self._episode_of[index], side="right") - index
-        return self.actions[index + np.minimum(np.arange(count), left - 1)]
+    def frame(self, index: int) -> np.ndarray:
+        """[H, W, 3] uint8: that of step `index`. Raises ValueError where it is damaged."""
+        try:
+            return decoded(self._images[index])
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{self.path}: the frame of step {self._step_of[index]} in episode "
+                f"{self._numbers[self.episode_of[index]]} cannot be decoded ({error})"
+            ) from None
+
+    def action_chunks(self, count: int) -> np.ndarray:
+        """[N, count, 7] float32: the actions of each step and behind it; at an episode's end its last one again."""
+        ends = np.searchsorted(self.episode_of, self.episode_of, side="right")
+        return self.actions[np.minimum(np.arange(len(self))[:, None] + np.arange(count), ends[:, None] - 1)]
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of this epoch; afterwards the next one begins."""
-        return map(self.__getitem__, self.indices())
-
-    def indices(self) -> Iterator[int]:
-        """What `__iter__` goes through, in stored order's numbers: for who decodes several at a time."""
-        order = self._order()
+        order = self.order(self._epoch)
         while self._position < len(order):
             self._position += 1
-            yield int(order[self._position - 1])
+            yield self[int(order[self._position - 1])]
         self._epoch, self._position = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
@@ -137,10 +139,11 @@ class RLDSDataset:
         """Go on from there: iterating yields what would have come."""
         self._epoch, self._position = state["epoch"], state["position"]
 
-    def _order(self) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
+        """[N] int64: all steps, as that epoch goes through them."""
         if self._seed is None:
             return np.arange(len(self))
-        return np.random.default_rng([self._seed, self._epoch]).permutation(len(self))
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self))
 
 
 def find_dataset(directory: str | Path) -> Path:

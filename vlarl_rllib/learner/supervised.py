@@ -4,19 +4,17 @@ fine-tuning).
 Each rank reads its share of the episodes and goes through them in an order of its own. The loss is the mean
 cross-entropy of a decision's action tokens and, where they are sampled one after the other, of the end of sequence,
 over the full vocabulary. What a step learns from follows from its number and the run's seed: so a checkpoint needs the
-number alone.
+number alone. Nothing in a step waits for the device but the optimiser; what is reported is read once a call.
 
-b = demonstrated steps of one rank, S = image side in pixels, K = actions of a decision, A = its tokens, G = targets.
+m = demonstrated steps of a forward pass, K = actions of a decision, A = its tokens, G = targets.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +23,9 @@ from torch import Tensor
 
 from vlarl_rllib.data.augment import augment, draw
 from vlarl_rllib.data.rlds import RLDSDataset
-from vlarl_rllib.envs.image import RESIZED_SIDE, resize_lanczos
 from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner import fsdp
+from vlarl_rllib.learner.demonstrations import DemonstrationBatch, Demonstrations
 from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.learner.sharded_policy import POLICY, ShardedPolicy
 from vlarl_rllib.models.family import family_of
@@ -35,20 +33,21 @@ from vlarl_rllib.models.presets import models_here
 from vlarl_rllib.process.storage import FileFacts, place_of
 from vlarl_rllib.settings import Settings, SFTSettings
 
-DECODING_THREADS = 4
-"""Beside a GPU."""
+CPU_FRAMES_BYTES, GPU_FRAMES_SHARE = 1e9, 0.1
+"""What decoded frames may take where `sft.frames_gb` does not say: of host memory, and of a learner's part of a GPU."""
 
 
-@dataclass(frozen=True)
-class DemonstrationBatch:
-    """One optimiser step's demonstrations of one rank, in host memory."""
+class Pass(NamedTuple):
+    """What a forward pass is reported by, still on the device."""
 
-    inputs: dict[str, Tensor]
-    """input_ids and attention_mask [b, L], pixel_values [b, 3, S, S] uint8."""
+    loss: Tensor
+    """[] float32: sum over its targets, in nats."""
+    likely: Tensor
+    """[m, A] int64: the most likely tokens."""
     targets: Tensor
-    """[b, G] int64: action tokens, then the end of sequence where it is learned."""
+    """[m, G] int64"""
     actions: Tensor
-    """[b, K, 7] float32, normalised."""
+    """[m, K, 7] float32: demonstrated, normalised."""
 
 
 class SupervisedLearner(Rank):
@@ -130,24 +129,35 @@ class SupervisedLearner(Rank):
             FileNotFoundError, ValueError, ImportError: see `RLDSDataset`.
         """
         sft = self.settings.sft
-        self._data = self._reading.result()
-        if not len(self._data):
+        data = self._reading.result()
+        if not len(data):
             raise ValueError(
                 f"sft.data: rank {self._rank} of {self._world_size} gets no episode of {sft.split}; use fewer "
                 "learners or more data"
             )
         self._codec = self._family.codec(self._facts, statistics)
+        demonstrations = Demonstrations(
+            data,
+            self._processor,
+            self._codec,
+            self._facts.actions,
+            self._device,
+            batch_size=sft.batch_size // self._world_size,
+            frames_bytes=self._frames_bytes(),
+        )
         self._generator = torch.Generator()
         self._num_steps = step
-        epoch, position = divmod(step * self._share, len(self._data))
-        self._data.load_state_dict({"epoch": epoch, "position": position})
-        self._batches = self._make_batches()
-        return len(self._data)
+        self._batches = demonstrations.batches(step)
+        return len(data)
 
-    @property
-    def _share(self) -> int:
-        """Demonstrated steps of an optimiser step that are this rank's."""
-        return self.settings.sft.batch_size // self._world_size
+    def _frames_bytes(self) -> float:
+        """Memory for decoded frames on the device."""
+        sft, learners = self.settings.sft, self.settings.learners
+        if sft.frames_gb is not None:
+            return sft.frames_gb * 1e9
+        if self._device.type == "cpu":
+            return CPU_FRAMES_BYTES
+        return GPU_FRAMES_SHARE * learners.gpus * torch.cuda.get_device_properties(self._device).total_memory
 
     def supervise(self, num_steps: int) -> dict[str, float]:
         """Make that many optimiser steps; sums over their demonstrations, the same on every rank. See `means`.
@@ -157,12 +167,11 @@ class SupervisedLearner(Rank):
             actions and the demonstrated ones, normalised to [-1, 1], per number), grad_norm, skipped (steps with a
             non-finite gradient).
         """
-        sums = dict.fromkeys(("loss", "correct", "l1"), 0.0)
+        passes: list[Pass] = []
         norms, skipped = 0.0, 0
         for _ in range(num_steps):
             self._generator.manual_seed((self.settings.run.seed * 1_000_003 + self._num_steps) * 1024 + self._rank)
-            for name, value in self._accumulate(next(self._batches)).items():
-                sums[name] += value
+            passes += self._accumulate(next(self._batches))
             for group in self.sharded.optimizers[POLICY].param_groups:
                 group["lr"] = self.settings.sft.lr * rate_factor(self._num_steps, self.settings.sft)
             self._num_steps += 1
@@ -171,71 +180,36 @@ class SupervisedLearner(Rank):
             skipped += not finite
         samples = num_steps * self.settings.sft.batch_size
         counts = {"samples": float(samples), "steps": float(num_steps), "grad_norm": norms, "skipped": float(skipped)}
-        return fsdp.all_reduce_sums(sums) | counts
+        return fsdp.all_reduce_sums(self._sums(passes)) | counts
 
-    def _accumulate(self, batch: DemonstrationBatch) -> dict[str, float]:
-        """Forward and backward passes of one optimiser step; sums over this rank's demonstrations."""
-        sums = dict.fromkeys(("loss", "correct", "l1"), 0.0)
-        size, actions = self.settings.learners.micro_batch_size, self._facts.actions
-        ids, tokens, numbers = actions.token_ids, actions.num_tokens, batch.actions[0].numel()
+    def _accumulate(self, batch: DemonstrationBatch) -> list[Pass]:
+        """Forward and backward passes of one optimiser step, without waiting for the device."""
+        size, passes = self.settings.learners.micro_batch_size, []
         starts = range(0, len(batch.targets), size)
         for start in starts:
             self.sharded.reduce_gradients(in_this_pass=start == starts[-1])
             rows = slice(start, start + size)
-            inputs = {name: tensor[rows].to(self._device) for name, tensor in batch.inputs.items()}
+            inputs, targets = {name: tensor[rows] for name, tensor in batch.inputs.items()}, batch.targets[rows]
             if self.settings.sft.augment:
-                inputs["pixel_values"] = augment(
-                    inputs["pixel_values"], draw(len(inputs["pixel_values"]), self._generator)
-                )
-            targets = batch.targets[rows].to(self._device)
+                inputs["pixel_values"] = augment(inputs["pixel_values"], draw(len(targets), self._generator))
             logits = self.sharded.forward(**inputs, action_tokens=targets, full_vocabulary=True).action_logits
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             self.sharded.backward(loss / (self.settings.sft.batch_size * self._num_targets))
-            likely = logits[:, :tokens].argmax(-1).cpu()
-            sums["loss"] += float(loss.detach()) / self._num_targets
-            sums["correct"] += float((likely == batch.targets[rows, :tokens]).sum()) / tokens
-            predicted = self._codec.normalized(likely.numpy().clip(ids[0], ids[-1]))
-            sums["l1"] += float(np.abs(predicted - batch.actions[rows].numpy()).sum()) / numbers
-        return sums
+            likely = logits.detach()[:, : self._facts.actions.num_tokens].argmax(-1)
+            passes.append(Pass(loss.detach(), likely, targets, batch.actions[rows]))
+        return passes
 
-    # Data
-
-    def _make_batches(self) -> Iterator[DemonstrationBatch]:
-        """Batches without end; beside a GPU, the next one is made, by several threads, while the last one is
-        learned."""
-        indices = self._endless()
-        if self._device.type == "cpu":  # threads would take turns with the learning one at the cores
-            while True:
-                yield self._make_batch(indices, map)
-        with (
-            ThreadPoolExecutor(1, "demonstrations") as ahead,
-            ThreadPoolExecutor(DECODING_THREADS, "decoding") as decoders,
-        ):
-            coming: Future[DemonstrationBatch] = ahead.submit(self._make_batch, indices, decoders.map)
-            while True:
-                batch = coming.result()
-                coming = ahead.submit(self._make_batch, indices, decoders.map)
-                yield batch
-
-    def _endless(self) -> Iterator[int]:
-        while True:
-            yield from self._data.indices()
-
-    def _make_batch(self, indices: Iterator[int], each: Callable[..., Iterator[dict[str, Any]]]) -> DemonstrationBatch:
-        chosen = list(each(self._example, islice(indices, self._share)))
-        images = [example["image"] for example in chosen]
-        inputs = self._processor.raw_inputs(images, [example["instruction"] for example in chosen])
-        tokens, actions = self._codec.encode(np.stack([example["actions"] for example in chosen]))
-        targets = np.full((len(chosen), self._num_targets), self._processor.end_token_id, dtype=np.int64)
-        targets[:, : tokens.shape[1]] = tokens
-        return DemonstrationBatch(inputs, torch.from_numpy(targets), torch.from_numpy(actions).float())
-
-    def _example(self, index: int) -> dict[str, Any]:
-        """A demonstrated step, its frame as the policy sees it before a crop, and as many actions as a decision has."""
-        example = self._data[index]
-        image = _resized(example["image"], self._processor.image_size)
-        actions = self._data.actions_from(index, self._facts.actions.num_actions)
-        return example | {"image": self._processor.resize(image), "actions": actions}
+    def _sums(self, passes: Sequence[Pass]) -> dict[str, float]:
+        """Over this rank's demonstrations; the device is waited for."""
+        losses = torch.stack([each.loss for each in passes]).tolist()
+        likely, targets, actions = (torch.cat(tensors).cpu().numpy() for tensors in list(zip(*passes, strict=True))[1:])
+        ids, tokens = self._facts.actions.token_ids, self._facts.actions.num_tokens
+        predicted = self._codec.normalized(likely.clip(ids[0], ids[-1]))
+        return {
+            "loss": sum(losses) / self._num_targets,
+            "correct": float((likely == targets[:, :tokens]).sum()) / tokens,
+            "l1": float(np.abs(predicted - actions).sum()) / actions[0].size,
+        }
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
@@ -259,8 +233,3 @@ def rate_factor(step: int, sft: SFTSettings) -> float:
     """What the learning rate of optimiser step `step`, counted from 0, is multiplied with: warm-up times schedule."""
     warmup = min(1.0, (step + 1) / sft.warmup_steps) if sft.warmup_steps else 1.0
     return warmup * (0.5 * (1.0 + math.cos(math.pi * step / sft.steps)) if sft.schedule == "cosine" else 1.0)
-
-
-def _resized(image: np.ndarray, side: int) -> np.ndarray:
-    """As the observation path resizes, before its crop; frames of the policy's own size stay as they are."""
-    return image if len(image) == side else resize_lanczos(image, RESIZED_SIDE)

@@ -155,6 +155,11 @@ class SFTSettings(Section):
     augment: bool = Field(
         True, description="OpenVLA's image augmentation: crops, brightness, contrast, saturation, hue."
     )
+    frames_gb: Annotated[float, Field(ge=0, le=1e4, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Memory for frames that were decoded and resized, beside each learner's policy: where all of its "
+        "share fit, none is decoded twice. null = a tenth of its GPU, or 1 without one; 0 = keep none.",
+    )
     report_every: PositiveInt = Field(50, description="Optimiser steps between two lines of progress.")
     checkpoint_every: PositiveInt | None = Field(
         1000,
