@@ -80,7 +80,7 @@ class Demonstrations:
         self._data, self._processor, self._device, self._batch_size = data, processor, device, batch_size
         self._frame_shape = (3, processor.image_size, processor.image_size)
         tokens, normalized = codec.encode(data.action_chunks(actions.num_actions))
-        end = np.full((len(data), not actions.parallel), processor.end_token_id)
+        end = np.full((len(data), int(not actions.parallel)), processor.end_token_id)
         self._targets = torch.from_numpy(np.concatenate([tokens, end], axis=1)).to(device)
         self._actions = torch.from_numpy(normalized).float().to(device)
         self._encode_prompts()
