@@ -61,7 +61,9 @@ def data(monkeypatch: pytest.MonkeyPatch) -> RLDSDataset:
     return RLDSDataset("demonstrations", shuffle_seed=3)
 
 
-def demonstrations(data: RLDSDataset, frames_bytes: float = BYTES, batch_size: int = 5) -> Demonstrations:
+def demonstrations(
+    data: RLDSDataset, frames_bytes: float = BYTES, batch_size: int = 5, fixed_length: bool = False
+) -> Demonstrations:
     return Demonstrations(
         data,
         Processor(),  # type: ignore[arg-type]
@@ -70,6 +72,7 @@ def demonstrations(data: RLDSDataset, frames_bytes: float = BYTES, batch_size: i
         torch.device("cpu"),
         batch_size=batch_size,
         frames_bytes=frames_bytes,
+        fixed_length=fixed_length,
     )
 
 
@@ -118,6 +121,18 @@ def test_a_step_is_the_same_wherever_learning_begins(data: RLDSDataset, batch_si
     resumed = islice(demonstrations(data, batch_size=batch_size).batches(4), 2)
     for one, other in zip(whole[4:], resumed, strict=True):
         assert_equal(one, other)
+
+
+def test_where_shapes_are_to_be_the_same_prompts_are_padded_alike(data: RLDSDataset) -> None:
+    fixed, exact = (demonstrations(data, batch_size=1, fixed_length=fixed).batches(0) for fixed in (True, False))
+    lengths = set()
+    for padded, batch in islice(zip(fixed, exact, strict=False), 12):
+        length = batch.inputs["input_ids"].shape[1]
+        lengths.add(length)
+        for name in ("input_ids", "attention_mask"):
+            assert padded.inputs[name].shape == (1, 16) and not padded.inputs[name][:, length:].any()
+            assert torch.equal(padded.inputs[name][:, :length], batch.inputs[name])
+    assert lengths == {1, 4}
 
 
 def test_frames_that_fit_are_decoded_once_and_those_that_do_not_each_time(

@@ -19,15 +19,13 @@ from torch import Tensor
 
 from vlarl_rllib.data.rlds import RLDSDataset
 from vlarl_rllib.envs.image import RESIZED_SIDE, resize_lanczos
+from vlarl_rllib.learner.device_batch import LENGTH_STEP
 from vlarl_rllib.models.family import ActionCodec, ActionFormat, PolicyProcessor
 
 MAX_DECODING_THREADS = 8
 """Beside a GPU. More would wait for each other, and keep the learning thread from Python."""
 FRAMES_AT_ONCE = 16
 """That such a thread decodes before it takes others."""
-PROMPT_MULTIPLE = 16
-"""On a GPU all batches have one length, a multiple of this: compiled code is made for a shape, and its kernels like
-those."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,8 @@ class Demonstrations:
         batch_size: b
         frames_bytes: memory for decoded frames on the device. Where all fit, each is decoded when it is met first and
             kept; else each is decoded whenever it is met.
+        fixed_length: pad prompts alike in every batch, to a multiple of `LENGTH_STEP`; else on a CPU to the longest of
+            the batch, on a GPU, which would have to be waited for, to the longest of all.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Demonstrations:
         *,
         batch_size: int,
         frames_bytes: float,
+        fixed_length: bool,
     ) -> None:
         self._data, self._processor, self._device, self._batch_size = data, processor, device, batch_size
         self._frame_shape = (3, processor.image_size, processor.image_size)
@@ -83,7 +84,8 @@ class Demonstrations:
         end = np.full((len(data), int(not actions.parallel)), processor.end_token_id)
         self._targets = torch.from_numpy(np.concatenate([tokens, end], axis=1)).to(device)
         self._actions = torch.from_numpy(normalized).float().to(device)
-        self._encode_prompts()
+        self._encode_prompts(LENGTH_STEP if fixed_length else 1)
+        self._cuts_pads = device.type == "cpu" and not fixed_length
         self._frames: Tensor | None = None
         """[N, 3, S, S] uint8"""
         if len(data) * int(np.prod(self._frame_shape)) <= frames_bytes:
@@ -92,11 +94,11 @@ class Demonstrations:
         """[N] whose frames are in `_frames`, or on their way there."""
         self._epoch, self._order = 0, data.order(0)
 
-    def _encode_prompts(self) -> None:
+    def _encode_prompts(self, length_step: int) -> None:
         numbers = {instruction: number for number, instruction in enumerate(dict.fromkeys(self._data.instructions))}
         prompts = [self._processor.prompt_ids(instruction) for instruction in numbers]
         longest = max(map(len, prompts))
-        padded = longest if self._device.type == "cpu" else -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        padded = -(-longest // length_step) * length_step
         ids, mask = torch.zeros(2, len(prompts), padded, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
@@ -182,7 +184,7 @@ class Demonstrations:
             frames = self._frames.index_select(0, steps)
         prompt_of = self._prompt_of.index_select(0, steps)
         prompts = {name: table.index_select(0, prompt_of) for name, table in self._prompts.items()}
-        if self._device.type == "cpu":  # which takes time for every pad
+        if self._cuts_pads:
             longest = int(prompts["attention_mask"].sum(1).max())
             prompts = {name: rows[:, :longest].contiguous() for name, rows in prompts.items()}
         targets, actions = (table.index_select(0, steps) for table in (self._targets, self._actions))

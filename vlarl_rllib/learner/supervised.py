@@ -144,6 +144,7 @@ class SupervisedLearner(Rank):
             self._device,
             batch_size=sft.batch_size // self._world_size,
             frames_bytes=self._frames_bytes(),
+            fixed_length=self.sharded.fixed_shapes,
         )
         self._generator = torch.Generator()
         self._num_steps = step
