@@ -6,9 +6,6 @@ A sequence is [BOS | P image patches | rest of the prompt | action tokens], caus
 uneven length are exact: action tokens follow each row's own prompt and pads come last, where nothing looks at them.
 """
 
-import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +15,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from vlarl_rllib.models.critic import ValueHead
 from vlarl_rllib.models.family import SampledTokens
 from vlarl_rllib.models.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, check_weights
+from vlarl_rllib.models.loading import ill_fitting, without_loading_report
 from vlarl_rllib.models.openvla.actions import NUM_ACTION_TOKENS, ActionTokenizer
 from vlarl_rllib.models.openvla.configuration import (
     OpenVLAConfig,
@@ -36,8 +35,6 @@ from vlarl_rllib.models.openvla.vision import PrismaticVisionBackbone
 
 PROJECTOR_EXPANSION = 4
 """Width of the projector's first layer relative to the vision features."""
-
-LOADING_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 class OpenVLAOutput(NamedTuple):
@@ -124,13 +121,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             raise ValueError(f"checkpoint '{checkpoint}' holds an adapter beside the model; merge it first")
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
         return_info = kwargs.pop("output_loading_info", False)
-        with _without_loading_report():
+        with without_loading_report():
             loaded: Any = super().from_pretrained(
                 checkpoint, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         model, info = loaded
-        wrong = {kind: _abbreviate(info[kind]) for kind in LOADING_FAULTS if info[kind]}
-        if wrong:
+        if wrong := ill_fitting(info):
             raise ValueError(
                 f"the tensors of checkpoint '{checkpoint}' are not those that its config.json describes: {wrong}; "
                 "pass vision_towers=... if its towers are not the published ones"
@@ -222,10 +218,32 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         embeddings = self._sequence_embeddings(text, self._vision_features(pixel_values, vision_features))
         num_states = 1 if action_tokens is None else action_tokens.shape[1]
         positions = self._last_prompt_position(lengths)[:, None] + torch.arange(num_states, device=lengths.device)
-        hidden = self.language_model.model(
-            inputs_embeds=embeddings, use_cache=False, read_positions=positions
-        ).last_hidden_state
+        hidden = self._read_states(embeddings, positions)
         return hidden, hidden[:, 0]
+
+    def _read_states(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """Llama's final hidden states [B, A, D] at `positions` [B, A] of sequences [B, N, D].
+
+        Its own forward asks the GPU in each pass whether several sequences are packed into a row, and waits for it.
+        """
+        decoder = self.language_model.model
+        mask = create_causal_mask(
+            config=decoder.config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None
+        )
+        position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+        rotary = decoder.rotary_emb(embeddings, position_ids=position_ids)
+        hidden = embeddings
+        for layer in decoder.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rotary,
+                position_ids=position_ids,
+                past_key_values=None,
+                use_cache=False,
+                read_positions=positions,
+            )
+        return decoder.norm(hidden)
 
     @torch.no_grad()
     def sample_action_tokens(
@@ -369,27 +387,3 @@ def _append_to_rows(text: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
     """Put `tokens` [B, n] directly behind each row's prompt: [B, L + n]; what was there are pads."""
     columns = lengths[:, None] + torch.arange(tokens.shape[1], device=text.device)
     return torch.cat([text, text.new_zeros(tokens.shape)], dim=1).scatter(1, columns, tokens)
-
-
-@contextmanager
-def _without_loading_report() -> Iterator[None]:
-    """Hold back transformers' table of ill-fitting tensors, which has a line for each.
-
-    A filter, because a higher logger level makes transformers print its tensor-parallel plan.
-    """
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_error)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_error)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
-
-
-def _abbreviate(entries: Iterable[Any]) -> str:
-    """The first few of many names (or of tuples that begin with a name)."""
-    names = sorted(entry if isinstance(entry, str) else entry[0] for entry in entries)
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
