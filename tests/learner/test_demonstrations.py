@@ -14,6 +14,7 @@ from vlarl_rllib.data import rlds
 from vlarl_rllib.data.rlds import RLDSDataset
 from vlarl_rllib.envs.image import resize_lanczos
 from vlarl_rllib.learner.demonstrations import DemonstrationBatch, Demonstrations
+from vlarl_rllib.learner.device_batch import LENGTH_STEP
 from vlarl_rllib.models.family import ActionFormat
 
 SIDE, STORED_SIDE = 28, 40
@@ -130,7 +131,7 @@ def test_where_shapes_are_to_be_the_same_prompts_are_padded_alike(data: RLDSData
         length = batch.inputs["input_ids"].shape[1]
         lengths.add(length)
         for name in ("input_ids", "attention_mask"):
-            assert padded.inputs[name].shape == (1, 16) and not padded.inputs[name][:, length:].any()
+            assert padded.inputs[name].shape == (1, LENGTH_STEP) and not padded.inputs[name][:, length:].any()
             assert torch.equal(padded.inputs[name][:, :length], batch.inputs[name])
     assert lengths == {1, 4}
 

@@ -7,7 +7,7 @@ from learner_helpers import ACTIONS, IMAGE_SIZE, contributions
 
 from vlarl_rllib.learner import device_batch
 from vlarl_rllib.learner.collate import RolloutBatch, collate
-from vlarl_rllib.learner.device_batch import DeviceBatch, padded
+from vlarl_rllib.learner.device_batch import DeviceBatch, padded, score_passes
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,15 @@ def test_fixed_lengths_are_the_same_in_every_pass() -> None:
 def test_a_pass_is_filled_up_with_the_first_frame() -> None:
     assert padded(np.array([4, 5]), 4).tolist() == [4, 5, 0, 0]
     assert padded(np.array([4, 5]), 2).tolist() == [4, 5]
-    assert padded(np.zeros(0, dtype=np.int64), 1).tolist() == [0]
+    assert padded(np.zeros(0, dtype=np.int64), 0).tolist() == [0]
+    assert padded(np.zeros(0, dtype=np.int64), 2).tolist() == [0, 0]
+
+
+def test_passes_cover_all_frames_in_few_shapes() -> None:
+    assert score_passes(10, 4, fixed=False) == [4, 4, 4]
+    assert score_passes(16, 4, fixed=True) == [16]
+    assert score_passes(37, 4, fixed=True) == [16, 16, 4, 4]
+    assert score_passes(0, 4, fixed=True) == []
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -88,7 +88,9 @@ def test_compiled_blocks_of_fixed_shapes_make_the_same_update(
             assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
     assert largest_difference(weights(plain, 1), weights(compiled, 1)) <= 1e-5
     rows_and_lengths = {shape[:2] for shape in shapes}
-    assert rows_and_lengths == {(4, length) for _, length in rows_and_lengths} and len(rows_and_lengths) == 3
+    lengths = {length for _, length in rows_and_lengths}
+    assert len(lengths) == 3, "of either tower, and of the language model"
+    assert rows_and_lengths == {(rows, length) for rows in (4, 16) for length in lengths}, "to learn, and to score"
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ N = decisions, E = frames behind fragments that go on, A = tokens of a decision,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,7 +16,9 @@ from vlarl_rllib.learner.collate import RolloutBatch
 
 MAX_BYTES = 2 * 2**30
 """Of the frames, and of what may be reused of them: more than that goes to the device, or is computed, in each pass."""
-LENGTH_STEP = 16
+SCORED_AT_ONCE = 4
+"""Micro-batches in one pass without a backward pass, where shapes are fixed."""
+LENGTH_STEP = 8
 """Where shapes are to be the same, prompts are padded to a multiple of this."""
 
 
@@ -88,5 +91,17 @@ class DeviceBatch:
 
 
 def padded(frames: np.ndarray, rows: int) -> np.ndarray:
-    """Indices of frames, filled up with the first frame of all to `rows`."""
-    return np.concatenate([frames, np.zeros(max(0, rows - len(frames)), dtype=np.int64)])
+    """Indices of frames, filled up with the first frame of all to `rows`, and to one where there are none: a rank
+    without decisions takes part in the collectives of a pass."""
+    missing = max(rows - len(frames), 0 if len(frames) else 1)
+    return np.concatenate([frames, np.zeros(missing, dtype=np.int64)])
+
+
+def score_passes(num_frames: int, micro_batch_size: int, *, fixed: bool) -> list[int]:
+    """Rows of each pass over frames without a backward pass, for which a GPU has room for more at once.
+
+    Args:
+        fixed: passes are to have few shapes, because each is compiled.
+    """
+    large = micro_batch_size * SCORED_AT_ONCE if fixed else micro_batch_size
+    return [large] * (num_frames // large) + [micro_batch_size] * math.ceil(num_frames % large / micro_batch_size)

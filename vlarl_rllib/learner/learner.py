@@ -35,7 +35,7 @@ from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.advantages import advantages_and_targets
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
-from vlarl_rllib.learner.device_batch import DeviceBatch, padded
+from vlarl_rllib.learner.device_batch import DeviceBatch, padded, score_passes
 from vlarl_rllib.learner.loss import LossInputs, LossSettings, added_up, ppo_loss
 from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, Scores, ShardedPolicy
@@ -208,24 +208,24 @@ class VLALearner(Rank, PPOTorchLearner):
 
     @torch.no_grad()
     def _score(self, data: DeviceBatch) -> tuple[Tensor, Tensor]:
-        """Values [N+E] of all frames and log-probs [N, A] of the tokens taken, in passes of `micro_batch_size`."""
-        size, batch = self.settings.learners.micro_batch_size, data.batch
-        num_passes = int(fsdp.all_reduce_max(-(-len(batch.frames) // size)))
-        scores = []
-        for i in range(num_passes):
-            frames = np.arange(i * size, min((i + 1) * size, len(batch.frames)))
-            out = self._forward(data, padded(frames, self._rows(len(frames))))
+        """Values [N+E] of all frames and log-probs [N, A] of the tokens taken."""
+        batch, scores, start, fixed = data.batch, [], 0, self.sharded.fixed_shapes
+        most = int(fsdp.all_reduce_max(len(batch.frames)))  # of any rank
+        for rows in score_passes(most, self.settings.learners.micro_batch_size, fixed=fixed):
+            frames = np.arange(min(start, len(batch.frames)), min(start + rows, len(batch.frames)))
+            out = self._forward(data, padded(frames, rows if fixed else 0))
             scores.append((out.values[: len(frames)], out.log_probs[: len(frames)]))
             if out.reusable:
                 data.keep({name: tensor[: len(frames)] for name, tensor in out.reusable.items()})
+            start += rows
         data.all_kept()
         values, log_probs = (torch.cat(parts).cpu() for parts in zip(*scores, strict=True))
         return values.float(), log_probs[: batch.num_decisions]
 
     def _rows(self, count: int) -> int:
-        """Rows of a pass over `count` frames: without frames a dummy row runs, so that no rank misses a collective."""
+        """Rows of a pass that learns from `count` decisions."""
         if not self.sharded.fixed_shapes:
-            return max(1, count)
+            return count
         return max(count, min(self.settings.learners.micro_batch_size, self.settings.training.minibatch_size))
 
     def _forward(self, data: DeviceBatch, frames: np.ndarray) -> Scores:
