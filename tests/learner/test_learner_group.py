@@ -101,6 +101,15 @@ def test_inductor_makes_the_same_update(make_group: Callable[..., VLALearnerGrou
     assert largest_difference(weights(plain, 1), weights(compiled, 1)) <= 2e-5
 
 
+def test_activations_computed_again_are_those_of_rounded_weights(make_group: Callable[..., VLALearnerGroup]) -> None:
+    model, checkpointing = {"dtype": "bfloat16"}, {"fsdp": {"checkpoint_activations": True}}
+    plain, again = make_group(0, model), make_group(0, model, learners=checkpointing)
+    expected, metrics = update(plain), update(again)
+    for name in ("policy_loss", "value_loss", "grad_norm", "grad_norm_critic"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-3), name
+    assert largest_difference(weights(plain, 1), weights(again, 1)) <= 2e-5
+
+
 def test_critic_warm_up_leaves_the_policy_alone(make_group: Callable[..., VLALearnerGroup]) -> None:
     group = make_group(0, critic_warmup_iterations=1)
     before = weights(group, 1)

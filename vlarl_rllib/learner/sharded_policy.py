@@ -87,7 +87,9 @@ class ShardedPolicy:
         self._if_diverged = if_diverged
         self._skipped_in_a_row = 0
         self._few_patches = device.type == "cpu" and bool(policy.num_image_tokens <= FEW_PATCHES)  # type: ignore[operator]
-        self._whole = world_size == 1 and not settings.learners.fsdp.cpu_offload
+        kept = settings.model.lora is not None or settings.model.dtype == "float32"
+        self._rounds_to: torch.dtype | None = None if kept else getattr(torch, settings.model.dtype)
+        self._whole = world_size == 1 and not self._needs_fsdp()
         self.fixed_shapes = compiles(settings)
         """Whether passes should have the same shapes each time: another shape is compiled anew."""
         self._calls = {name: self._make_ready(model) for name, model in self.trained_modules().items()}
@@ -103,7 +105,6 @@ class ShardedPolicy:
     def _make_ready(self, model: nn.Module) -> Callable[..., Any]:
         """Put a model where it computes, sharded or whole; how to call it."""
         learners, ranks = self._settings.learners, self._world_size
-        dtype = None if self._settings.model.lora else getattr(torch, self._settings.model.dtype)
         if learners.fsdp.checkpoint_activations:
             self._family.checkpoint_activations(model)
         if self._whole:
@@ -115,13 +116,19 @@ class ShardedPolicy:
                 self._family,
                 device=self._device,
                 mesh_shape=planned,
-                compute_dtype=dtype,
+                compute_dtype=self._rounds_to,
                 settings=learners.fsdp,
             )
         if self.fixed_shapes:
             for unit in self._family.compile_units(model):
                 unit.compile(dynamic=False)
-        return in_type(model, dtype) if self._whole and dtype not in (None, torch.float32) else model
+        return in_type(model, self._rounds_to) if self._whole and self._rounds_to else model
+
+    def _needs_fsdp(self) -> bool:
+        """Whether a single rank needs what only FSDP does: memory of the host, or rounded weights while activations
+        are computed again."""
+        chosen = self._settings.learners.fsdp
+        return chosen.cpu_offload or (chosen.checkpoint_activations and self._rounds_to is not None)
 
     @torch.no_grad()
     def _weights_changed(self) -> None:
