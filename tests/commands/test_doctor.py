@@ -138,6 +138,15 @@ def test_the_cache_of_a_decision_is_what_an_engine_reserves() -> None:
     assert load_family("openvla").cache_bytes(None, "bfloat16") == 4 * 128 * 2 * 32 * 4096 * 2
 
 
+def test_weights_that_are_merged_ahead_take_as_much_again() -> None:
+    without = config("libero_spatial_1gpu")
+    ahead = without.replaced(learners={"merge_ahead": True})
+    plan = calculate_runtime_args(without)
+    more = (estimate(ahead, plan).learner or 0.0) - (estimate(without, plan).learner or 0.0)
+    assert more == pytest.approx(2 * 7.541, rel=1e-3)
+    assert not without.replaced(learners={"merge_ahead": None, "num": 2}).merge_ahead
+
+
 @pytest.mark.parametrize(
     ("machine", "changes", "told"),
     [

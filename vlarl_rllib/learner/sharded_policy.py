@@ -90,10 +90,10 @@ class ShardedPolicy:
         kept = settings.model.lora is not None or settings.model.dtype == "float32"
         self._rounds_to: torch.dtype | None = None if kept else getattr(torch, settings.model.dtype)
         self._whole = world_size == 1 and not self._needs_fsdp()
-        self.fixed_shapes = compiles(settings)
+        self.fixed_shapes = settings.compile
         """Whether passes should have the same shapes each time: another shape is compiled anew."""
         self._calls = {name: self._make_ready(model) for name, model in self.trained_modules().items()}
-        self._merges_ahead = self._whole and merges_ahead(settings)
+        self._merges_ahead = self._whole and settings.merge_ahead
         self._reusable = family.frozen_inputs(policy) if critic is None else ()
         self._weights_changed()
         self.optimizers = self._make_optimizers(lr, weight_decay)
@@ -293,19 +293,6 @@ class ShardedPolicy:
     def close(self) -> None:
         """Free what was published."""
         self.publisher.close()
-
-
-def compiles(settings: Settings) -> bool:
-    """`learners.compile`, or what it is by default."""
-    chosen = settings.learners.compile
-    return settings.learners.gpus > 0 if chosen is None else chosen
-
-
-def merges_ahead(settings: Settings) -> bool:
-    """Whether a learner that holds the whole model keeps the merged weights: `learners.merge_ahead`, or what it is by
-    default."""
-    chosen, model = settings.learners.merge_ahead, settings.model
-    return model.lora is not None and (model.quantization is None if chosen is None else chosen)
 
 
 def _in_one(policy: nn.Module, critic: nn.Module | None) -> nn.ModuleDict:

@@ -139,6 +139,7 @@ def estimate(settings: Settings, plan: RuntimeArgs) -> Estimate:
     }
     learner = {
         "frozen weights": held * (frozen if model.lora else 0.0),
+        "weights merged ahead": policies * size * BYTES[model.dtype] if settings.merge_ahead else 0.0,
         "masters, gradients, AdamW": held * trained * TRAINED_BYTES,
         "activations": learners.micro_batch_size * row * of_type * size,
         "CUDA": CONTEXT_BYTES,

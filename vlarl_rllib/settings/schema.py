@@ -313,6 +313,20 @@ class Sections(Section):
         return not self.engines.gpus if self.rollout.lockstep is None else self.rollout.lockstep
 
     @property
+    def compile(self) -> bool:
+        """`learners.compile`, or what it is by default."""
+        return self.learners.gpus > 0 if self.learners.compile is None else self.learners.compile
+
+    @property
+    def merge_ahead(self) -> bool:
+        """Whether a learner that holds the whole model keeps merged weights: `learners.merge_ahead`, or what it is by
+        default."""
+        if not self.model.lora or self.learners.num > 1 or self.learners.fsdp.cpu_offload:
+            return False
+        chosen = self.learners.merge_ahead
+        return self.model.quantization is None if chosen is None else chosen
+
+    @property
     def gamma_within_decisions(self) -> float:
         """Discount of the rewards within a decision: as between decisions, where there is one."""
         return self.training.gamma if self.training.advantages == "gae" else 1.0
