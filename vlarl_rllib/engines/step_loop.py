@@ -1,11 +1,10 @@
-"""The thread that owns a model which generates step by step: continuous batching over all callers.
+"""The thread that owns a model which generates step by step, batch by batch, for all callers.
 
-A batch is what waits once the model is idle: joining one that runs would cut prompts into many small passes (with 7B
-weights on an H200, 64 slots whose environments take 150 ms get 104 decisions a second that way, 116 so). A few requests
-wait a moment for others; with `mix_calls` off each call is a batch of its own. A weight update waits for what was
-submitted before it and holds back what was submitted after it, so that every decision comes from one version; where it
-breaks off, the model samples nothing before a whole version has arrived. After the first exception of the model nobody
-waits any more.
+A batch is what waits once the model is idle: joining one that runs would cut prompts into many small passes. A few
+requests wait a moment for others; with `mix_calls` off each call is a batch of its own. A weight update waits for what
+was submitted before it and holds back what was submitted after it, so that every decision comes from one version; where
+it breaks off, the model samples nothing before a whole version has arrived. After the first exception of the model
+nobody waits any more.
 """
 
 from __future__ import annotations
