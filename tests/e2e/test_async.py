@@ -31,7 +31,7 @@ def settings(**changes: dict[str, Any]) -> Settings:
 def train(algorithm: VLAPPO) -> dict[str, Any]:
     row = iteration_row(algorithm.train())
     assert row["logprob_gap_max"] < 1e-4 and row["staleness_max"] <= 1 and row["faults"]["stale_steps"] == 0
-    assert sum(row["staleness"].values()) == row["decisions"] == 4 * STEPS
+    assert sum(row["staleness"].values()) == 4 * STEPS
     return row
 
 
@@ -44,6 +44,8 @@ def test_a_run_that_samples_ahead_learns_evaluates_and_is_restored(ray_session: 
         assert algorithm.evaluate()["vlarl"]["episodes"] == 4
         checkpoint = algorithm.save_to_path(tmp_path / "checkpoint")
         rows.append(train(algorithm))
+        played, learned = sum(row["decisions"] for row in rows), 4 * 4 * STEPS
+        assert learned <= played <= learned + 4 * STEPS, "what was reported so far: at most a share ahead"
         algorithm.restore_from_path(checkpoint)
         rows.append(train(algorithm))
         assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 4]

@@ -235,6 +235,7 @@ class Killer(session.Watch):
         self.restarts = dict(restarts)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_each_start_is_played_once_though_every_part_dies(
     ray_session: None, policy: tuple[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

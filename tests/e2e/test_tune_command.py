@@ -40,6 +40,7 @@ def commands() -> Iterator[list[Command]]:
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_population_goes_on_behind_a_kill(tmp_path: Path, commands: list[Command]) -> None:
     file = write(tmp_path / "pbt.yaml", search=LR, samples=2, scheduler={"pbt": {"perturb_every": 2}})
