@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlarl_rllib.data.rlds import RLDSDataset
 from vlarl_rllib.envs.image import RESIZED_SIDE, resize_lanczos
-from vlarl_rllib.learner.device_batch import LENGTH_STEP
+from vlarl_rllib.learner.device_batch import prompt_tables
 from vlarl_rllib.models.family import ActionCodec, ActionFormat, PolicyProcessor
 
 MAX_DECODING_THREADS = 8
@@ -84,7 +84,7 @@ class Demonstrations:
         end = np.full((len(data), int(not actions.parallel)), processor.end_token_id)
         self._targets = torch.from_numpy(np.concatenate([tokens, end], axis=1)).to(device)
         self._actions = torch.from_numpy(normalized).float().to(device)
-        self._encode_prompts(LENGTH_STEP if fixed_length else 1)
+        self._encode_prompts(fixed_length)
         self._cuts_pads = device.type == "cpu" and not fixed_length
         self._frames: Tensor | None = None
         """[N, 3, S, S] uint8"""
@@ -94,16 +94,10 @@ class Demonstrations:
         """[N] whose frames are in `_frames`, or on their way there."""
         self._epoch, self._order = 0, data.order(0)
 
-    def _encode_prompts(self, length_step: int) -> None:
+    def _encode_prompts(self, fixed_length: bool) -> None:
         numbers = {instruction: number for number, instruction in enumerate(dict.fromkeys(self._data.instructions))}
-        prompts = [self._processor.prompt_ids(instruction) for instruction in numbers]
-        longest = max(map(len, prompts))
-        padded = -(-longest // length_step) * length_step
-        ids, mask = torch.zeros(2, len(prompts), padded, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-            mask[row, : len(prompt)] = 1
-        self._prompts = {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
+        tables = prompt_tables([self._processor.prompt_ids(instruction) for instruction in numbers], fixed_length)
+        self._prompts = {name: table.to(self._device) for name, table in tables.items()}
         """[I, L] each"""
         of_episode = np.array([numbers[instruction] for instruction in self._data.instructions])
         self._prompt_of = torch.from_numpy(of_episode[self._data.episode_of]).to(self._device)

@@ -6,7 +6,7 @@ N = decisions, E = frames behind fragments that go on, A = tokens of a decision,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,13 +34,8 @@ class DeviceBatch:
         frames = torch.from_numpy(batch.frames)
         self._frames = frames.to(device) if frames.nbytes <= MAX_BYTES else frames
         self._lengths = np.array([len(prompt) for prompt in batch.prompts])
-        longest = int(self._lengths.max())
-        self._length = -(-longest // LENGTH_STEP) * LENGTH_STEP if fixed_length else None
-        ids = torch.zeros(len(batch.prompts), self._length or longest, dtype=torch.long)
-        for row, prompt in enumerate(batch.prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        visible = torch.arange(ids.shape[1]) < torch.from_numpy(self._lengths)[:, None]
-        self._ids, self._visible = ids.to(device), visible.long().to(device)
+        self._prompts = {name: table.to(device) for name, table in prompt_tables(batch.prompts, fixed_length).items()}
+        self._length = self._prompts["input_ids"].shape[1] if fixed_length else None
         self._tokens = torch.from_numpy(batch.tokens).to(device)
         self._executed = batch.executed.to(device)
         self._reusable: list[Mapping[str, Tensor]] = []
@@ -64,12 +59,8 @@ class DeviceBatch:
         }
         if not self._reuse:
             seen["pixel_values"] = seen["pixel_values"].to(self._device).permute(0, 3, 1, 2).contiguous()
-        return {
-            "input_ids": self._ids[prompt, :length],
-            "attention_mask": self._visible[prompt, :length],
-            "action_tokens": self._tokens[decision],
-            **seen,
-        }
+        texts = {name: table[prompt, :length] for name, table in self._prompts.items()}
+        return texts | {"action_tokens": self._tokens[decision]} | seen
 
     def executed(self, frames: np.ndarray) -> Tensor:
         """[R, A] bool: tokens of actions that were played, of the decisions at these frames."""
@@ -88,6 +79,21 @@ class DeviceBatch:
         parts, self._reusable = self._reusable, []
         if parts and sum(tensor.nbytes for part in parts for tensor in part.values()) <= MAX_BYTES:
             self._reuse = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def prompt_tables(prompts: Sequence[Sequence[int]], fixed_length: bool) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [prompts, L] int64 of token ids, padded on the right to the longest.
+
+    Args:
+        fixed_length: to the next multiple of `LENGTH_STEP`.
+    """
+    longest = max(map(len, prompts))
+    length = math.ceil(longest / LENGTH_STEP) * LENGTH_STEP if fixed_length else longest
+    ids, mask = torch.zeros(2, len(prompts), length, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, : len(prompt)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def padded(frames: np.ndarray, rows: int) -> np.ndarray:

@@ -197,7 +197,7 @@ class LearnerSettings(Section):
     )
     compile: bool | None = Field(
         None,
-        description="Compile the blocks of the model, about half a minute at a first start; null = on GPUs.",
+        description="Compile the blocks of the model, for which the first passes of a run take long; null = on GPUs.",
     )
     merge_ahead: bool | None = Field(
         None,
