@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -57,9 +58,14 @@ class Run:
         rows = self.rows()
         return rows[-1]["env_steps"] - rows[-2]["env_steps"]
 
-    def process_of(self, role: str, index: int, node: str) -> psutil.Process:
-        pid = json.loads((self.path / "processes.json").read_text())[role][index]
-        return self.nodes.nodes[node].process(pid)
+    def process_of(self, role: str, node: str) -> psutil.Process:
+        """The one of this role on the node: Ray lays bundles that ask for the same in any order."""
+        for pid in json.loads((self.path / "processes.json").read_text())[f"{role}s"]:
+            with suppress(LookupError):
+                process = self.nodes.nodes[node].process(pid)
+                if role in " ".join(process.cmdline()).lower():  # each node counts its processes for itself
+                    return process
+        raise LookupError(f"no {role} is on {node}")
 
 
 @pytest.fixture
@@ -77,7 +83,7 @@ def test_nodes_die_and_come_back_and_the_run_goes_on(nodes: Raylets) -> None:
     assert run.steps() == WHOLE
 
     # A node is lost with a learner and a runner in the middle of sampling: the engine sleeps meanwhile.
-    engine = run.process_of("engines", 0, "engines")
+    engine = run.process_of("engine", "engines")
     engine.suspend()
     nodes.kill("spot")
     time.sleep(1.0)
@@ -93,7 +99,7 @@ def test_nodes_die_and_come_back_and_the_run_goes_on(nodes: Raylets) -> None:
     assert rows[-1]["faults"]["runner_restarts"] == 1 and rows[-1]["faults"]["trial_restarts"] == 0
 
     # And in the middle of an update, in which the other learner is asleep.
-    learner = run.process_of("learners", 0, "engines")
+    learner = run.process_of("learner", "engines")
     learner.suspend()
     time.sleep(1.0)
     nodes.kill("new")
