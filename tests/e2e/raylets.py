@@ -32,6 +32,9 @@ GCS_PORT = 6379
 
 QUICK_TO_NOTICE = {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1500"}
 """A node that does not answer five times is dead: within 10 s, not the minute that Ray allows by itself."""
+FEW_CORES = {"RAY_enable_metrics_collection": "false"}
+"""While a lost node's bundles have no place, Ray 2.60 tries to place them without a pause (ray-project/ray#65007): one
+core for that, and another for its metrics, on a machine of two."""
 
 HALL = f"""
 ip link set lo up
@@ -183,7 +186,7 @@ class Raylets:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONSAFEPATH"))}
         ours = {"HOME": f"{self._private}/home", "TMPDIR": f"{self._private}/tmp", "OMP_NUM_THREADS": "1"}
         ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_ADDRESS": f"{NETWORK}.1:{GCS_PORT}"}
-        return kept | ours | ray | QUICK_TO_NOTICE | variables
+        return kept | ours | ray | QUICK_TO_NOTICE | FEW_CORES | variables
 
     def popen(self, *arguments: str, on: str = "head", **variables: str) -> subprocess.Popen[bytes]:
         """Start a command in the working directory of a node; its output goes to `output` behind `run`."""

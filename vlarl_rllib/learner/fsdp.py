@@ -95,24 +95,29 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
     parameter.copy_(whole)
 
 
-def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Scale the gradients to a global norm of at most `max_norm`; the norm before that, the same on all ranks."""
+def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients to a global norm of at most `max_norm`; the norm before that, a scalar on the device, the
+    same on all ranks."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def all_reduce(values: Tensor, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Over all ranks, elementwise, in float64 on the host."""
+    total = values.to("cpu", torch.float64)
+    dist.all_reduce(total, how)
+    return total
 
 
 def all_reduce_sums(values: dict[str, float]) -> dict[str, float]:
     """Sum over all ranks, in float64 on the host."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(total)
+    total = all_reduce(torch.tensor([*values.values()], dtype=torch.float64))
     return dict(zip(values, total.tolist(), strict=True))
 
 
 def all_reduce_max(value: float) -> float:
     """Largest value over all ranks."""
-    largest = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return float(largest)
+    return float(all_reduce(torch.tensor([value], dtype=torch.float64), dist.ReduceOp.MAX))
 
 
 EPSILON = 1e-8

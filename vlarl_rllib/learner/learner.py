@@ -10,6 +10,7 @@ group's time-out.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,9 +37,10 @@ from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.advantages import advantages_and_targets
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
 from vlarl_rllib.learner.device_batch import DeviceBatch, padded, score_passes
+from vlarl_rllib.learner.history import averaged
 from vlarl_rllib.learner.loss import LossInputs, LossSettings, added_up, ppo_loss
 from vlarl_rllib.learner.rank import Rank
-from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, Scores, ShardedPolicy
+from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, OptimizerStep, Scores, ShardedPolicy
 from vlarl_rllib.models.build import build_models
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import models_here
@@ -233,9 +235,12 @@ class VLALearner(Rank, PPOTorchLearner):
         return self.sharded.score(data.inputs(frames), data.executed(frames), self.settings.temperature)
 
     def _optimize(self, data: DeviceBatch, targets: dict[str, Tensor], plan: UpdatePlan, *, warm_up: bool) -> None:
+        """All optimiser steps; the device is waited for behind the last one."""
         training = self.settings.training
         loss_settings = LossSettings.of(training, self._actions.num_actions, train_policy=not warm_up)
-        history: list[dict[str, float]] = []
+        sums: list[dict[str, Tensor]] = []
+        optimizer_steps: list[OptimizerStep] = []
+        num_valid: list[int] = []
         for minibatch in plan.minibatches(
             self._rank, training.num_epochs, training.minibatch_size, self.settings.learners.micro_batch_size
         ):
@@ -245,8 +250,15 @@ class VLALearner(Rank, PPOTorchLearner):
                 outputs = ppo_loss(self._loss_inputs(data, targets, steps, minibatch.num_valid), loss_settings)
                 self.sharded.backward(outputs.loss)
                 parts.append(outputs.sums)
-            history.append(self._finish_minibatch(added_up(parts), minibatch.num_valid, warm_up=warm_up))
-        self._log_optimization(history)
+            sums.append(added_up(parts))
+            optimizer_steps.append(self.sharded.step((CRITIC,) if warm_up else (POLICY, CRITIC)))
+            num_valid.append(minibatch.num_valid)
+        norms, skipped = self.sharded.settle(optimizer_steps)
+        history = [
+            mean | {"grad_norm": norm[POLICY], "grad_norm_critic": norm[CRITIC]}
+            for mean, norm in zip(averaged(sums, num_valid), norms, strict=True)
+        ]
+        self._log_optimization(history, skipped, num_valid)
 
     def _loss_inputs(
         self, data: DeviceBatch, targets: dict[str, Tensor], steps: np.ndarray, num_valid: int
@@ -262,19 +274,6 @@ class VLALearner(Rank, PPOTorchLearner):
             num_valid=float(num_valid),
             **{name: target[rows] for name, target in targets.items()},
         )
-
-    def _finish_minibatch(self, sums: dict[str, float], num_valid: int, *, warm_up: bool) -> dict[str, float]:
-        """Clip, check, step; the minibatch's metrics averaged over the decisions of all ranks."""
-        norms, finite = self.sharded.step((CRITIC,) if warm_up else (POLICY, CRITIC))
-        deviation = fsdp.all_reduce_max(sums.pop("ratio_deviation"))
-        means = {name: total / num_valid for name, total in fsdp.all_reduce_sums(sums).items()}
-        return means | {
-            "ratio_deviation": deviation,
-            "grad_norm": norms[POLICY],
-            "grad_norm_critic": norms[CRITIC],
-            "skipped": float(not finite),
-            "samples": float(num_valid),
-        }
 
     # Weights and checkpoints
 
@@ -351,16 +350,17 @@ class VLALearner(Rank, PPOTorchLearner):
             explained_variance=1.0 - error_variance / target_variance if target_variance > 0 else 0.0,
         )
 
-    def _log_optimization(self, history: list[dict[str, float]]) -> None:
-        averaged = history[0].keys() - {"skipped", "samples"}
-        means = {name: float(np.mean([entry[name] for entry in history])) for name in averaged}
+    def _log_optimization(
+        self, history: list[dict[str, float]], skipped: Sequence[bool], num_valid: Sequence[int]
+    ) -> None:
+        """Of each minibatch."""
         self._log(
-            **means,
+            **{name: float(np.mean([entry[name] for entry in history])) for name in history[0]},
             **{f"first_{name}": history[0][name] for name in FIRST_MINIBATCH},
             optimizer_steps=float(len(history)),
             **self._applied(),
-            skipped_updates=sum(entry["skipped"] for entry in history),
-            trained_samples=sum(entry["samples"] for entry in history),
+            skipped_updates=float(sum(skipped)),
+            trained_samples=float(sum(num_valid)),
         )
 
     def _applied(self) -> dict[str, float]:

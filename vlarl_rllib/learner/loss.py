@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from vlarl_rllib.settings.learning import TrainingSettings
 
 
+LARGEST = "ratio_deviation"
+"""Of `LossOutputs.sums`, what is no sum but the largest."""
+
+
 @dataclass(frozen=True, slots=True)
 class LossInputs:
     """What the loss of N decisions is made of."""
@@ -119,19 +123,18 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
         "clip_fraction": _masked_sum(outside, mask),
         "importance_weight": _masked_sum(_mean_of_played(correction, played), mask),
         "importance_capped": _masked_sum(_mean_of_played((weight > settings.importance_cap).float(), played), mask),
-        "ratio_deviation": deviation.max() if len(mask) else deviation.sum(),
+        LARGEST: deviation.max() if len(mask) else deviation.sum(),
     }
     return LossOutputs(
         _masked_sum(per_decision, mask) / inputs.num_valid, {name: value.detach() for name, value in sums.items()}
     )
 
 
-def added_up(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """`LossOutputs.sums` of all micro-batches of a minibatch together; waits for the device once."""
+def added_up(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`LossOutputs.sums` of all micro-batches of a minibatch together, in float64 and still on the device."""
     table = torch.stack([torch.stack([*sums.values()]) for sums in parts]).double()
-    total = dict(zip(parts[0], table.sum(0).tolist(), strict=True))
-    largest = list(parts[0]).index("ratio_deviation")
-    return total | {"ratio_deviation": float(table[:, largest].max())}
+    total = dict(zip(parts[0], table.sum(0), strict=True))
+    return total | {LARGEST: table[:, list(parts[0]).index(LARGEST)].max()}
 
 
 def _units(tokens: Tensor, settings: LossSettings) -> Tensor:

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,6 +49,16 @@ class Scores:
     reusable: Mapping[str, Tensor]
     """What later passes over the same frames may take instead of `pixel_values`; empty where the frames' way into the
     policy is trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerStep:
+    """What a step found, scalars that the device may still be computing."""
+
+    norms: dict[str, Tensor]
+    """Of the gradients, by optimiser, before they were clipped."""
+    skipped: Tensor
+    """1.0 where one of them was not finite and nothing stepped, else 0.0."""
 
 
 class ShardedPolicy:
@@ -226,31 +235,42 @@ class ShardedPolicy:
         for model in self.trained_modules().values() if not self._whole else ():
             model.set_requires_gradient_sync(in_this_pass)  # type: ignore[operator]
 
-    def step(self, names: Sequence[str]) -> tuple[dict[str, float], bool]:
-        """Clip all gradients and step the optimisers of these names. Collective.
-
-        Returns:
-            The gradient norms by optimiser, and whether they were finite: else nothing steps.
-
-        Raises:
-            DivergedError: more than `training.max_skipped_updates` in a row were not.
+    def step(self, names: Sequence[str]) -> OptimizerStep:
+        """Clip all gradients and step the optimisers of these names; where a gradient norm is not finite, none steps.
+        Collective. Waits for nothing, so that the device goes on while the next passes are launched; see `settle`.
         """
         clip = self._settings.training.grad_clip
         norms = {name: fsdp.clip_grad_norm(_parameters(optimizer), clip) for name, optimizer in self.optimizers.items()}
-        finite = all(np.isfinite(norm) for norm in norms.values())
-        if finite:
-            self._skipped_in_a_row = 0
-            for name in names:
-                self.optimizers[name].step()
-            self._weights_changed()
-        else:
-            self._skip(norms)
+        skipped = 1.0 - torch.stack([*norms.values()]).isfinite().all().float()
+        for name in names:
+            optimizer: Any = self.optimizers[name]
+            optimizer.found_inf = skipped  # what AMP's scaler tells fused optimisers, which then leave all as it is
+            optimizer.step()
+        self._weights_changed()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        return norms, finite
+        return OptimizerStep(norms, skipped)
 
-    def _skip(self, norms: dict[str, float]) -> None:
-        self._skipped_in_a_row += 1
+    def settle(self, steps: Sequence[OptimizerStep]) -> tuple[list[dict[str, float]], list[bool]]:
+        """Wait for these steps, the newest ones in order.
+
+        Returns:
+            The gradient norms by optimiser, and whether it was skipped, of each.
+
+        Raises:
+            DivergedError: more than `training.max_skipped_updates` in a row were skipped.
+        """
+        table = torch.stack([torch.stack([*step.norms.values(), step.skipped]) for step in steps]).tolist()
+        norms = [dict(zip(self.optimizers, row[:-1], strict=True)) for row in table]
+        skipped = [bool(row[-1]) for row in table]
+        for found, one in zip(norms, skipped, strict=True):
+            self._count(found, skipped=one)
+        return norms, skipped
+
+    def _count(self, norms: dict[str, float], *, skipped: bool) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            return
         steps, limit = self._skipped_in_a_row, self._settings.training.max_skipped_updates
         logger.warning("non-finite gradient norm %s: optimiser step skipped (%d in a row)", norms, steps)
         if steps > limit:

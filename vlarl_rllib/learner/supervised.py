@@ -4,7 +4,7 @@ fine-tuning).
 Each rank reads its share of the episodes and goes through them in an order of its own. The loss is the mean
 cross-entropy of a decision's action tokens and, where they are sampled one after the other, of the end of sequence,
 over the full vocabulary. What a step learns from follows from its number and the run's seed: so a checkpoint needs the
-number alone. Nothing in a step waits for the device but the optimiser; what is reported is read once a call.
+number alone. Nothing in a step waits for the device; what is reported is read once a call.
 
 m = demonstrated steps of a forward pass, K = actions of a decision, A = its tokens, G = targets.
 """
@@ -27,7 +27,7 @@ from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.demonstrations import DemonstrationBatch, Demonstrations
 from vlarl_rllib.learner.rank import Rank
-from vlarl_rllib.learner.sharded_policy import POLICY, ShardedPolicy
+from vlarl_rllib.learner.sharded_policy import POLICY, OptimizerStep, ShardedPolicy
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import models_here
 from vlarl_rllib.process.storage import FileFacts, place_of
@@ -169,18 +169,22 @@ class SupervisedLearner(Rank):
             non-finite gradient).
         """
         passes: list[Pass] = []
-        norms, skipped = 0.0, 0
+        steps: list[OptimizerStep] = []
         for _ in range(num_steps):
             self._generator.manual_seed((self.settings.run.seed * 1_000_003 + self._num_steps) * 1024 + self._rank)
             passes += self._accumulate(next(self._batches))
             for group in self.sharded.optimizers[POLICY].param_groups:
                 group["lr"] = self.settings.sft.lr * rate_factor(self._num_steps, self.settings.sft)
             self._num_steps += 1
-            step_norms, finite = self.sharded.step((POLICY,))
-            norms += step_norms[POLICY]
-            skipped += not finite
+            steps.append(self.sharded.step((POLICY,)))
+        norms, skipped = self.sharded.settle(steps)
         samples = num_steps * self.settings.sft.batch_size
-        counts = {"samples": float(samples), "steps": float(num_steps), "grad_norm": norms, "skipped": float(skipped)}
+        counts = {
+            "samples": float(samples),
+            "steps": float(num_steps),
+            "grad_norm": sum(norm[POLICY] for norm in norms),
+            "skipped": float(sum(skipped)),
+        }
         return fsdp.all_reduce_sums(self._sums(passes)) | counts
 
     def _accumulate(self, batch: DemonstrationBatch) -> list[Pass]:

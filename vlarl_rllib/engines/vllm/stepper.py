@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from vllm import SamplingParams
-from vllm.sampling_params import RequestOutputKind
 
 from vlarl_rllib.engines.protocol import EngineError, EngineSpec
 from vlarl_rllib.engines.step_loop import Sampled
@@ -27,31 +25,18 @@ class VLLMStepper:
         assert family.vllm_model is not None, "asked for by `make_stepper`"
         register(in_process=family.vllm_model)
         config = family.load_config(spec.model_path)
-        self._num_tokens = family.read_facts(spec.model_path).actions.num_tokens
+        num_tokens = family.read_facts(spec.model_path).actions.num_tokens
         self._processor = family.processor(spec.model_path)
-        self._image_ids = [config.image_token_index] * config.num_patches
         architecture = architecture_of(family.vllm_model)
-        self._engine = vllm_compat.build_engine(spec, config, self._num_tokens, architecture, TRANSFER_BACKEND)
+        self._engine = vllm_compat.build_engine(spec, config, num_tokens, architecture, TRANSFER_BACKEND)
+        image_ids = [config.image_token_index] * config.num_patches
+        self._admission = vllm_compat.Admission(self._engine, num_tokens, image_ids)
         self.device = vllm_compat.device_name()
         self.library = vllm_compat.library_version()
 
     def add(self, request_id: str, request: SampleRequest) -> None:
         """Queue one checked request."""
-        prompt = vllm_compat.engine_input(
-            self._processor.prompt_ids(request.instruction), request.image, self._image_ids, request_id
-        )
-        # Temperature 0 takes the best token and reports its log-probability at temperature 1, in both of vLLM's
-        # samplers and also beside sampled requests (tested); top_k=1 would report 0.
-        params = SamplingParams(
-            temperature=request.temperature,
-            seed=request.seed,
-            max_tokens=self._num_tokens,
-            ignore_eos=True,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        self._engine.add_request(request_id, prompt, params)
+        self._admission.add(request_id, request, self._processor.prompt_ids(request.instruction))
 
     def step(self) -> list[Sampled]:
         """One forward pass for everything in flight; returns what it finished."""
