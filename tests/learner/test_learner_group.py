@@ -15,6 +15,7 @@ from learner_helpers import (
     STEPS,
     contributions,
     largest_difference,
+    pretend_capture,
     update,
     weights,
     whole,
@@ -25,6 +26,7 @@ from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.device_batch import DeviceBatch
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.learner.rank_group import LearnerError, LearnerGroupError
+from vlarl_rllib.learner.sharded_policy import ShardedPolicy
 
 
 def read_until_lost(ref: Any) -> None:
@@ -99,6 +101,23 @@ def test_inductor_makes_the_same_update(make_group: Callable[..., VLALearnerGrou
     expected, metrics = update(plain), update(compiled)
     assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-5, nan_ok=True)
     assert largest_difference(weights(plain, 1), weights(compiled, 1)) <= 2e-5
+
+
+def test_recorded_passes_make_the_same_update(
+    make_group: Callable[..., VLALearnerGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the third of a shape on they are replayed; rows and prompts are filled up, as for compiled blocks."""
+    plain = make_group(0, critic_warmup_iterations=1)
+    monkeypatch.setattr(ShardedPolicy, "_make_capture", lambda sharded: pretend_capture(sharded.trained_modules()))
+    recorded = make_group(0, critic_warmup_iterations=1)
+    for iteration in range(3):
+        expected, metrics = update(plain, iteration), update(recorded, iteration)
+        for name, value in expected.items():
+            assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
+    assert largest_difference(weights(plain, 1), weights(recorded, 1)) <= 1e-5
+    passes = recorded._learner._passes
+    used = [shape for run in (passes._score, *passes._learn.values()) for shape in run._shapes.values()]
+    assert len(used) == 4 and all(shape.replay for shape in used), "two to score, one to learn, one to warm up"
 
 
 def test_activations_computed_again_are_those_of_rounded_weights(make_group: Callable[..., VLALearnerGroup]) -> None:

@@ -6,7 +6,6 @@ N = decisions, A = tokens of each.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,9 @@ from vlarl_rllib.bench.policy import BenchPolicy
 from vlarl_rllib.bench.result import CEILING, PLAIN, PRODUCT, Result
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
-from vlarl_rllib.learner.device_batch import DeviceBatch, padded
+from vlarl_rllib.learner.device_batch import DeviceBatch
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
-from vlarl_rllib.learner.loss import LossInputs, LossSettings, ppo_loss
+from vlarl_rllib.learner.passes import PPOPasses
 from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, ShardedPolicy
 from vlarl_rllib.rllib_compat import without_tensorflow
 from vlarl_rllib.rollout.slot_env import slot_spaces
@@ -117,54 +116,38 @@ def contributions(settings: Settings, policy: BenchPolicy) -> list[list[SingleAg
     return portions
 
 
-@dataclass
 class UpdateLoop:
     """Optimiser steps on a batch as the learner makes them, on targets that are given."""
 
-    sharded: ShardedPolicy
-    batch: RolloutBatch
-    settings: Settings
-    num_actions: int
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        self._data = DeviceBatch(self.batch, self.device, fixed_length=self.sharded.fixed_shapes)
-        self._old, self._rewards = (
-            tensor.to(self.device) for tensor in (self.batch.behaviour_log_probs, self.batch.rewards)
-        )
+    def __init__(
+        self, sharded: ShardedPolicy, batch: RolloutBatch, settings: Settings, num_actions: int, device: torch.device
+    ) -> None:
+        self._sharded, self._settings = sharded, settings
+        self._passes = PPOPasses(sharded, settings, num_actions)
+        self._data = DeviceBatch(batch, device, fixed_length=sharded.fixed_shapes)
+        old, rewards = (tensor.to(device) for tensor in (batch.behaviour_log_probs, batch.rewards))
+        self._targets = {
+            "old_log_probs": old,
+            "behaviour_log_probs": old,
+            "old_values": torch.zeros_like(rewards),
+            "advantages": rewards,
+            "value_targets": rewards,
+        }
 
     def run(self) -> float:
         """An epoch; decisions."""
-        training, count = self.settings.training, self.batch.num_decisions
-        loss_settings = LossSettings.of(training, self.num_actions, train_policy=True)
+        count = self._data.batch.num_decisions
         plan = UpdatePlan(steps=(count,), owners=(0,), num_ranks=1, seed=0)
-        for minibatch in plan.minibatches(0, 1, training.minibatch_size, self.settings.learners.micro_batch_size):
+        steps = []
+        for minibatch in plan.minibatches(
+            0, 1, self._settings.training.minibatch_size, self._settings.learners.micro_batch_size
+        ):
             for index, rows in enumerate(minibatch.forwards):
-                self.sharded.reduce_gradients(in_this_pass=index == len(minibatch.forwards) - 1)
-                outputs = ppo_loss(self._inputs(rows, minibatch.num_valid), loss_settings)
-                self.sharded.backward(outputs.loss)
-            self.sharded.step((POLICY, CRITIC))
+                self._sharded.reduce_gradients(in_this_pass=index == len(minibatch.forwards) - 1)
+                self._passes.learn(self._data, self._targets, rows, minibatch.num_valid, warm_up=False)
+            steps.append(self._sharded.step((POLICY, CRITIC)))
+        self._sharded.settle(steps)
         return float(count)
-
-    def _inputs(self, steps: np.ndarray, num_valid: int) -> LossInputs:
-        data, size = self._data, self.settings.learners.micro_batch_size
-        frames = padded(steps, size) if self.sharded.fixed_shapes else steps
-        scores = self.sharded.score(data.inputs(frames), data.executed(frames), self.settings.temperature)
-        rows = data.on_device(frames)
-        rewards = self._rewards[rows]
-        return LossInputs(
-            log_probs=scores.log_probs,
-            entropy=scores.entropy,
-            values=scores.values.float(),
-            old_log_probs=self._old[rows],
-            behaviour_log_probs=self._old[rows],
-            old_values=torch.zeros_like(rewards),
-            advantages=rewards,
-            value_targets=rewards,
-            executed=data.executed(frames),
-            mask=data.on_device(np.arange(len(frames)) < len(steps)),
-            num_valid=float(num_valid),
-        )
 
 
 def _product(

@@ -36,11 +36,12 @@ from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.advantages import advantages_and_targets
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
-from vlarl_rllib.learner.device_batch import DeviceBatch, padded, score_passes
+from vlarl_rllib.learner.device_batch import DeviceBatch, score_passes
 from vlarl_rllib.learner.history import averaged
-from vlarl_rllib.learner.loss import LossInputs, LossSettings, added_up, ppo_loss
+from vlarl_rllib.learner.loss import added_up
+from vlarl_rllib.learner.passes import PPOPasses
 from vlarl_rllib.learner.rank import Rank
-from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, OptimizerStep, Scores, ShardedPolicy
+from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, OptimizerStep, ShardedPolicy
 from vlarl_rllib.models.build import build_models
 from vlarl_rllib.models.family import family_of
 from vlarl_rllib.models.presets import models_here
@@ -98,6 +99,7 @@ class VLALearner(Rank, PPOTorchLearner):
             weight_decay=training.weight_decay,
             if_diverged=lower_the_rates(training.rates),
         )
+        self._passes = PPOPasses(self.sharded, self.settings, self._actions.num_actions)
         self.telemetry.follow(*self._run_labels())
         self.entropy_coeff_schedulers_per_module.clear()
         self.metrics.reset()
@@ -129,6 +131,7 @@ class VLALearner(Rank, PPOTorchLearner):
             weight_decay=training.weight_decay,
             if_diverged=lower_the_rates(training.rates),
         )
+        self._passes = PPOPasses(self.sharded, self.settings, self._actions.num_actions)
         return module
 
     def _map_module_to_device(self, module: Any) -> None:
@@ -208,36 +211,24 @@ class VLALearner(Rank, PPOTorchLearner):
         }
         return {name: target.to(self._device) for name, target in targets.items()}
 
-    @torch.no_grad()
     def _score(self, data: DeviceBatch) -> tuple[Tensor, Tensor]:
         """Values [N+E] of all frames and log-probs [N, A] of the tokens taken."""
         batch, scores, start, fixed = data.batch, [], 0, self.sharded.fixed_shapes
         most = int(fsdp.all_reduce_max(len(batch.frames)))  # of any rank
         for rows in score_passes(most, self.settings.learners.micro_batch_size, fixed=fixed):
             frames = np.arange(min(start, len(batch.frames)), min(start + rows, len(batch.frames)))
-            out = self._forward(data, padded(frames, rows if fixed else 0))
-            scores.append((out.values[: len(frames)], out.log_probs[: len(frames)]))
+            out = self._passes.score(data, frames, rows)
+            scores.append((out.values, out.log_probs))
             if out.reusable:
-                data.keep({name: tensor[: len(frames)] for name, tensor in out.reusable.items()})
+                data.keep(out.reusable)
             start += rows
         data.all_kept()
         values, log_probs = (torch.cat(parts).cpu() for parts in zip(*scores, strict=True))
         return values.float(), log_probs[: batch.num_decisions]
 
-    def _rows(self, count: int) -> int:
-        """Rows of a pass that learns from `count` decisions."""
-        if not self.sharded.fixed_shapes:
-            return count
-        return max(count, min(self.settings.learners.micro_batch_size, self.settings.training.minibatch_size))
-
-    def _forward(self, data: DeviceBatch, frames: np.ndarray) -> Scores:
-        """One pass through the sharded policy."""
-        return self.sharded.score(data.inputs(frames), data.executed(frames), self.settings.temperature)
-
     def _optimize(self, data: DeviceBatch, targets: dict[str, Tensor], plan: UpdatePlan, *, warm_up: bool) -> None:
         """All optimiser steps; the device is waited for behind the last one."""
         training = self.settings.training
-        loss_settings = LossSettings.of(training, self._actions.num_actions, train_policy=not warm_up)
         sums: list[dict[str, Tensor]] = []
         optimizer_steps: list[OptimizerStep] = []
         num_valid: list[int] = []
@@ -247,9 +238,7 @@ class VLALearner(Rank, PPOTorchLearner):
             parts: list[dict[str, Tensor]] = []
             for i, steps in enumerate(minibatch.forwards):
                 self.sharded.reduce_gradients(in_this_pass=i == len(minibatch.forwards) - 1)
-                outputs = ppo_loss(self._loss_inputs(data, targets, steps, minibatch.num_valid), loss_settings)
-                self.sharded.backward(outputs.loss)
-                parts.append(outputs.sums)
+                parts.append(self._passes.learn(data, targets, steps, minibatch.num_valid, warm_up=warm_up))
             sums.append(added_up(parts))
             optimizer_steps.append(self.sharded.step((CRITIC,) if warm_up else (POLICY, CRITIC)))
             num_valid.append(minibatch.num_valid)
@@ -259,21 +248,6 @@ class VLALearner(Rank, PPOTorchLearner):
             for mean, norm in zip(averaged(sums, num_valid), norms, strict=True)
         ]
         self._log_optimization(history, skipped, num_valid)
-
-    def _loss_inputs(
-        self, data: DeviceBatch, targets: dict[str, Tensor], steps: np.ndarray, num_valid: int
-    ) -> LossInputs:
-        frames = padded(steps, self._rows(len(steps)))
-        out, rows = self._forward(data, frames), data.on_device(frames)
-        return LossInputs(
-            log_probs=out.log_probs,
-            entropy=out.entropy,
-            values=out.values.float(),
-            executed=data.executed(frames),
-            mask=data.on_device(np.arange(len(frames)) < len(steps)),
-            num_valid=float(num_valid),
-            **{name: target[rows] for name, target in targets.items()},
-        )
 
     # Weights and checkpoints
 

@@ -44,7 +44,7 @@ class LossInputs:
     """[N, A] bool: tokens of actions that were played; the others do not count. A decision has at least one."""
     mask: Tensor
     """[N] bool, False for padding."""
-    num_valid: float
+    num_valid: float | Tensor
     """Valid decisions of the whole minibatch on all learners: what sums are divided by."""
 
 

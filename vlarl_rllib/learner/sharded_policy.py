@@ -20,6 +20,7 @@ from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.casts import in_type
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
+from vlarl_rllib.learner.replay import Capture, GraphCapture, Pass, Replayed
 from vlarl_rllib.models.family import ActionFormat, PolicyFamily
 from vlarl_rllib.models.lora import merge_ahead
 from vlarl_rllib.process.storage import FileFacts, Place
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 POLICY, CRITIC = "policy", "critic"
 """Names of the two optimisers; during critic warm-up only the second one steps."""
+MOST_REPLAYED = 10**9
+"""Parameters up to which passes are CUDA graphs by default, and not compiled. Kernels of larger models take longer than
+their launch; graphs would keep memory for their activations to themselves."""
 FEW_PATCHES = 64
 """Up to so many image tokens the CPU goes without PyTorch's fused attention: slower with 16, faster with 256 (see
 below), even in between."""
@@ -99,8 +103,11 @@ class ShardedPolicy:
         kept = settings.model.lora is not None or settings.model.dtype == "float32"
         self._rounds_to: torch.dtype | None = None if kept else getattr(torch, settings.model.dtype)
         self._whole = world_size == 1 and not self._needs_fsdp()
-        self.fixed_shapes = settings.compile
-        """Whether passes should have the same shapes each time: another shape is compiled anew."""
+        self._capture = self._make_capture()
+        compiles = settings.learners.compile
+        self._compiles = device.type == "cuda" and self._capture is None if compiles is None else compiles
+        self.fixed_shapes = self._compiles or self._capture is not None
+        """Whether passes should have the same shapes each time: another shape is compiled, or recorded, anew."""
         self._calls = {name: self._make_ready(model) for name, model in self.trained_modules().items()}
         self._merges_ahead = self._whole and settings.merge_ahead
         self._reusable = family.frozen_inputs(policy) if critic is None else ()
@@ -128,10 +135,23 @@ class ShardedPolicy:
                 compute_dtype=self._rounds_to,
                 settings=learners.fsdp,
             )
-        if self.fixed_shapes:
+        if self._compiles:
             for unit in self._family.compile_units(model):
                 unit.compile(dynamic=False)
         return in_type(model, self._rounds_to) if self._whole and self._rounds_to else model
+
+    def _make_capture(self) -> Capture | None:
+        """How passes are recorded, if they are."""
+        wanted = self._settings.learners.cuda_graphs
+        if wanted is None:
+            size = sum(parameter.numel() for parameter in self.trained_modules().parameters())
+            wanted = self._whole and self._device.type == "cuda" and size <= MOST_REPLAYED
+        return GraphCapture() if wanted else None
+
+    def repeated(self, run: Pass) -> Pass:
+        """A pass that will be made many times with tensors of few shapes, as a CUDA graph where this policy uses them;
+        see `Replayed` for what it must keep to."""
+        return run if self._capture is None else Replayed(run, self._capture)
 
     def _needs_fsdp(self) -> bool:
         """Whether a single rank needs what only FSDP does: memory of the host, or rounded weights while activations
@@ -248,7 +268,7 @@ class ShardedPolicy:
             optimizer.step()
         self._weights_changed()
         for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=self._capture is None)
         return OptimizerStep(norms, skipped)
 
     def settle(self, steps: Sequence[OptimizerStep]) -> tuple[list[dict[str, float]], list[bool]]:

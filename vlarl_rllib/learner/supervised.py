@@ -91,6 +91,7 @@ class SupervisedLearner(Rank):
                 weight_decay=sft.weight_decay,
                 if_diverged=lower_the_rates({"sft.lr": sft.lr}),
             )
+            self._imitate = self.sharded.repeated(self._imitated)
 
     def shutdown(self) -> None:
         if hasattr(self, "sharded"):
@@ -197,12 +198,17 @@ class SupervisedLearner(Rank):
             inputs, targets = {name: tensor[rows] for name, tensor in batch.inputs.items()}, batch.targets[rows]
             if self.settings.sft.augment:
                 inputs["pixel_values"] = augment(inputs["pixel_values"], draw(len(targets), self._generator))
-            logits = self.sharded.forward(**inputs, action_tokens=targets, full_vocabulary=True).action_logits
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            self.sharded.backward(loss / (self.settings.sft.batch_size * self._num_targets))
-            likely = logits.detach()[:, : self._facts.actions.num_tokens].argmax(-1)
-            passes.append(Pass(loss.detach(), likely, targets, batch.actions[rows]))
+            passes.append(Pass(**self._imitate(inputs | {"action_tokens": targets}), actions=batch.actions[rows]))
         return passes
+
+    def _imitated(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Forward and backward; of `Pass`, what the model has to do with."""
+        targets = inputs["action_tokens"]
+        logits = self.sharded.forward(**inputs, full_vocabulary=True).action_logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        self.sharded.backward(loss / (self.settings.sft.batch_size * self._num_targets))
+        likely = logits.detach()[:, : self._facts.actions.num_tokens].argmax(-1)
+        return {"loss": loss.detach(), "likely": likely, "targets": targets}
 
     def _sums(self, passes: Sequence[Pass]) -> dict[str, float]:
         """Over this rank's demonstrations; the device is waited for."""

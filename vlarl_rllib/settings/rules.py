@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from vlarl_rllib.envs import registry
 from vlarl_rllib.settings.plan import Role, demonstrated_tasks, num_environment_processes, placements, resolve_mesh
-from vlarl_rllib.settings.schema import RewardSettings, Sections
+from vlarl_rllib.settings.schema import FSDPSettings, RewardSettings, Sections
 from vlarl_rllib.settings.transports import CUDA_IPC, NIXL
 
 SMALLEST_SHARE = 0.001
@@ -69,6 +69,12 @@ def _impossible_learners(s: Sections) -> Iterator[str]:
         yield f"learners.fsdp.mesh: {list(s.learners.fsdp.mesh)} does not multiply to {ranks} learner(s); use [1, -1]"
     if s.learners.fsdp.cpu_offload and not s.learners.gpus:
         yield "learners.fsdp.cpu_offload: true needs learners on a GPU; set learners.gpus or leave it false"
+    learners = s.learners
+    if learners.cuda_graphs and (not learners.gpus or learners.num > 1 or learners.fsdp != FSDPSettings()):
+        yield (
+            "learners.cuda_graphs: true needs one learner on a GPU, with learners.fsdp left as it is; set "
+            "learners.gpus and learners.num: 1, or leave it null"
+        )
 
 
 def _impossible_engines(s: Sections) -> Iterator[str]:

@@ -197,7 +197,13 @@ class LearnerSettings(Section):
     )
     compile: bool | None = Field(
         None,
-        description="Compile the blocks of the model, for which the first passes of a run take long; null = on GPUs.",
+        description="Compile the blocks of the model, for which the first passes of a run take long; null = on GPUs, "
+        "unless cuda_graphs are used.",
+    )
+    cuda_graphs: bool | None = Field(
+        None,
+        description="Record passes as CUDA graphs, where one learner holds the whole model on a GPU; null = there, up "
+        "to 1e9 parameters.",
     )
     merge_ahead: bool | None = Field(
         None,
@@ -311,11 +317,6 @@ class Sections(Section):
     def lockstep(self) -> bool:
         """`rollout.lockstep`, or what it is by default."""
         return not self.engines.gpus if self.rollout.lockstep is None else self.rollout.lockstep
-
-    @property
-    def compile(self) -> bool:
-        """`learners.compile`, or what it is by default."""
-        return self.learners.gpus > 0 if self.learners.compile is None else self.learners.compile
 
     @property
     def merge_ahead(self) -> bool:

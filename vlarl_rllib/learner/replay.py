@@ -1,0 +1,76 @@
+"""Passes through a small model as CUDA graphs: launching its kernels one by one takes several times as long as a GPU
+needs for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+Pass = Callable[..., Tensors]
+"""Of one or several mappings of tensors."""
+Capture = Callable[[Callable[[], Tensors]], "tuple[Callable[[], None], Tensors]"]
+"""Records what a function does; returns how to do it again, and the results that each replay overwrites."""
+
+EAGER_CALLS = 2
+"""Before a capture: libraries choose algorithms and allocate workspaces, and gradients find their place."""
+
+
+@dataclass
+class _Shape:
+    """What is known of calls with tensors of one set of shapes."""
+
+    calls: int = 0
+    given: tuple[dict[str, Tensor], ...] = ()
+    results: Tensors | None = None
+    replay: Callable[[], None] | None = None
+
+
+class Replayed:
+    """A function of mappings of tensors that is recorded for each set of shapes and then replayed.
+
+    All that the function reads beside its arguments must stay where it is, gradients among it: whoever resets them
+    writes zeros (`zero_grad(set_to_none=False)`). It must wait for nothing and decide nothing by what tensors hold.
+
+    Args:
+        run: the function.
+        capture: how it is recorded.
+    """
+
+    def __init__(self, run: Pass, capture: Capture) -> None:
+        self._run, self._capture = run, capture
+        self._shapes: dict[Hashable, _Shape] = {}
+
+    def __call__(self, *arguments: Tensors) -> dict[str, Tensor]:
+        key = tuple(tuple((name, tensor.shape, tensor.dtype) for name, tensor in given.items()) for given in arguments)
+        shape = self._shapes.setdefault(key, _Shape())
+        shape.calls += 1
+        if shape.calls <= EAGER_CALLS:
+            return dict(self._run(*arguments))
+        if shape.replay is None:
+            shape.given = tuple({name: tensor.clone() for name, tensor in given.items()} for given in arguments)
+            shape.replay, shape.results = self._capture(lambda: self._run(*shape.given))
+        for kept, given in zip(shape.given, arguments, strict=True):
+            for name, tensor in given.items():
+                kept[name].copy_(tensor)
+        shape.replay()
+        assert shape.results is not None
+        return {name: tensor.clone() for name, tensor in shape.results.items()}
+
+
+class GraphCapture:
+    """As CUDA graphs that share their memory: one must have been replayed to its end before the next begins."""
+
+    def __init__(self) -> None:
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            results = {name: tensor.detach() for name, tensor in run().items()}
+        return graph.replay, results
