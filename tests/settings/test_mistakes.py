@@ -116,6 +116,10 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("engines.dtype: bfloat16", "model.dtype float32", "training.old_log_probs to recompute"),
     ),
     "GPUs without engines": ({"engines": {"num": 0, "gpus": 1}}, ("engines.gpus: 1", "set engines.num to at least 1")),
+    "a budget for nothing": (
+        {"learners": {"activation_memory_budget": 0.5}},
+        ("learners.activation_memory_budget: 0.5", "set learners.compile: true"),
+    ),
     "graphs without GPU": (
         {"learners": {"cuda_graphs": True}},
         ("learners.cuda_graphs: true", "set learners.gpus and learners.num: 1"),

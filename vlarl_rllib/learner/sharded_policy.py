@@ -136,6 +136,7 @@ class ShardedPolicy:
                 settings=learners.fsdp,
             )
         if self._compiles:
+            torch._functorch.config.activation_memory_budget = learners.activation_memory_budget
             for unit in self._family.compile_units(model):
                 unit.compile(dynamic=False)
         return in_type(model, self._rounds_to) if self._whole and self._rounds_to else model

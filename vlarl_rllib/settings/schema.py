@@ -200,6 +200,11 @@ class LearnerSettings(Section):
         description="Compile the blocks of the model, for which the first passes of a run take long; null = on GPUs, "
         "unless cuda_graphs are used.",
     )
+    activation_memory_budget: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        1.0,
+        description="Share of a compiled block's activations that is kept for the backward pass; what costs least is "
+        "computed again.",
+    )
     cuda_graphs: bool | None = Field(
         None,
         description="Record passes as CUDA graphs, where one learner holds the whole model on a GPU; null = there, up "

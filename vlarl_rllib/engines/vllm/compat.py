@@ -49,6 +49,8 @@ BLOCK_TOKENS = 128
 LEAST_UTILIZATION = 0.01
 """Share of the card that vLLM wants to find free before it starts; with a cache of given size it has no other meaning.
 """
+USUAL_PROMPTS = (24, 32, 40, 48)
+"""Tokens beside the patches; LIBERO's tasks have 18 to 33 words and marks, and a few more tokens."""
 MOST_PROMPTS = 512
 """Whose completed requests are kept."""
 MAX_STEP_TOKENS = 32768
@@ -247,6 +249,7 @@ def build_engine(spec: EngineSpec, config: Any, num_tokens: int, architecture: s
         quantization=spec.quantization,  # type: ignore[arg-type]
         seed=spec.seed,
         enforce_eager=on_cpu or spec.enforce_eager,
+        cudagraph_capture_sizes=None if on_cpu else graph_sizes(spec.max_batch, config.num_patches),
         max_model_len=length,
         max_num_seqs=spec.max_batch,
         max_num_batched_tokens=min(MAX_STEP_TOKENS, max(2048, spec.max_batch * length)),
@@ -264,6 +267,13 @@ def build_engine(spec: EngineSpec, config: Any, num_tokens: int, architecture: s
     engine = LLMEngine.from_engine_args(arguments)
     engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
     return engine
+
+
+def graph_sizes(max_batch: int, num_patches: int) -> list[int]:
+    """Tokens of the steps for which vLLM captures graphs: those that decode, and those that read one usual prompt,
+    which would otherwise wait for the launch of its kernels."""
+    prompts = {-(-(num_patches + words) // 8) * 8 for words in USUAL_PROMPTS}
+    return sorted({1, 2, 4, *range(8, max_batch + 8, 8)} | prompts)
 
 
 def _cache_memory(spec: EngineSpec, text: Any, length: int) -> dict[str, Any]:
