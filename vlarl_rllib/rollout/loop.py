@@ -148,7 +148,8 @@ class SlotLoop:
             players: by slot; other slots stay as they are.
             versions: policy versions that a reply may carry.
             groups: of slots, which together hold each player's once. A group's requests are sent in one call, when none
-                of its slots is under way.
+                of its slots is under way; groups of one that are ready at the same time share a call, which would take
+                longer than some models need for its requests.
             purpose: what steps are counted as.
             until: says whether to return at once; what is under way then is the next run's, of the same players.
         """
@@ -203,15 +204,19 @@ class SlotLoop:
     def _send_requests(self) -> None:
         if self.engine_error is not None:
             return
+        alone: list[int] = []
         for group in self._groups:
             if not self._waiting(group):
-                self._submit(
-                    [
-                        slot
-                        for slot in group
-                        if self._state[slot] is SlotState.READY and self._players[slot].wants_action()
-                    ]
-                )
+                ready = [
+                    slot
+                    for slot in group
+                    if self._state[slot] is SlotState.READY and self._players[slot].wants_action()
+                ]
+                if len(group) == 1:
+                    alone += ready
+                else:
+                    self._submit(ready)
+        self._submit(alone)
 
     def _submit(self, slots: list[int]) -> None:
         items = []
