@@ -307,10 +307,22 @@ def test_a_frozen_environment_is_ended(algorithm: VLAPPO) -> None:
     assert not _alive(pid)
 
 
-def test_an_engine_that_freezes_while_it_samples_is_replaced(
-    algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch
+def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Played again from the same checkpoint."""
+    for name in ("iteration", "token_checksum", "env_steps"):
+        assert [row[name] for row in rows] == [row[name] for row in expected], name
+    for name in ("first_policy_loss", "first_value_loss"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], abs=1e-5), name
+        assert all(row[name] != 0 for row in rows)
+
+
+def test_an_engine_that_freezes_while_it_samples_is_replaced_and_the_tokens_stay_the_same(
+    algorithm: VLAPPO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = newest(algorithm)
+    algorithm.save_to_path(tmp_path)
+    expected = train(algorithm)
+    algorithm.restore_from_path(tmp_path)
     set_on_loops(algorithm, "_request_timeout", 2.0)
     monkeypatch.setattr(algorithm.engine_pool, "_ping_timeout_seconds", 2.0)
     pid = engine_pid(algorithm)
@@ -319,6 +331,7 @@ def test_an_engine_that_freezes_while_it_samples_is_replaced(
     set_on_loops(algorithm, "_request_timeout", 120.0)
     assert row["engine_failures"] >= 1 and row["faults"]["engine_restarts"] == before["faults"]["engine_restarts"] + 1
     assert row["env_steps"] == before["env_steps"] + STEPS, "a step was lost with the engine"
+    assert_same([row], [expected])
     assert not _alive(pid)
 
 
@@ -331,6 +344,22 @@ def test_an_engine_that_dies_while_it_takes_weights_gets_them_after_its_restart(
     status = algorithm.engine_pool.statuses()[0]
     assert status.pid != pid and status.policy_version == algorithm.weight_sync.version
     train(algorithm)
+
+
+def test_a_killed_learner_is_replaced_and_plays_the_iterations_since_its_checkpoint_again(
+    algorithm: VLAPPO, tmp_path: Path
+) -> None:
+    algorithm.save_checkpoint(str(tmp_path))
+    expected = [train(algorithm) for _ in range(2)]
+    assert expected[0]["token_checksum"] != expected[1]["token_checksum"]
+    faults, engines, version = expected[-1]["faults"], algorithm.engine_pool.pids, algorithm.weight_sync.version
+    os.kill(algorithm.learner_group.pids[0], signal.SIGKILL)
+    again = [train(algorithm) for _ in range(2)]
+    assert_same(again, expected)
+    assert again[0]["faults"]["learner_restarts"] == faults["learner_restarts"] + 1
+    assert again[0]["faults"]["repeated_iterations"] == faults["repeated_iterations"] + 2
+    assert again[0]["policy_version"] > version, "the version must not decrease"
+    assert algorithm.engine_pool.pids == engines, "the engines are to stay"
 
 
 def test_a_runner_that_dies_before_the_learners_have_its_steps_plays_them_again(
