@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.table import METRICS, Kind
 
-STEPS = 4 * 40
-"""Steps of one iteration below: 4 slots of 40."""
+STEPS = 4 * 16
+"""Steps of one iteration below: 4 slots of 16."""
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def algorithm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> It
     settings = Settings.from_dict(
         {
             "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 4, "num_processes": 2, "max_steps": 10},
-            "rollout": {"steps_per_iteration": 40},
+            "rollout": {"steps_per_iteration": 16},
             "learners": {"num": 1, "micro_batch_size": 32},
-            "training": {"minibatch_size": 80, "lr": 1e-4},
+            "training": {"minibatch_size": 32, "lr": 1e-4},
             "rewards": {"process": 0.1, "judge": str(judge), "timeout_seconds": 5},
             "evaluation": {"episodes": 6},
             "run": {"iterations": 100, "seed": 1},
@@ -94,8 +94,17 @@ def newest(algorithm: VLAPPO) -> dict[str, Any]:
     return iteration_row(algorithm._last_result) if algorithm.iteration else train(algorithm)
 
 
-def later(seconds: float, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    threading.Timer(seconds, os.kill, (pid, number)).start()
+def while_sampling(algorithm: VLAPPO, action: Callable[..., Any], *arguments: Any) -> None:
+    """Do it in the middle of the iteration that is to come: once the engine has answered for one in eight steps."""
+    (engine,) = algorithm.engine_pool.handles
+    wanted = ray.get(engine.status.remote()).num_decisions + STEPS // 8
+
+    def wait_and_act() -> None:
+        while ray.get(engine.status.remote()).num_decisions < wanted:
+            time.sleep(0.01)
+        action(*arguments)
+
+    threading.Thread(target=wait_and_act, daemon=True).start()
 
 
 def processes(algorithm: VLAPPO) -> dict[str, Any]:
@@ -196,7 +205,7 @@ def test_a_module_without_weights_says_where_they_are(algorithm: VLAPPO) -> None
 def test_a_killed_environment_process_costs_its_running_episodes_only(algorithm: VLAPPO) -> None:
     before = newest(algorithm)
     pids = environment_pids(algorithm)
-    later(0.5, pids[0])
+    while_sampling(algorithm, os.kill, pids[0], signal.SIGKILL)
     row = train(algorithm)
     assert row["env_deaths"] >= 1, "the kill came too late to test anything"
     assert row["env_steps"] == before["env_steps"] + STEPS
@@ -209,7 +218,7 @@ def test_a_killed_runner_comes_back(algorithm: VLAPPO) -> None:
     before = newest(algorithm)
     pid = runner_pid(algorithm)
     children = environment_pids(algorithm)
-    later(0.5, pid)
+    while_sampling(algorithm, os.kill, pid, signal.SIGKILL)
     row = train(algorithm)
     assert row["env_steps"] >= before["env_steps"] + STEPS
     deadline = time.monotonic() + 10
@@ -326,7 +335,7 @@ def test_an_engine_that_freezes_while_it_samples_is_replaced_and_the_tokens_stay
     set_on_loops(algorithm, "_request_timeout", 2.0)
     monkeypatch.setattr(algorithm.engine_pool, "_ping_timeout_seconds", 2.0)
     pid = engine_pid(algorithm)
-    later(0.5, pid, signal.SIGSTOP)
+    while_sampling(algorithm, os.kill, pid, signal.SIGSTOP)
     row = train(algorithm)
     set_on_loops(algorithm, "_request_timeout", 120.0)
     assert row["engine_failures"] >= 1 and row["faults"]["engine_restarts"] == before["faults"]["engine_restarts"] + 1
@@ -339,7 +348,7 @@ def test_an_engine_that_dies_while_it_takes_weights_gets_them_after_its_restart(
     newest(algorithm)
     pid = engine_pid(algorithm)
     os.kill(pid, signal.SIGSTOP)
-    later(0.5, pid)  # by now it has been told to load, and has not begun
+    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()  # by now it has been told to load, and has not begun
     algorithm.weight_sync.push()
     status = algorithm.engine_pool.statuses()[0]
     assert status.pid != pid and status.policy_version == algorithm.weight_sync.version
@@ -412,7 +421,7 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_older_one_stays(
     algorithm: VLAPPO, tmp_path: Path
 ) -> None:
     algorithm.save_checkpoint(str(tmp_path))
-    good = algorithm.checkpoints.store.newest()
+    good, kept = algorithm.checkpoints.store.newest(), sorted(algorithm.checkpoints.store.root.iterdir())
     before = train(algorithm)
     learner = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({}, -1))"
     algorithm.learner_group.call(
@@ -421,9 +430,7 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_older_one_stays(
     algorithm.save_checkpoint(str(tmp_path))
     algorithm.learner_group.call("apply", lambda _: exec(learner.format(-1)))
     assert CheckpointStore.resolve(tmp_path) == good == algorithm.checkpoints.store.newest()
-    assert [path.name for path in algorithm.checkpoints.store.root.iterdir()] == [good.name], (
-        "half a checkpoint was left"
-    )
+    assert sorted(algorithm.checkpoints.store.root.iterdir()) == kept, "half a checkpoint was left"
     row = train(algorithm)
     assert row["faults"]["failed_checkpoints"] == before["faults"]["failed_checkpoints"] + 1
     algorithm.save_checkpoint(str(tmp_path))
@@ -465,7 +472,7 @@ def test_an_end_while_sampling_saves_the_last_iteration_and_drops_the_running_on
     row = train(algorithm)
     algorithm.save_to_path(tmp_path / "before")
     iteration, version = algorithm.iteration, algorithm.weight_sync.version
-    threading.Timer(0.5, algorithm._pulse.ended.set).start()
+    while_sampling(algorithm, algorithm._pulse.ended.set)
     began = time.monotonic()
     result = algorithm.train()
     assert "vlarl" not in result and result["done"] and algorithm.iteration == iteration == row["iteration"]
