@@ -164,25 +164,6 @@ def test_actors_are_called_after_the_run(algorithm: VLAPPO) -> None:
     assert repr(algorithm) == f"{run}/algorithm"
 
 
-def test_metrics_reach_the_port_that_prometheus_scrapes(algorithm: VLAPPO) -> None:
-    """As far as this run has what they need; ten seconds are Ray's interval."""
-    newest(algorithm)
-    (node,) = ray.nodes()
-    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    expected = {
-        metric.exported + ("_count" if metric.kind is Kind.HISTOGRAM else "")
-        for metric in METRICS.values()
-        if metric.needs != "a GPU"
-    }
-    label, deadline, found = f'run="{run_name(algorithm)}"', time.monotonic() + 40, set[str]()
-    while not expected <= found and time.monotonic() < deadline:
-        with urllib.request.urlopen(address) as answer:
-            lines = answer.read().decode().splitlines()
-        found = {line.partition("{")[0] for line in lines if label in line and 'suite="synthetic"' in line}
-        time.sleep(0.5)
-    assert expected - found == set()
-
-
 def test_rllib_has_imported_no_tensorflow_for_anybody(algorithm: VLAPPO) -> None:
     newest(algorithm)
 
@@ -511,3 +492,22 @@ def test_a_checkpoint_ends_the_running_episodes(algorithm: VLAPPO, tmp_path: Any
     algorithm.restore_from_path(tmp_path)
     assert algorithm.weight_sync.version == version + 1
     train(algorithm)
+
+
+def test_metrics_reach_the_port_that_prometheus_scrapes(algorithm: VLAPPO) -> None:
+    """As far as this run has what they need; ten seconds are Ray's interval, which are over by the last test."""
+    newest(algorithm)
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    expected = {
+        metric.exported + ("_count" if metric.kind is Kind.HISTOGRAM else "")
+        for metric in METRICS.values()
+        if metric.needs != "a GPU"
+    }
+    label, deadline, found = f'run="{run_name(algorithm)}"', time.monotonic() + 40, set[str]()
+    while not expected <= found and time.monotonic() < deadline:
+        with urllib.request.urlopen(address) as answer:
+            lines = answer.read().decode().splitlines()
+        found = {line.partition("{")[0] for line in lines if label in line and 'suite="synthetic"' in line}
+        time.sleep(0.5)
+    assert expected - found == set()
