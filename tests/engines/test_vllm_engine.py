@@ -20,7 +20,7 @@ from vlarl_rllib.engines.actor import engine_env_vars
 from vlarl_rllib.engines.client import RemoteSampler
 from vlarl_rllib.engines.protocol import EngineError
 from vlarl_rllib.engines.torch_engine import TorchEngine
-from vlarl_rllib.types import HALF_LOADED, INITIAL_VERSION, SampleReply
+from vlarl_rllib.types import HALF_LOADED, SampleReply
 
 SECONDS = 60
 TEMPERATURES = (1.0, 0.0, 0.7, 1.6)
@@ -29,8 +29,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture
 def oracle(vllm_engine, make_oracle):
-    """Weights in the engine = weights in the oracle; versions go on from the engine's. A killed engine is replaced."""
-    vllm_engine.outdated(INITIAL_VERSION)
+    """Weights in the engine = weights in the oracle; versions go on from the engine's."""
     oracle = make_oracle()
     oracle.version = max(0, vllm_engine.statuses()[0].policy_version)
     oracle.push(vllm_engine, seed=0)
@@ -194,6 +193,31 @@ def test_updates_between_overlapping_callers_keep_versions_apart(vllm_engine, or
     assert oracle.log_prob_error([*fresh_requests, *requests], [*fresh, *(r for (r,) in replies[2])]) <= TOLERANCE
 
 
+def test_vllm_measures_memory_with_a_frame_of_the_policys_size(vllm_engine, spec):
+    """Asked in the engine's process, which has vLLM: it replaces parts of torch."""
+
+    def frame(actor, path):
+        from types import SimpleNamespace
+
+        from vllm import EngineArgs
+        from vllm.multimodal import MULTIMODAL_REGISTRY
+
+        from vlarl_rllib.engines.vllm.plugin import architecture_of
+        from vlarl_rllib.models.openvla.family import FAMILY
+
+        architectures = [architecture_of(FAMILY.vllm_model)]
+        arguments = EngineArgs(model=path, hf_overrides={"architectures": architectures})
+        processor = MULTIMODAL_REGISTRY.create_processor(arguments.create_engine_config().model_config)
+        made = processor.apply(SimpleNamespace(mm_data_items={}), None)
+        (frame,), (place,) = made["mm_kwargs"]["image"], made["mm_placeholders"]["image"]
+        pixels = frame.get_data()["pixel_values"]
+        most = processor.info.get_mm_max_tokens_per_item(0, {})
+        return tuple(pixels.shape), str(pixels.dtype), place.length, list(most.values())
+
+    asked = vllm_engine.handles[0].__ray_call__.remote(frame, spec.model_path)
+    assert ray.get(asked, timeout=SECONDS) == ((28, 28, 3), "torch.uint8", 4, [4])
+
+
 def test_a_killed_engine_fails_what_it_was_asked_and_what_it_is_asked(vllm_engine, oracle):
     """That it is replaced and made current, test_algorithm.py asserts with engines that it needs anyway."""
     completions = queue.SimpleQueue()
@@ -227,32 +251,3 @@ def test_importing_the_engine_loads_neither_torch_nor_vllm():
     code = "import sys, vlarl_rllib.engines.actor, vlarl_rllib.engines.client; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"torch", "vllm", "transformers"} & set(modules)
-
-
-def test_vllm_measures_memory_with_a_frame_of_the_policys_size(spec):
-    """In a process of its own: vLLM for CPUs replaces parts of torch."""
-    code = f"""if True:
-        from types import SimpleNamespace
-        from vllm import EngineArgs
-        from vllm.multimodal import MULTIMODAL_REGISTRY
-        from vlarl_rllib.engines.vllm.plugin import architecture_of, register
-        from vlarl_rllib.models.openvla.family import FAMILY
-
-        register(in_process=FAMILY.vllm_model)
-        architectures = [architecture_of(FAMILY.vllm_model)]
-        arguments = EngineArgs(model={spec.model_path!r}, hf_overrides={{"architectures": architectures}})
-        processor = MULTIMODAL_REGISTRY.create_processor(arguments.create_engine_config().model_config)
-        made = processor.apply(SimpleNamespace(mm_data_items={{}}), None)
-        (frame,), (place,) = made["mm_kwargs"]["image"], made["mm_placeholders"]["image"]
-        pixels = frame.get_data()["pixel_values"]
-        print()
-        print(*pixels.shape, pixels.dtype, place.length, *processor.info.get_mm_max_tokens_per_item(0, {{}}).values())
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | engine_env_vars(spec),
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.splitlines()[-1] == "28 28 3 torch.uint8 4 4"
