@@ -21,7 +21,7 @@ if importlib.util.find_spec("tensorflow_datasets") is None:
 
 from vlarl_rllib.commands.sft import FineTuning
 from vlarl_rllib.config import resolved
-from vlarl_rllib.data import Demonstration, RLDSWriter, read_statistics
+from vlarl_rllib.data import Demonstration, RLDSWriter, read_statistics, rlds
 from vlarl_rllib.learner.rank_group import RankGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means, rate_factor
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
@@ -53,6 +53,17 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def stored(demonstrations: Path) -> list[dict[str, Any]]:
+    return list(rlds.read_episodes(rlds.find_dataset(demonstrations), "train"))
+
+
+@pytest.fixture
+def read_once(stored: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For learners in this process: TensorFlow takes seconds to start, and every reading has a process of its own."""
+    monkeypatch.setattr(rlds, "read_episodes", lambda path, split: iter(stored))
+
+
 def settings(data: Path, num_learners: int, **sft: Any) -> Settings:
     return Settings.from_dict(
         {
@@ -78,7 +89,7 @@ def make_group(ray_session: None, demonstrations: Path) -> Iterator[Callable[...
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(
-    make_group: Callable[..., RankGroup], demonstrations: Path
+    make_group: Callable[..., RankGroup], demonstrations: Path, read_once: None
 ) -> None:
     group = make_group(0, lr=0.0)
     statistics = read_statistics(demonstrations, OPENVLA)[1]["action"]
@@ -121,7 +132,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_what_is_reported_is_read_once_and_sums_up_the_passes(
-    make_group: Callable[..., RankGroup], demonstrations: Path, monkeypatch: pytest.MonkeyPatch
+    make_group: Callable[..., RankGroup], demonstrations: Path, read_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = make_group(0, lr=0.0, batch_size=20, augment=True)
     group.call("open_data", read_statistics(demonstrations, OPENVLA)[1]["action"])
@@ -156,7 +167,9 @@ def test_what_is_reported_is_read_once_and_sums_up_the_passes(
     assert {name: sums[name] for name in expected} == pytest.approx(expected, rel=1e-12)
 
 
-def test_frames_that_do_not_fit_change_nothing(make_group: Callable[..., RankGroup], demonstrations: Path) -> None:
+def test_frames_that_do_not_fit_change_nothing(
+    make_group: Callable[..., RankGroup], demonstrations: Path, read_once: None
+) -> None:
     kept, decoded = (make_group(0, frames_gb=size) for size in (None, 0.0))
     for group in (kept, decoded):
         group.call("open_data", read_statistics(demonstrations, OPENVLA)[1]["action"])
