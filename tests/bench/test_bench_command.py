@@ -3,16 +3,14 @@
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.e2e.command_helpers import run_here
 from vlarl_rllib.bench import BENCHMARKS, measure
 from vlarl_rllib.bench.result import Row
-from vlarl_rllib.cli import main
 
 SMALL = (
     "env.num_envs=2",
@@ -79,10 +77,7 @@ def bench(
     def run(name: str, *options: str) -> tuple[dict[str, Any], str]:
         file = tmp_path / f"{name}.json"
         words = [option if option.startswith("--") else f"--set={option}" for option in (*SMALL, *options)]
-        monkeypatch.setattr(sys, "argv", ["vlarl", "bench", name, *words, "--json", str(file)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 0
+        assert run_here("bench", name, *words, "--json", file) == 0
         return json.loads(file.read_text()), capsys.readouterr().out
 
     return run
@@ -135,9 +130,14 @@ def test_a_benchmark_has_product_plain_loop_and_ceiling(name: str, bench: Any) -
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",
 )
-def test_a_bench_mistake_is_one_line(words: list[str], expected: tuple[str, ...], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "vlarl_rllib", "bench", *words], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
-    assert all(part in done.stderr for part in expected), done.stderr
+def test_a_bench_mistake_is_one_line(
+    words: list[str],
+    expected: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, (told, error) = run_here("bench", *words), capsys.readouterr()
+    assert code == 2 and told == "" and len(error.splitlines()) == 1, error
+    assert all(part in error for part in expected), error

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, which tests interrupt, kill and look at from outside."""
+"""Commands: in this process, or in processes of their own, which tests interrupt, kill and look at from outside."""
 
 import itertools
 import json
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
+from vlarl_rllib.cli import main
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 
 CONFIG = """
@@ -25,6 +27,15 @@ evaluation: {episodes: 0}
 run: {iterations: 1000, checkpoint_every: 5, dashboard: false}
 """
 PATIENCE_SECONDS = 120.0
+
+
+def run_here(*arguments: object) -> int:
+    """The exit code of a `vlarl` in this process, which saves the imports and, where Ray runs already, its start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["vlarl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return int(ended.value.code or 0)
 
 
 class Command:

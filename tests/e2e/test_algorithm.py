@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.telemetry.table import METRICS, Kind
 
-STEPS = 4 * 40
-"""Steps of one iteration below: 4 slots of 40."""
+STEPS = 4 * 16
+"""Steps of one iteration below: 4 slots of 16."""
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def algorithm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> It
     settings = Settings.from_dict(
         {
             "env": {"name": "synthetic", "tasks": [0, 1], "num_envs": 4, "num_processes": 2, "max_steps": 10},
-            "rollout": {"steps_per_iteration": 40},
+            "rollout": {"steps_per_iteration": 16},
             "learners": {"num": 1, "micro_batch_size": 32},
-            "training": {"minibatch_size": 80, "lr": 1e-4},
+            "training": {"minibatch_size": 32, "lr": 1e-4},
             "rewards": {"process": 0.1, "judge": str(judge), "timeout_seconds": 5},
             "evaluation": {"episodes": 6},
             "run": {"iterations": 100, "seed": 1},
@@ -94,8 +94,17 @@ def newest(algorithm: VLAPPO) -> dict[str, Any]:
     return iteration_row(algorithm._last_result) if algorithm.iteration else train(algorithm)
 
 
-def later(seconds: float, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    threading.Timer(seconds, os.kill, (pid, number)).start()
+def while_sampling(algorithm: VLAPPO, action: Callable[..., Any], *arguments: Any) -> None:
+    """Do it in the middle of the iteration that is to come: once the engine has answered for one in eight steps."""
+    (engine,) = algorithm.engine_pool.handles
+    wanted = ray.get(engine.status.remote()).num_decisions + STEPS // 8
+
+    def wait_and_act() -> None:
+        while ray.get(engine.status.remote()).num_decisions < wanted:
+            time.sleep(0.01)
+        action(*arguments)
+
+    threading.Thread(target=wait_and_act, daemon=True).start()
 
 
 def processes(algorithm: VLAPPO) -> dict[str, Any]:
@@ -155,25 +164,6 @@ def test_actors_are_called_after_the_run(algorithm: VLAPPO) -> None:
     assert repr(algorithm) == f"{run}/algorithm"
 
 
-def test_metrics_reach_the_port_that_prometheus_scrapes(algorithm: VLAPPO) -> None:
-    """As far as this run has what they need; ten seconds are Ray's interval."""
-    newest(algorithm)
-    (node,) = ray.nodes()
-    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    expected = {
-        metric.exported + ("_count" if metric.kind is Kind.HISTOGRAM else "")
-        for metric in METRICS.values()
-        if metric.needs != "a GPU"
-    }
-    label, deadline, found = f'run="{run_name(algorithm)}"', time.monotonic() + 40, set[str]()
-    while not expected <= found and time.monotonic() < deadline:
-        with urllib.request.urlopen(address) as answer:
-            lines = answer.read().decode().splitlines()
-        found = {line.partition("{")[0] for line in lines if label in line and 'suite="synthetic"' in line}
-        time.sleep(0.5)
-    assert expected - found == set()
-
-
 def test_rllib_has_imported_no_tensorflow_for_anybody(algorithm: VLAPPO) -> None:
     newest(algorithm)
 
@@ -196,7 +186,7 @@ def test_a_module_without_weights_says_where_they_are(algorithm: VLAPPO) -> None
 def test_a_killed_environment_process_costs_its_running_episodes_only(algorithm: VLAPPO) -> None:
     before = newest(algorithm)
     pids = environment_pids(algorithm)
-    later(0.5, pids[0])
+    while_sampling(algorithm, os.kill, pids[0], signal.SIGKILL)
     row = train(algorithm)
     assert row["env_deaths"] >= 1, "the kill came too late to test anything"
     assert row["env_steps"] == before["env_steps"] + STEPS
@@ -209,7 +199,7 @@ def test_a_killed_runner_comes_back(algorithm: VLAPPO) -> None:
     before = newest(algorithm)
     pid = runner_pid(algorithm)
     children = environment_pids(algorithm)
-    later(0.5, pid)
+    while_sampling(algorithm, os.kill, pid, signal.SIGKILL)
     row = train(algorithm)
     assert row["env_steps"] >= before["env_steps"] + STEPS
     deadline = time.monotonic() + 10
@@ -307,18 +297,31 @@ def test_a_frozen_environment_is_ended(algorithm: VLAPPO) -> None:
     assert not _alive(pid)
 
 
-def test_an_engine_that_freezes_while_it_samples_is_replaced(
-    algorithm: VLAPPO, monkeypatch: pytest.MonkeyPatch
+def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Played again from the same checkpoint."""
+    for name in ("iteration", "token_checksum", "env_steps"):
+        assert [row[name] for row in rows] == [row[name] for row in expected], name
+    for name in ("first_policy_loss", "first_value_loss"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], abs=1e-5), name
+        assert all(row[name] != 0 for row in rows)
+
+
+def test_an_engine_that_freezes_while_it_samples_is_replaced_and_the_tokens_stay_the_same(
+    algorithm: VLAPPO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = newest(algorithm)
+    algorithm.save_to_path(tmp_path)
+    expected = train(algorithm)
+    algorithm.restore_from_path(tmp_path)
     set_on_loops(algorithm, "_request_timeout", 2.0)
     monkeypatch.setattr(algorithm.engine_pool, "_ping_timeout_seconds", 2.0)
     pid = engine_pid(algorithm)
-    later(0.5, pid, signal.SIGSTOP)
+    while_sampling(algorithm, os.kill, pid, signal.SIGSTOP)
     row = train(algorithm)
     set_on_loops(algorithm, "_request_timeout", 120.0)
     assert row["engine_failures"] >= 1 and row["faults"]["engine_restarts"] == before["faults"]["engine_restarts"] + 1
     assert row["env_steps"] == before["env_steps"] + STEPS, "a step was lost with the engine"
+    assert_same([row], [expected])
     assert not _alive(pid)
 
 
@@ -326,11 +329,27 @@ def test_an_engine_that_dies_while_it_takes_weights_gets_them_after_its_restart(
     newest(algorithm)
     pid = engine_pid(algorithm)
     os.kill(pid, signal.SIGSTOP)
-    later(0.5, pid)  # by now it has been told to load, and has not begun
+    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()  # by now it has been told to load, and has not begun
     algorithm.weight_sync.push()
     status = algorithm.engine_pool.statuses()[0]
     assert status.pid != pid and status.policy_version == algorithm.weight_sync.version
     train(algorithm)
+
+
+def test_a_killed_learner_is_replaced_and_plays_the_iterations_since_its_checkpoint_again(
+    algorithm: VLAPPO, tmp_path: Path
+) -> None:
+    algorithm.save_checkpoint(str(tmp_path))
+    expected = [train(algorithm) for _ in range(2)]
+    assert expected[0]["token_checksum"] != expected[1]["token_checksum"]
+    faults, engines, version = expected[-1]["faults"], algorithm.engine_pool.pids, algorithm.weight_sync.version
+    os.kill(algorithm.learner_group.pids[0], signal.SIGKILL)
+    again = [train(algorithm) for _ in range(2)]
+    assert_same(again, expected)
+    assert again[0]["faults"]["learner_restarts"] == faults["learner_restarts"] + 1
+    assert again[0]["faults"]["repeated_iterations"] == faults["repeated_iterations"] + 2
+    assert again[0]["policy_version"] > version, "the version must not decrease"
+    assert algorithm.engine_pool.pids == engines, "the engines are to stay"
 
 
 def test_a_runner_that_dies_before_the_learners_have_its_steps_plays_them_again(
@@ -383,7 +402,7 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_older_one_stays(
     algorithm: VLAPPO, tmp_path: Path
 ) -> None:
     algorithm.save_checkpoint(str(tmp_path))
-    good = algorithm.checkpoints.store.newest()
+    good, kept = algorithm.checkpoints.store.newest(), sorted(algorithm.checkpoints.store.root.iterdir())
     before = train(algorithm)
     learner = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({}, -1))"
     algorithm.learner_group.call(
@@ -392,9 +411,7 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_the_older_one_stays(
     algorithm.save_checkpoint(str(tmp_path))
     algorithm.learner_group.call("apply", lambda _: exec(learner.format(-1)))
     assert CheckpointStore.resolve(tmp_path) == good == algorithm.checkpoints.store.newest()
-    assert [path.name for path in algorithm.checkpoints.store.root.iterdir()] == [good.name], (
-        "half a checkpoint was left"
-    )
+    assert sorted(algorithm.checkpoints.store.root.iterdir()) == kept, "half a checkpoint was left"
     row = train(algorithm)
     assert row["faults"]["failed_checkpoints"] == before["faults"]["failed_checkpoints"] + 1
     algorithm.save_checkpoint(str(tmp_path))
@@ -436,7 +453,7 @@ def test_an_end_while_sampling_saves_the_last_iteration_and_drops_the_running_on
     row = train(algorithm)
     algorithm.save_to_path(tmp_path / "before")
     iteration, version = algorithm.iteration, algorithm.weight_sync.version
-    threading.Timer(0.5, algorithm._pulse.ended.set).start()
+    while_sampling(algorithm, algorithm._pulse.ended.set)
     began = time.monotonic()
     result = algorithm.train()
     assert "vlarl" not in result and result["done"] and algorithm.iteration == iteration == row["iteration"]
@@ -475,3 +492,22 @@ def test_a_checkpoint_ends_the_running_episodes(algorithm: VLAPPO, tmp_path: Any
     algorithm.restore_from_path(tmp_path)
     assert algorithm.weight_sync.version == version + 1
     train(algorithm)
+
+
+def test_metrics_reach_the_port_that_prometheus_scrapes(algorithm: VLAPPO) -> None:
+    """As far as this run has what they need; ten seconds are Ray's interval, which are over by the last test."""
+    newest(algorithm)
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    expected = {
+        metric.exported + ("_count" if metric.kind is Kind.HISTOGRAM else "")
+        for metric in METRICS.values()
+        if metric.needs != "a GPU"
+    }
+    label, deadline, found = f'run="{run_name(algorithm)}"', time.monotonic() + 40, set[str]()
+    while not expected <= found and time.monotonic() < deadline:
+        with urllib.request.urlopen(address) as answer:
+            lines = answer.read().decode().splitlines()
+        found = {line.partition("{")[0] for line in lines if label in line and 'suite="synthetic"' in line}
+        time.sleep(0.5)
+    assert expected - found == set()

@@ -62,7 +62,7 @@ def test_neither_a_lost_reader_nor_a_full_disk_nor_a_closed_terminal_costs_an_it
     run.process.stdout.close()  # `| head -1`
     run.wait_until(lambda: len(run.rows()) >= 3)
     filled = fill(small_disk)
-    time.sleep(10)
+    time.sleep(5)
     assert run.process.poll() is None and len(run.rows()) < 20
     filled.unlink()
     before = len(run.rows())

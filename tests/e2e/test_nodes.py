@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from raylets import Raylets
 
+from vlarl_rllib.models.presets import write_checkpoint
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.runs.sealing import verify
 
@@ -49,7 +50,8 @@ def test_what_nodes_do_not_see_is_told_before_any_actor_starts(nodes: Raylets) -
         "learners (10.77.0.3); give a directory on storage that all nodes share, such as NFS, or a URI such as "
         "s3://bucket/runs/mine"
     )
-    nodes.python("from vlarl_rllib.models.presets import write_checkpoint; write_checkpoint('tiny', 'model')")
+    write_checkpoint("tiny", nodes.shared / "model")
+    nodes.run("cp", "-r", f"{nodes.shared}/model", ".")
     lacking = train(nodes, nodes.shared / "lacking", "--set", "model.path=model")
     assert lacking.returncode == 2
     assert f"model.path: {nodes.private}/here/model is missing on node engines (10.77.0.2)" in lacking.stderr

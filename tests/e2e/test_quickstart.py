@@ -3,14 +3,12 @@ not."""
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_helpers import run_here
 
 if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
@@ -37,19 +35,13 @@ def slow(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.slow(pytest.mark.timeout(4 * 3600)(test))
 
 
-def vlarl(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    environment.pop("RAY_ADDRESS", None)
-    return subprocess.run(
-        [sys.executable, "-m", "vlarl_rllib", *arguments], capture_output=True, text=True, env=environment, timeout=300
-    )
-
-
-def test_the_stages_follow_each_other_and_groups_are_whole_episodes(tmp_path: Path) -> None:
+def test_the_stages_follow_each_other_and_groups_are_whole_episodes(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "q.yaml").write_text(CONFIG)
     run = tmp_path / "run"
-    done = vlarl("quickstart", str(tmp_path / "q.yaml"), "--run-dir", str(run))
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ("quickstart", tmp_path / "q.yaml", "--run-dir", run)
+    assert run_here(*command) == 0, capsys.readouterr()
     stages = json.loads((run / "stages.json").read_text())
     assert [stage["stage"] for stage in stages] == ["demonstrations", "supervised fine-tuning", "PPO"]
     assert stages[0]["success"] is None and stages[0]["amount"].startswith("6 episodes")
@@ -68,8 +60,10 @@ def test_the_stages_follow_each_other_and_groups_are_whole_episodes(tmp_path: Pa
     text = (run / "report.html").read_text()
     assert "supervised fine-tuning" in text and "4 x 8 steps" in text and "video/mp4" in text
 
-    again = vlarl("quickstart", str(tmp_path / "q.yaml"), "--run-dir", str(run))
-    assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "holds a run already" in again.stderr
+    capsys.readouterr()
+    assert run_here(*command) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "holds a run already" in told
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from command_helpers import run_here
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if importlib.util.find_spec("tensorflow_datasets") is None:
     pytest.skip("RLDS data need the `data` extra", allow_module_level=True)
 
-from vlarl_rllib.cli import main
 from vlarl_rllib.commands.sft import FineTuning
 from vlarl_rllib.config import resolved
-from vlarl_rllib.data import Demonstration, RLDSWriter, read_statistics
+from vlarl_rllib.data import Demonstration, RLDSWriter, read_statistics, rlds
 from vlarl_rllib.learner.rank_group import RankGroup
 from vlarl_rllib.learner.supervised import SupervisedLearner, means, rate_factor
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
@@ -53,6 +53,17 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def stored(demonstrations: Path) -> list[dict[str, Any]]:
+    return list(rlds.read_episodes(rlds.find_dataset(demonstrations), "train"))
+
+
+@pytest.fixture
+def read_once(stored: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For learners in this process: TensorFlow takes seconds to start, and every reading has a process of its own."""
+    monkeypatch.setattr(rlds, "read_episodes", lambda path, split: iter(stored))
+
+
 def settings(data: Path, num_learners: int, **sft: Any) -> Settings:
     return Settings.from_dict(
         {
@@ -78,7 +89,7 @@ def make_group(ray_session: None, demonstrations: Path) -> Iterator[Callable[...
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_actions_and_end(
-    make_group: Callable[..., RankGroup], demonstrations: Path
+    make_group: Callable[..., RankGroup], demonstrations: Path, read_once: None
 ) -> None:
     group = make_group(0, lr=0.0)
     statistics = read_statistics(demonstrations, OPENVLA)[1]["action"]
@@ -121,7 +132,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_what_is_reported_is_read_once_and_sums_up_the_passes(
-    make_group: Callable[..., RankGroup], demonstrations: Path, monkeypatch: pytest.MonkeyPatch
+    make_group: Callable[..., RankGroup], demonstrations: Path, read_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = make_group(0, lr=0.0, batch_size=20, augment=True)
     group.call("open_data", read_statistics(demonstrations, OPENVLA)[1]["action"])
@@ -156,7 +167,9 @@ def test_what_is_reported_is_read_once_and_sums_up_the_passes(
     assert {name: sums[name] for name in expected} == pytest.approx(expected, rel=1e-12)
 
 
-def test_frames_that_do_not_fit_change_nothing(make_group: Callable[..., RankGroup], demonstrations: Path) -> None:
+def test_frames_that_do_not_fit_change_nothing(
+    make_group: Callable[..., RankGroup], demonstrations: Path, read_once: None
+) -> None:
     kept, decoded = (make_group(0, frames_gb=size) for size in (None, 0.0))
     for group in (kept, decoded):
         group.call("open_data", read_statistics(demonstrations, OPENVLA)[1]["action"])
@@ -171,13 +184,6 @@ def test_two_learners_imitate_too(make_group: Callable[..., RankGroup], demonstr
     assert last["loss"] < 0.75 * first["loss"] and last["l1"] < first["l1"] and last["skipped"] == 0
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["vlarl", "sft", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    return int(exit_.value.code or 0)
-
-
 def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_same(
     demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,7 +192,7 @@ def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_
         "learners: {num: 0, micro_batch_size: 24}\n"
         f"sft: {{data: {demonstrations}, {every}, batch_size: 24, lr: 2.0e-3, schedule: cosine, augment: true}}\n"
     )
-    assert run_command(monkeypatch, config, "--run-dir", run) == 0
+    assert run_here("sft", config, "--run-dir", run) == 0
     rows = RunDirectory(run).read_rows()
     assert [row["step"] for row in rows] == [40, 50, 90, 100, 120] and rows[-1]["loss"] < rows[0]["loss"]
     summary = json.loads((run / "summary.json").read_text())
@@ -201,9 +207,9 @@ def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_
     actions = model.predict_action(**inputs, unnorm_key="pointing").actions
     assert (actions[0, :6] > 0.2).all() and (actions[1, :6] < -0.2).all()
 
-    assert run_command(monkeypatch, config, "--run-dir", run) == 2
+    assert run_here("sft", config, "--run-dir", run) == 2
     assert "holds a run already; continue it with --resume" in capsys.readouterr().err
-    assert run_command(monkeypatch, "--resume", "--run-dir", run) == 2
+    assert run_here("sft", "--resume", "--run-dir", run) == 2
     assert "sft.steps: all 120 steps are made" in capsys.readouterr().err
 
     # Ctrl-C at step 71; the disk was full at step 50.
@@ -215,14 +221,14 @@ def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_
             "save_sharded",
             fail_once(OSError("No space left on device"), SupervisedLearner.save_sharded),
         )
-        assert run_command(monkeypatch, config, "--run-dir", second) == 130
+        assert run_here("sft", config, "--run-dir", second) == 130
     output = capsys.readouterr().out
     assert "no checkpoint of step 50: OSError: No space left on device" in output
     assert f"stopped at step 71 of 120; continue from step 71 with: vlarl sft --resume --run-dir {second}" in output
     assert [path.name for path in (second / "checkpoints").iterdir()] == ["step_000071"]
     stopped = (second / "model" / "model.safetensors").read_bytes()
     monkeypatch.undo()
-    assert run_command(monkeypatch, "--resume", "--run-dir", second) == 0
+    assert run_here("sft", "--resume", "--run-dir", second) == 0
     again = RunDirectory(second).read_rows()
     assert [row["step"] for row in again] == [40, 50, 71, 111, 120]
     weights = (second / "model" / "model.safetensors").read_bytes()
@@ -234,7 +240,7 @@ def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_
     (other / "more").touch()
     settings_file = second / "config.yaml"
     settings_file.write_text(settings_file.read_text().replace(str(demonstrations), str(other)))
-    assert run_command(monkeypatch, "--resume", "--run-dir", second) == 2
+    assert run_here("sft", "--resume", "--run-dir", second) == 2
     assert "is not what it was when step_000120 was written" in capsys.readouterr().err
 
 

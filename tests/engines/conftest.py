@@ -12,6 +12,7 @@ from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from vlarl_rllib.models.presets import write_checkpoint
+from vlarl_rllib.types import INITIAL_VERSION
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +39,9 @@ def starting_engine(ray_session: None, spec: EngineSpec) -> Iterator[EnginePool]
     pool.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def vllm_engine(starting_engine: EnginePool) -> EnginePool:
-    """A pool of one real engine, for all tests."""
+    """A pool of one real engine, for all tests; one that a test has killed is replaced."""
     starting_engine.wait_until_ready()
+    starting_engine.outdated(INITIAL_VERSION)
     return starting_engine

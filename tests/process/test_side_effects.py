@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,10 @@ def state_after(program: str, **environment: str) -> dict[str, Any]:
 def test_a_script_that_builds_a_config_keeps_its_environment_and_log_levels() -> None:
     """What torch, transformers and RLlib do to them by themselves is theirs; TensorFlow is not for RLlib to import and
     to set up."""
-    without_us = state_after(DEPENDENCIES, **dict.fromkeys(TORCH_ALONE, "1"))
-    assert state_after(OURS + DEPENDENCIES) == without_us and without_us["loaded"] == ["ray.rllib"]
+    with ThreadPoolExecutor(2) as together:
+        with_us = together.submit(state_after, OURS + DEPENDENCIES)
+        without_us = together.submit(state_after, DEPENDENCIES, **dict.fromkeys(TORCH_ALONE, "1"))
+    assert with_us.result() == without_us.result() and with_us.result()["loaded"] == ["ray.rllib"]
 
 
 def test_rllib_is_imported_without_tensorflow_whatever_comes_first() -> None:

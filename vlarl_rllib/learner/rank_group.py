@@ -6,19 +6,21 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vlarl_rllib.errors import DivergedError, one_line
-from vlarl_rllib.learner.rank import Rank
 from vlarl_rllib.process.malloc import KEEP_FREED_MEMORY
 from vlarl_rllib.ray_compat import nodes_of_bundles
 from vlarl_rllib.settings import LearnerSettings, Role, Settings, calculate_runtime_args
 from vlarl_rllib.telemetry.actors import ActorNames
 from vlarl_rllib.weights.ray_transports import tensor_transport_options
+
+if TYPE_CHECKING:
+    from vlarl_rllib.learner.rank import Rank
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from vlarl_rllib.learner.casts import in_type
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
 from vlarl_rllib.learner.replay import Capture, GraphCapture, Pass, Replayed
 from vlarl_rllib.models.family import ActionFormat, PolicyFamily
-from vlarl_rllib.models.lora import merge_ahead
 from vlarl_rllib.process.storage import FileFacts, Place
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.weights.publisher import Publisher
@@ -164,6 +163,8 @@ class ShardedPolicy:
     def _weights_changed(self) -> None:
         """Merge the adapters for all passes to come, where they are merged ahead."""
         if self._merges_ahead:
+            from vlarl_rllib.models.lora import merge_ahead  # PEFT takes 2 s to import, which others do without
+
             merge_ahead(self.trained_modules())
 
     def _make_optimizers(self, lr: float, weight_decay: float) -> dict[str, torch.optim.Optimizer]:
