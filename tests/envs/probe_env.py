@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -24,6 +25,15 @@ class TellingLiberoEnv(LiberoEnv):
     def reset(self, **kwargs: Any) -> Any:
         observation, info = super().reset(**kwargs)
         return observation, {**info, "instruction": loaded_heavy_modules()}
+
+
+class CountingEnv(SyntheticEnv):
+    """Each of its resets adds a file, named by task, to the folder that its suite names."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        observation, info = super().reset(**kwargs)
+        with tempfile.NamedTemporaryFile(dir=self.env_spec.suite, prefix=f"{info['task_id']}-", delete=False):
+            return observation, info
 
 
 class CrashingEnv(SyntheticEnv):

@@ -55,6 +55,31 @@ def wait_until_gone(pids: Sequence[int]) -> None:
         time.sleep(0.05)
 
 
+# What happens before the first command
+
+
+@pytest.mark.parametrize(("cores", "prepared"), [(2 + vector.OTHERS, ["0", "1"]), (1 + vector.OTHERS, [])])
+def test_models_are_built_before_the_first_command_where_there_are_cores_for_it(
+    start: Callable[..., SlotProcesses],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    prepared: list[str],
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    spec = EnvSpec(name="probe_env:CountingEnv", suite=str(tmp_path), image_size=32)
+    processes = start(spec, [0, 1, 0], num_processes=2)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while len(built := sorted(file.name[0] for file in tmp_path.iterdir())) < len(prepared):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert built == prepared
+    for slot, task in enumerate((0, 1, 0)):
+        processes.send_reset(slot, task, initial_state=0, seed=slot)
+    assert [event.kind for event in collect(processes, 3)] == ["reset"] * 3
+    assert len([*tmp_path.iterdir()]) == len(prepared) + 3
+
+
 # How slots are divided
 
 

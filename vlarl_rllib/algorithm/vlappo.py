@@ -259,6 +259,7 @@ class VLAPPO(CheckpointedPPO):
 
     def training_step(self) -> None:
         """Collect, deliver and update, sync."""
+        self._pulse.doing = "the first iteration: rollouts"
         with self.ledger.timed("sample"), self.metrics.log_time((names.TIMERS, names.ENV_RUNNER_SAMPLING_TIMER)):
             wanted = self.iteration, self._vla.rollout.quota, self._successes.weights()
             rollout = self.collector.collect(*wanted)
@@ -267,6 +268,8 @@ class VLAPPO(CheckpointedPPO):
                 self.collector.collect(*wanted, rollout)
             self._take_note(rollout)
 
+        gpus = ", which compiles or records what a GPU does in it" if self._vla.learners.gpus else ""
+        self._pulse.doing = f"the first iteration: the update{gpus}"
         with (
             self.ledger.timed("update"),
             self.ledger.learners_work(),

@@ -31,7 +31,6 @@ SHARE = 0.45
 ON_GPU: dict[str, Any] = ON_CPU | {
     "model": {"path": "mini", "dtype": "bfloat16"},
     "env": ON_CPU["env"] | {"num_envs": 64, "num_processes": 8},
-    "rollout": {"steps_per_iteration": 4},
     "engines": {"gpus": SHARE, "dtype": "bfloat16", "max_batch": 64},
     "learners": {"gpus": SHARE},
     "training": {"minibatch_size": 64, "old_log_probs": "recompute"},

@@ -64,6 +64,8 @@ class WorkerSetup:
     max_models: int
     num_slots: int
     """Slots in the frame memory, those of other processes included."""
+    prepare: tuple[int, ...] = ()
+    """Tasks whose models are built before a command comes."""
 
 
 @dataclass(frozen=True)

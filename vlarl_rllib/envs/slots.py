@@ -59,6 +59,10 @@ class SlotTable:
         """By task: the slot whose state is in the environment."""
         self.render_seconds = 0.0
 
+    def prepare(self, task_id: int) -> None:
+        """Build a task's model, which else the first episode waits for."""
+        self._env(task_id).reset(seed=0, options={"task_id": task_id, "initial_state": 0})
+
     def reset(
         self, slot: int, task_id: int, initial_state: int, seed: int
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

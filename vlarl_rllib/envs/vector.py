@@ -37,6 +37,9 @@ from vlarl_rllib.types import EnvSpec
 
 __all__ = ["SlotEvent", "SlotProcesses", "assign_slots"]
 
+OTHERS = 4
+"""Cores that engine, learner, runner and algorithm start on. Where subprocesses have cores beside those, they build
+their models meanwhile; where not, all would start later for that."""
 CLOSE_GRACE_SECONDS = 5.0
 """How long subprocesses may take to finish their step and exit before they are killed."""
 _THREADS = dict.fromkeys(
@@ -71,13 +74,14 @@ class SlotProcesses:
         max_consecutive_deaths: int = 3,
         max_resets: int | None = None,
     ) -> None:
-        self._spec, self._num_slots = spec, len(slot_tasks)
+        self._spec, self._slot_tasks = spec, tuple(slot_tasks)
         self._models_per_process, self._max_deaths = models_per_process, max_consecutive_deaths
         self._max_resets = max_resets
         assignment = assign_slots(slot_tasks, num_processes, models_per_process)
+        self._prepares = len(assignment) + OTHERS <= len(os.sched_getaffinity(0))
         self._frames_fd = os.memfd_create("vlarl-frames")
-        os.ftruncate(self._frames_fd, self._num_slots * frame_bytes(spec))
-        self._frames = map_frames(self._frames_fd, spec, self._num_slots)
+        os.ftruncate(self._frames_fd, len(self._slot_tasks) * frame_bytes(spec))
+        self._frames = map_frames(self._frames_fd, spec, len(self._slot_tasks))
         self._closed = False
         self._workers = [self._start(index, slots) for index, slots in enumerate(assignment)]
         self._worker_of_slot = {slot: index for index, slots in enumerate(assignment) for slot in slots}
@@ -178,7 +182,7 @@ class SlotProcesses:
     def _send(self, slot: int, command: Reset | Step) -> None:
         self._refuse_if_closed()
         if slot not in self._worker_of_slot:
-            raise ValueError(f"slot {slot} does not exist; slots are 0 to {self._num_slots - 1}")
+            raise ValueError(f"slot {slot} does not exist; slots are 0 to {len(self._slot_tasks) - 1}")
         self._workers[self._worker_of_slot[slot]].send(command)
 
     def _refuse_if_closed(self) -> None:
@@ -191,10 +195,12 @@ class SlotProcesses:
         return replace(event, image=self._frames[event.slot].copy())
 
     def _start(self, index: int, slots: tuple[int, ...]) -> _Worker:
+        tasks = dict.fromkeys(self._slot_tasks[slot] for slot in slots) if self._prepares else {}
         setup = WorkerSetup(
             replace(self._spec, render_device=self._spec.render_device + index),
             self._models_per_process,
-            self._num_slots,
+            len(self._slot_tasks),
+            tuple(tasks),
         )
         return _Worker(slots, setup, self._frames_fd)
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
@@ -56,6 +57,11 @@ def _serve(connection: Connection, frames_fd: int, setup: WorkerSetup) -> None:
     frames = map_frames(frames_fd, setup.spec, setup.num_slots)
     table = SlotTable(setup.spec, setup.max_models)
     starts: dict[int, SlotEvent] = {}
+    for task_id in setup.prepare:
+        if connection.poll(0):
+            break
+        with suppress(Exception):  # which the first episode will meet, and tell
+            table.prepare(task_id)
     while not isinstance(command := connection.recv(), Stop):
         began = time.perf_counter()
         try:
