@@ -7,7 +7,7 @@ from learner_helpers import ACTIONS, IMAGE_SIZE, contributions
 
 from vlarl_rllib.learner import device_batch
 from vlarl_rllib.learner.collate import RolloutBatch, collate
-from vlarl_rllib.learner.device_batch import DeviceBatch, padded, score_passes
+from vlarl_rllib.learner.device_batch import DeviceBatch, padded, score_passes, some_of
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,12 @@ def test_passes_cover_all_frames_in_few_shapes() -> None:
     assert score_passes(16, 4, fixed=True) == [16]
     assert score_passes(37, 4, fixed=True) == [16, 16, 4, 4]
     assert score_passes(0, 4, fixed=True) == []
+
+
+def test_some_are_spread_over_all() -> None:
+    assert some_of(30, 4).tolist() == [0, 9, 19, 29]
+    assert some_of(3, 4).tolist() == [0, 1, 2]
+    assert some_of(0, 4).tolist() == []
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -27,6 +27,7 @@ from vlarl_rllib.learner.device_batch import DeviceBatch
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.learner.rank_group import LearnerError, LearnerGroupError
 from vlarl_rllib.learner.sharded_policy import ShardedPolicy
+from vlarl_rllib.settings.learning import TrainingSettings
 
 
 def read_until_lost(ref: Any) -> None:
@@ -134,6 +135,22 @@ def test_activations_computed_again_are_those_of_rounded_weights(make_group: Cal
     for name in ("policy_loss", "value_loss", "grad_norm", "grad_norm_critic"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-3), name
     assert largest_difference(weights(plain, 1), weights(again, 1)) <= 2e-5
+
+
+def test_where_nothing_needs_all_scores_one_pass_measures_the_gap(
+    make_group: Callable[..., VLALearnerGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"rollout": {"group_size": 2, "episodes_per_iteration": 4}, "advantages": "rloo"}
+    some = make_group(0, **chosen, old_log_probs="behaviour")
+    metrics = update(some)
+    assert metrics["logprob_gap_samples"] == 4, "a micro-batch"
+    monkeypatch.setattr(TrainingSettings, "scores_all", True)
+    every = make_group(0, **chosen, old_log_probs="behaviour")
+    expected = update(every)
+    assert expected["logprob_gap_samples"] == sum(STEPS)
+    assert largest_difference(weights(some, 1), weights(every, 1)) == 0.0
+    assert metrics["policy_loss"] == expected["policy_loss"] != 0.0
+    assert 0.0 < metrics["logprob_gap_max"] <= expected["logprob_gap_max"]
 
 
 def test_critic_warm_up_leaves_the_policy_alone(make_group: Callable[..., VLALearnerGroup]) -> None:

@@ -83,10 +83,12 @@ class BenchPolicy:
         return chosen.training_flops(self._training_of, self.lora_config.r if self.lora_config else 0)
 
     def update_flops(self) -> float | None:
-        """Of one trained sample with its share of the score pass, which is one for all epochs; what is frozen is
-        computed in that pass alone."""
+        """Of one trained sample with its share of the score pass, where there is one, which is one for all epochs; what
+        is frozen is computed in that pass alone."""
         if self.flops is None or (training := self.training_flops()) is None:
             return None
+        if not self.settings.training.scores_all:
+            return training
         score, epochs = self.flops.score, self.settings.training.num_epochs
         return score.forward_flops / epochs + training - score.frozen_flops(self._training_of)
 

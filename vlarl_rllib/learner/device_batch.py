@@ -111,3 +111,8 @@ def score_passes(num_frames: int, micro_batch_size: int, *, fixed: bool) -> list
     """
     large = micro_batch_size * SCORED_AT_ONCE if fixed else micro_batch_size
     return [large] * (num_frames // large) + [micro_batch_size] * math.ceil(num_frames % large / micro_batch_size)
+
+
+def some_of(count: int, most: int) -> np.ndarray:
+    """Up to `most` of `count` indices, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, most), dtype=np.int64))

@@ -36,7 +36,7 @@ from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.advantages import advantages_and_targets
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
-from vlarl_rllib.learner.device_batch import DeviceBatch, score_passes
+from vlarl_rllib.learner.device_batch import DeviceBatch, score_passes, some_of
 from vlarl_rllib.learner.history import averaged
 from vlarl_rllib.learner.loss import added_up
 from vlarl_rllib.learner.passes import PPOPasses
@@ -195,10 +195,16 @@ class VLALearner(Rank, PPOTorchLearner):
         """What the loss of each decision compares with, from before the first optimiser step, on the device; everything
         [N], log-probs [N, A]."""
         training, batch = self.settings.training, data.batch
-        values, log_probs = self._score(data)
+        if training.scores_all:
+            scored = np.arange(batch.num_decisions)
+            values, log_probs = self._score(data)
+        else:  # a part says how far sampler and learner are from each other
+            scored = some_of(batch.num_decisions, self.settings.learners.micro_batch_size)
+            values, log_probs = torch.zeros(len(batch.frames)), self._score_some(data, scored)
         old_values = values[: batch.num_decisions]
         advantages, value_targets = advantages_and_targets(batch, values, self.settings)
-        self._log_targets(batch, old_values, value_targets, advantages, log_probs)
+        self._log_gap(batch, scored, log_probs)
+        self._log_targets(batch, old_values, value_targets, advantages)
         recomputes = training.old_log_probs == "recompute"
         targets = {
             "old_values": old_values,
@@ -225,6 +231,11 @@ class VLALearner(Rank, PPOTorchLearner):
         data.all_kept()
         values, log_probs = (torch.cat(parts).cpu() for parts in zip(*scores, strict=True))
         return values.float(), log_probs[: batch.num_decisions]
+
+    def _score_some(self, data: DeviceBatch, decisions: np.ndarray) -> Tensor:
+        """Log-probs [n, A] of the tokens taken in these decisions, in one pass."""
+        out = self._passes.score(data, decisions, self.settings.learners.micro_batch_size)
+        return out.log_probs.cpu()
 
     def _optimize(self, data: DeviceBatch, targets: dict[str, Tensor], plan: UpdatePlan, *, warm_up: bool) -> None:
         """All optimiser steps; the device is waited for behind the last one."""
@@ -287,18 +298,23 @@ class VLALearner(Rank, PPOTorchLearner):
 
     # Metrics; every rank logs the same numbers, so RLlib's mean over learners is the number itself
 
-    def _log_targets(
-        self, batch: RolloutBatch, values: Tensor, targets: Tensor, advantages: Tensor, log_probs: Tensor
-    ) -> None:
+    def _log_gap(self, batch: RolloutBatch, scored: np.ndarray, log_probs: Tensor) -> None:
+        """How far the sampler's log-probs are from the learner's own, [n, A] of the decisions `scored`."""
         # A policy that is behind differs by what was learned since, not by how it is computed.
-        fresh = batch.versions == self.module[DEFAULT_MODULE_ID].weights_version
-        gap = torch.where(batch.executed & fresh[:, None], (log_probs - batch.behaviour_log_probs).abs(), 0.0)
+        fresh = (batch.versions == self.module[DEFAULT_MODULE_ID].weights_version)[scored]
+        executed, behaviour = batch.executed[scored], batch.behaviour_log_probs[scored]
+        gap = torch.where(executed & fresh[:, None], (log_probs - behaviour).abs(), 0.0)
+        sums = fsdp.all_reduce_sums({"fresh": float(fresh.sum()), "gap": (gap.sum(1) / executed.sum(1)).sum().item()})
+        largest = fsdp.all_reduce_max(gap.max().item() if len(gap) else 0.0)
+        if sums["fresh"]:
+            self._gap = sums["gap"] / sums["fresh"], largest
+        self._log(logprob_gap_mean=self._gap[0], logprob_gap_max=self._gap[1], logprob_gap_samples=sums["fresh"])
+
+    def _log_targets(self, batch: RolloutBatch, values: Tensor, targets: Tensor, advantages: Tensor) -> None:
         error, centred = (targets - values).double(), targets.double()
         sums = fsdp.all_reduce_sums(
             {
                 "n": float(batch.num_decisions),
-                "fresh": float(fresh.sum()),
-                "gap": (gap.sum(1) / batch.executed.sum(1)).sum().item(),
                 "advantage": advantages.abs().sum().item(),
                 "reward": batch.rewards.sum().item(),
                 "value": values.sum().item(),
@@ -311,13 +327,7 @@ class VLALearner(Rank, PPOTorchLearner):
         n = sums["n"]
         target_variance = sums["target2"] / n - (sums["target"] / n) ** 2
         error_variance = sums["error2"] / n - (sums["error"] / n) ** 2
-        largest = fsdp.all_reduce_max(gap.max().item())
-        if sums["fresh"]:
-            self._gap = sums["gap"] / sums["fresh"], largest
         self._log(
-            logprob_gap_mean=self._gap[0],
-            logprob_gap_max=self._gap[1],
-            logprob_gap_samples=sums["fresh"],
             advantage_abs_mean=sums["advantage"] / n,
             reward_mean=sums["reward"] / n,
             value_mean=sums["value"] / n,

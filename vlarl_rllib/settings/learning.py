@@ -82,6 +82,11 @@ class TrainingSettings(Section):
         """The learning rates by their keys."""
         return {"training.lr": self.lr, "training.value_lr": self.value_lr}
 
+    @property
+    def scores_all(self) -> bool:
+        """Whether an update needs the learner's values or log-probs of every decision from before it."""
+        return self.advantages == "gae" or self.old_log_probs == "recompute"
+
 
 class RewardSettings(Section):
     success: float = Field(
