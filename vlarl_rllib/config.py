@@ -235,6 +235,7 @@ class VLAPPOConfig(PPOConfig):
             rollout_fragment_length=settings.rollout.quota,
             batch_mode="truncate_episodes",
             sample_timeout_s=None,  # RLlib drops rollouts that take longer
+            validate_env_runners_after_construction=False,  # learners start meanwhile; see `require_runners`
             merge_env_runner_states=False,  # no connector has any, and runners may be at work
             broadcast_env_runner_states=False,
             add_default_connectors_to_env_to_module_pipeline=False,

@@ -11,8 +11,8 @@ from typing import Any
 
 from vlarl_rllib.rllib_compat import (
     kill_runners,
+    known_spaces,
     named_runners,
-    told_why_runners_fail,
     trial_directory,
     trial_name,
     without_tensorflow,
@@ -43,7 +43,7 @@ from vlarl_rllib.rollout.collector import Rollout, RolloutCollector
 from vlarl_rllib.rollout.curriculum import SuccessRecord
 from vlarl_rllib.rollout.placement import NodesInUse, check_placement, places
 from vlarl_rllib.rollout.runner_pool import require_runners
-from vlarl_rllib.rollout.services import runner_options, start_engines, start_reward_worker
+from vlarl_rllib.rollout.services import runner_options, runner_spaces, start_engines, start_reward_worker
 from vlarl_rllib.runs.checkpoints import CheckpointStore
 from vlarl_rllib.runs.greedy_evaluation import GreedyEvaluation
 from vlarl_rllib.runs.pulse import Pulse
@@ -107,7 +107,8 @@ class VLAPPO(CheckpointedPPO):
         self.reward_service = start_reward_worker(self._vla, self._run_name) if self._vla.rewards.process else None
         self.engine_pool = start_engines(self.config.engine_spec(), self._vla) if self._vla.engines.num else None
         self._pulse.doing = f"{self._vla.rollout.num_runners} runner(s) and {self._vla.learners.num} learner(s)"
-        with told_why_runners_fail(), named_runners(runner_options(self._plan, ActorNames(self._run_name))):
+        options = runner_options(self._plan, ActorNames(self._run_name))
+        with named_runners(options), known_spaces(runner_spaces(self.config.engine_spec(), self._vla.env.num_envs)):
             super().setup(self.config)
         require_runners(self.env_runner_group)
         self._nodes = NodesInUse()

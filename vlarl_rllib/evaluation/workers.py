@@ -12,7 +12,7 @@ from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.engines.actor import EngineActor
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.rllib_compat import kill_runners, make_runner_group
-from vlarl_rllib.rollout.runner_pool import RunnerCalls
+from vlarl_rllib.rollout.runner_pool import RunnerCalls, require_runners
 from vlarl_rllib.rollout.services import runner_options
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, calculate_runtime_args
 from vlarl_rllib.telemetry.actors import ActorNames
@@ -83,6 +83,7 @@ def start_workers(
                 engine_class=engine_class,
             )
         runners = make_runner_group(config, runner_options(plan, ActorNames(name)))
+        require_runners(runners)
         if pool is not None:
             pool.wait_until_ready()
         calls = make_calls(

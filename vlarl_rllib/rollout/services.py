@@ -10,7 +10,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vlarl_rllib.engines.pool import EnginePool
 from vlarl_rllib.engines.protocol import EngineSpec
+from vlarl_rllib.models.family import load_family
 from vlarl_rllib.rewards.worker import PATIENCE_SECONDS, RewardService
+from vlarl_rllib.rollout.slot_env import all_spaces
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, calculate_runtime_args
 from vlarl_rllib.telemetry.actors import ActorNames
 
@@ -45,6 +47,17 @@ def runner_options(plan: RuntimeArgs, names: ActorNames) -> Callable[[str], dict
     grouped = ray.util.get_current_placement_group() is not None
     place = {} if grouped else plan.bundles[plan.bundle_of(Role.RUNNER)].options
     return lambda role: place | names.of(role)
+
+
+def runner_spaces(spec: EngineSpec, num_envs: int) -> dict[str, Any]:
+    """What RLlib asks a runner for, of one that is not there yet.
+
+    Args:
+        spec: of its policy.
+    """
+    spec = spec.here()
+    facts = load_family(spec.family).read_facts(spec.model_path)
+    return all_spaces(facts.image_size, facts.actions, num_envs)
 
 
 def _in_bundle(plan: RuntimeArgs, role: Role, index: int = 0) -> dict[str, Any]:

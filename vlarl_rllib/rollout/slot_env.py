@@ -18,15 +18,22 @@ def slot_spaces(image_size: int, actions: ActionFormat) -> tuple[gym.Space, gym.
     )
 
 
+def all_spaces(image_size: int, actions: ActionFormat, num_envs: int) -> dict[str, Any]:
+    """What RLlib asks a runner for."""
+    single = slot_spaces(image_size, actions)
+    both = tuple(gym.vector.utils.batch_space(space, num_envs) for space in single)
+    return {"__env__": both, "__env_single__": single, "default_policy": single}
+
+
 class SlotVectorEnv(gym.vector.VectorEnv):
     """The slots as RLlib wants to see an environment: spaces and a size. The event loop plays them, without `step`."""
 
     def __init__(self, processes: SlotProcesses, num_envs: int, image_size: int, actions: ActionFormat) -> None:
         self.processes = processes
         self.num_envs = num_envs
-        self.single_observation_space, self.single_action_space = slot_spaces(image_size, actions)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        spaces = all_spaces(image_size, actions, num_envs)
+        self.single_observation_space, self.single_action_space = spaces["__env_single__"]
+        self.observation_space, self.action_space = spaces["__env__"]
 
     def close_extras(self, **kwargs: Any) -> None:
         self.processes.close()

@@ -11,27 +11,23 @@ from vlarl_rllib.rllib_compat import without_tensorflow
 
 with without_tensorflow():
     from ray.rllib.callbacks.utils import make_callback
-    from ray.rllib.core import DEFAULT_MODULE_ID
     from ray.rllib.env.env_context import EnvContext
     from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 from vlarl_rllib.engines.client import SamplerClient
 from vlarl_rllib.engines.protocol import EngineSpec
 from vlarl_rllib.envs.vector import SlotProcesses
-from vlarl_rllib.models.family import ActionFormat, load_family
+from vlarl_rllib.models.family import load_family
 from vlarl_rllib.process.storage import place_of
 from vlarl_rllib.rewards import make_rewards
 from vlarl_rllib.rollout.loop import Completions, SlotLoop
-from vlarl_rllib.rollout.slot_env import SlotVectorEnv, slot_spaces
+from vlarl_rllib.rollout.slot_env import SlotVectorEnv
 from vlarl_rllib.rollout.telemetry import RunnerTelemetry
 from vlarl_rllib.rollout.training_players import RunnerSlots
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.telemetry.actors import own_name
 from vlarl_rllib.telemetry.recorder import Telemetry
 from vlarl_rllib.types import EnvSpec
-
-NO_ACTIONS = ActionFormat(1, 1, range(1))
-"""In place of a policy's, which is not known."""
 
 
 class SlotsRunner(SingleAgentEnvRunner):
@@ -113,16 +109,6 @@ class SlotsRunner(SingleAgentEnvRunner):
         errors = place_of(self.config.run_dir or tempfile.gettempdir()) / "reward_errors"
         self._rewards = make_rewards(self.settings.rewards, self._slots.actions.token_ids, errors)
         self._curriculum, self._players = self._slots.make_players(self.settings, self._rewards)
-
-    def get_spaces(self) -> Any:
-        if self.env is None:
-            single = both = slot_spaces(
-                1, NO_ACTIONS
-            )  # of a runner that failed: RLlib asks before anybody hears of that
-        else:
-            single = (self.env.single_observation_space, self.env.single_action_space)
-            both = (self.env.observation_space, self.env.action_space)
-        return {"__env__": both, "__env_single__": single, DEFAULT_MODULE_ID: single}
 
     def make_module(self) -> None:
         if self._failure is None:
