@@ -19,6 +19,7 @@ from ray.tune.utils import flatten_dict
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.errors import DivergedError, SettingsError
+from vlarl_rllib.learner.passes import PPOPasses
 from vlarl_rllib.models.family import load_family
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.observability.metrics import iteration_row
@@ -202,7 +203,8 @@ def test_the_self_test_is_told_twice_and_notices_another_temperature_and_weights
     learner = algorithm.learner_group._learner
     assert failed_of_one_more_iteration() == []
     with monkeypatch.context() as patch:
-        patch.setattr(learner, "settings", learner.settings.replaced(rollout={"temperature": 1.01}))
+        other = learner.settings.replaced(rollout={"temperature": 1.01})
+        patch.setattr(learner, "_passes", PPOPasses(learner.sharded, other, learner._actions.num_actions))
         assert "log-prob gap" in failed_of_one_more_iteration()
     scale_weights(learner, 1.01)  # behind the push
     assert "log-prob gap" in failed_of_one_more_iteration()
@@ -282,7 +284,7 @@ def test_a_runner_that_cannot_start_says_why(ray_session: None, where: str) -> N
             raise ValueError("no such scene")
 
     broken = type("Broken", (RLlibCallback,), {where: fail})
-    with pytest.raises(RuntimeError, match=r"(?s)runner cannot start:.*ValueError: no such scene"):
+    with pytest.raises(RuntimeError, match=r"(?s)runner 1 cannot start:.*ValueError: no such scene"):
         build().callbacks(broken).build_algo()
 
 

@@ -31,9 +31,9 @@ class SlotVectorEnv(gym.vector.VectorEnv):
     def __init__(self, processes: SlotProcesses, num_envs: int, image_size: int, actions: ActionFormat) -> None:
         self.processes = processes
         self.num_envs = num_envs
-        spaces = all_spaces(image_size, actions, num_envs)
-        self.single_observation_space, self.single_action_space = spaces["__env_single__"]
-        self.observation_space, self.action_space = spaces["__env__"]
+        self.spaces = all_spaces(image_size, actions, num_envs)
+        self.single_observation_space, self.single_action_space = self.spaces["__env_single__"]
+        self.observation_space, self.action_space = self.spaces["__env__"]
 
     def close_extras(self, **kwargs: Any) -> None:
         self.processes.close()

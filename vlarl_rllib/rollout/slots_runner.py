@@ -110,6 +110,9 @@ class SlotsRunner(SingleAgentEnvRunner):
         self._rewards = make_rewards(self.settings.rewards, self._slots.actions.token_ids, errors)
         self._curriculum, self._players = self._slots.make_players(self.settings, self._rewards)
 
+    def get_spaces(self) -> Any:
+        return self.spaces if self.env is None else self.env.spaces
+
     def make_module(self) -> None:
         if self._failure is None:
             super().make_module()
