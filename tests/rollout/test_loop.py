@@ -133,7 +133,13 @@ class Rig:
     """A loop of `slots` slots with everything around it."""
 
     def __init__(
-        self, slots: int = 2, *, quota: int = 5, length: int = 3, groups: Sequence[Sequence[int]] | None = None
+        self,
+        slots: int = 2,
+        *,
+        quota: int = 5,
+        length: int = 3,
+        groups: Sequence[Sequence[int]] | None = None,
+        lockstep: bool = True,
     ) -> None:
         self.completions = Completions()
         self.environments, self.engines = Environments(length), Engines(self.completions)
@@ -141,7 +147,7 @@ class Rig:
         self.groups = [[slot] for slot in range(slots)] if groups is None else groups
         self.loop = SlotLoop(
             self.environments, slots, decode=lambda tokens: np.zeros(7), completions=self.completions,
-            request_timeout_seconds=60.0, env_timeout_seconds=60.0,
+            request_timeout_seconds=60.0, env_timeout_seconds=60.0, lockstep=lockstep,
         )  # fmt: skip
 
     def run(self) -> None:
@@ -181,6 +187,12 @@ def test_each_group_asks_for_all_its_slots_in_one_call(groups: list[list[int]], 
     assert sorted(rig.engines.batches) == batches
 
 
+def test_without_lockstep_slots_that_are_ready_at_the_same_time_share_a_call() -> None:
+    rig = Rig(slots=3, quota=4, lockstep=False)
+    rig.run()
+    assert rig.engines.batches == [3] * 4
+
+
 @pytest.mark.parametrize(
     ("slots_of_process", "count", "groups"),
     [
@@ -208,8 +220,9 @@ def test_a_group_goes_on_while_the_environment_of_another_one_is_slow() -> None:
     assert rig.steps == [4] * 4
 
 
-def test_by_itself_no_slot_waits_for_a_slow_environment() -> None:
-    rig = Rig(slots=2, quota=4)
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_by_itself_no_slot_waits_for_a_slow_environment(lockstep: bool) -> None:
+    rig = Rig(slots=2, quota=4, lockstep=lockstep)
     rig.environments.held.add(1)
     rig.engines.answer = lambda number: (rig.environments.kill(1) if number == 3 else None) or reply()
     rig.run()

@@ -87,6 +87,8 @@ class SlotLoop:
         decode: a reply's token ids [A] -> the actions [k, 7] to play; raises ValueError for anything else.
         request_timeout_seconds: a reply that takes longer counts as an engine failure.
         env_timeout_seconds: a reset or step that takes longer ends its environment process, which is then started anew.
+        lockstep: who shares a call is to depend on nothing but the groups of `run`. Else slots without company that are
+            ready at the same time share one, which takes longer than some models need for a request.
     """
 
     def __init__(
@@ -98,8 +100,9 @@ class SlotLoop:
         completions: Completions,
         request_timeout_seconds: float,
         env_timeout_seconds: float,
+        lockstep: bool,
     ) -> None:
-        self.completions = completions
+        self.completions, self._lockstep = completions, lockstep
         self._processes, self._num_slots = processes, num_slots
         self._decode = decode
         self._request_timeout, self._env_timeout = request_timeout_seconds, env_timeout_seconds
@@ -148,8 +151,7 @@ class SlotLoop:
             players: by slot; other slots stay as they are.
             versions: policy versions that a reply may carry.
             groups: of slots, which together hold each player's once. A group's requests are sent in one call, when none
-                of its slots is under way; groups of one that are ready at the same time share a call, which would take
-                longer than some models need for its requests.
+                of its slots is under way.
             purpose: what steps are counted as.
             until: says whether to return at once; what is under way then is the next run's, of the same players.
         """
@@ -212,7 +214,7 @@ class SlotLoop:
                     for slot in group
                     if self._state[slot] is SlotState.READY and self._players[slot].wants_action()
                 ]
-                if len(group) == 1:
+                if len(group) == 1 and not self._lockstep:
                     alone += ready
                 else:
                     self._submit(ready)

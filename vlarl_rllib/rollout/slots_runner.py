@@ -102,6 +102,7 @@ class SlotsRunner(SingleAgentEnvRunner):
             completions=Completions(),
             request_timeout_seconds=settings.engines.request_timeout_seconds,
             env_timeout_seconds=env.timeout_seconds,
+            lockstep=settings.lockstep,
         )
         self._tell = RunnerTelemetry(self.telemetry, self._loop, env.num_envs)
 
