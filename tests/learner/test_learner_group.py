@@ -112,20 +112,27 @@ def test_inductor_makes_the_same_update(make_group: Callable[..., VLALearnerGrou
 
 
 def test_recorded_passes_make_the_same_update(
-    make_group: Callable[..., VLALearnerGroup], monkeypatch: pytest.MonkeyPatch
+    make_group: Callable[..., VLALearnerGroup], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """From the third of a shape on they are replayed; rows and prompts are filled up, as for compiled blocks."""
+    """From the third of a shape on they are replayed; rows and prompts are filled up, as for compiled blocks. What a
+    checkpoint brings is learned from by new recordings."""
     plain = make_group(0, critic_warmup_iterations=1)
     monkeypatch.setattr(ShardedPolicy, "_make_capture", lambda sharded: pretend_capture(sharded.trained_modules()))
     recorded = make_group(0, critic_warmup_iterations=1)
-    for iteration in range(3):
+    passes = recorded._learner._passes
+    for iteration in range(5):
+        if iteration == 3:
+            plain.call("save_sharded", str(tmp_path))
+            for optimizer in recorded._learner.sharded.optimizers.values():
+                optimizer.state.clear()  # as for another trial in the same process
+            recorded.call("load_sharded", str(tmp_path))
         expected, metrics = update(plain, iteration), update(recorded, iteration)
         for name, value in expected.items():
             assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
+        if iteration == 2:
+            used = [shape for run in (passes._score, *passes._learn.values()) for shape in run._shapes.values()]
+            assert len(used) == 4 and all(shape.replay for shape in used), "two to score, one to learn, one to warm up"
     assert largest_difference(weights(plain, 1), weights(recorded, 1)) <= 1e-5
-    passes = recorded._learner._passes
-    used = [shape for run in (passes._score, *passes._learn.values()) for shape in run._shapes.values()]
-    assert len(used) == 4 and all(shape.replay for shape in used), "two to score, one to learn, one to warm up"
 
 
 def test_activations_computed_again_are_those_of_rounded_weights(make_group: Callable[..., VLALearnerGroup]) -> None:

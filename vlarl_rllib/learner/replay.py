@@ -46,6 +46,10 @@ class Replayed:
         self._run, self._capture = run, capture
         self._shapes: dict[Hashable, _Shape] = {}
 
+    def forget(self) -> None:
+        """What was recorded reads or writes where nothing is any more."""
+        self._shapes.clear()
+
     def __call__(self, *arguments: Tensors) -> dict[str, Tensor]:
         key = tuple(tuple((name, tensor.shape, tensor.dtype) for name, tensor in given.items()) for given in arguments)
         shape = self._shapes.setdefault(key, _Shape())
@@ -71,6 +75,7 @@ class GraphCapture:
 
     def __call__(self, run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may do with the device what a capture forbids, such as allocating memory.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = {name: tensor.detach() for name, tensor in run().items()}
         return graph.replay, results

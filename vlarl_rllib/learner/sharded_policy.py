@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,7 @@ class ShardedPolicy:
         self._rounds_to: torch.dtype | None = None if kept else getattr(torch, settings.model.dtype)
         self._whole = world_size == 1 and not self._needs_fsdp()
         self._capture = self._make_capture()
+        self._replayed = WeakSet[Replayed]()
         compiles = settings.learners.compile
         self._compiles = device.type == "cuda" and self._capture is None if compiles is None else compiles
         self.fixed_shapes = self._compiles or self._capture is not None
@@ -151,13 +153,25 @@ class ShardedPolicy:
     def repeated(self, run: Pass) -> Pass:
         """A pass that will be made many times with tensors of few shapes, as a CUDA graph where this policy uses them;
         see `Replayed` for what it must keep to."""
-        return run if self._capture is None else Replayed(run, self._capture)
+        if self._capture is None:
+            return run
+        replayed = Replayed(run, self._capture)
+        self._replayed.add(replayed)
+        return replayed
 
     def _needs_fsdp(self) -> bool:
         """Whether a single rank needs what only FSDP does: memory of the host, or rounded weights while activations
         are computed again."""
         chosen = self._settings.learners.fsdp
         return chosen.cpu_offload or (chosen.checkpoint_activations and self._rounds_to is not None)
+
+    def _forget_gradients(self) -> None:
+        """Before others than the optimisers change weights: torch takes optimisers that have gradients for such as keep
+        no state, and loads none. What was recorded wrote where those gradients were."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        for replayed in self._replayed:
+            replayed.forget()
 
     @torch.no_grad()
     def _weights_changed(self) -> None:
@@ -198,6 +212,7 @@ class ShardedPolicy:
                 fsdp.fill(parameter, fresh[name])
         for optimizer in self.optimizers.values():
             optimizer.state.clear()
+        self._forget_gradients()
         self._weights_changed()
 
     def trained_modules(self) -> nn.ModuleDict:
@@ -328,6 +343,7 @@ class ShardedPolicy:
 
     def load(self, directory: Place) -> None:
         """Read what `save` wrote, also with another number of ranks. Collective."""
+        self._forget_gradients()
         load_sharded(directory, self.trained_modules(), self.optimizers)
         self._weights_changed()
         self.publisher.forget()
