@@ -19,6 +19,7 @@ from ray.tune.utils import flatten_dict
 
 from vlarl_rllib import VLAPPO, VLAPPOConfig
 from vlarl_rllib.errors import DivergedError, SettingsError
+from vlarl_rllib.learner import rank
 from vlarl_rllib.learner.passes import PPOPasses
 from vlarl_rllib.models.family import load_family
 from vlarl_rllib.models.presets import resolve_model
@@ -283,9 +284,10 @@ def test_a_runner_that_cannot_start_says_why(ray_session: None, where: str) -> N
         if ray.get_runtime_context().get_actor_id():  # in the runner, not in the Algorithm
             raise ValueError("no such scene")
 
-    broken = type("Broken", (RLlibCallback,), {where: fail})
+    broken, members = type("Broken", (RLlibCallback,), {where: fail}), {*rank._MEMBERS}
     with pytest.raises(RuntimeError, match=r"(?s)runner 1 cannot start:.*ValueError: no such scene"):
         build().callbacks(broken).build_algo()
+    assert members == rank._MEMBERS, "the learner of this process has left its group"
 
 
 TOLD = ("token_checksum", "policy_loss", "value_loss", "entropy", "env_steps", "optimizer_steps")

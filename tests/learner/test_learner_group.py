@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,12 @@ def test_recorded_passes_make_the_same_update(
 def test_activations_computed_again_are_those_of_rounded_weights(make_group: Callable[..., VLALearnerGroup]) -> None:
     model, checkpointing = {"dtype": "bfloat16"}, {"fsdp": {"checkpoint_activations": True}}
     plain, again = make_group(0, model), make_group(0, model, learners=checkpointing)
+    passes = Counter[VLALearnerGroup]()
+    for group in (plain, again):
+        first = group._learner.sharded.policy.language_model.model.layers[0].self_attn.q_proj
+        first.register_forward_hook(lambda *_, group=group: passes.update([group]))
     expected, metrics = update(plain), update(again)
+    assert passes[again] == passes[plain] + 2 * sum(-(-rows // 4) for rows in (10, 10, 10)), "each that learns, twice"
     for name in ("policy_loss", "value_loss", "grad_norm", "grad_norm_critic"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-3), name
     assert largest_difference(weights(plain, 1), weights(again, 1)) <= 2e-5
@@ -158,6 +164,18 @@ def test_where_nothing_needs_all_scores_one_pass_measures_the_gap(
     assert largest_difference(weights(some, 1), weights(every, 1)) == 0.0
     assert metrics["policy_loss"] == expected["policy_loss"] != 0.0
     assert 0.0 < metrics["logprob_gap_max"] <= expected["logprob_gap_max"]
+
+
+def test_reductions_leave_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsdp.dist, "all_reduce", lambda tensor, op: tensor.mul_(2))
+    values = torch.ones(3, 2, dtype=torch.float64)
+    assert fsdp.all_reduce(values[:, 1]).tolist() == [2.0, 2.0, 2.0]
+    assert values.eq(1.0).all()
+
+
+def test_the_norm_of_no_gradients_is_on_their_device() -> None:
+    untouched = torch.nn.Linear(2, 2, device="meta")
+    assert fsdp.clip_grad_norm([*untouched.parameters()], 1.0).device.type == "meta"
 
 
 def test_critic_warm_up_leaves_the_policy_alone(make_group: Callable[..., VLALearnerGroup]) -> None:

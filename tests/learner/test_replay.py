@@ -19,6 +19,20 @@ def recorded(model: nn.Linear, device: torch.device) -> Replayed:
     return Replayed(run, GraphCapture() if device.type == "cuda" else pretend_capture(model))
 
 
+def test_what_is_forgotten_is_recorded_anew() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("CUDA graphs need a GPU")
+    model = nn.Linear(4, 2).to("cuda")
+    step = recorded(model, torch.device("cuda"))
+    given = {"x": torch.ones(3, 4, device="cuda")}, {"by": torch.ones((), device="cuda")}
+    losses = [step(*given)["loss"] for _ in range(EAGER_CALLS + 2)]
+    model.zero_grad(set_to_none=True)
+    step.forget(GraphCapture())
+    losses += [step(*given)["loss"] for _ in range(EAGER_CALLS + 2)]
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    assert model.bias.grad is not None and model.bias.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_replays_are_the_passes_themselves_and_gradients_add_up_in_place(kind: str) -> None:
     if kind == "cuda" and not torch.cuda.is_available():

@@ -88,10 +88,8 @@ class VLAPPO(CheckpointedPPO):
         return config.build_algo(**kwargs)
 
     def __repr__(self) -> str:
-        """What Ray's dashboard and logs call this actor.
-
-        RLlib's asks the config, which a mistake in it keeps from being there: Ray would hide that mistake.
-        """
+        """What Ray's dashboard and logs call this actor. RLlib's asks the config, which a mistake keeps from being
+        there: Ray would hide it."""
         return f"{self._run_name}/algorithm" if self._run_name else type(self).__name__
 
     # Set-up and end
@@ -110,7 +108,11 @@ class VLAPPO(CheckpointedPPO):
         options = runner_options(self._plan, ActorNames(self._run_name))
         with named_runners(options), known_spaces(runner_spaces(self.config.engine_spec(), self._vla.env.num_envs)):
             super().setup(self.config)
-        require_runners(self.env_runner_group)
+        try:
+            require_runners(self.env_runner_group)
+        except RuntimeError:
+            self.learner_group.shutdown()  # one in this process would leave its process group behind
+            raise
         self._nodes = NodesInUse()
         self._connect(self.config.policy_version)
         started = {f"{self._vla.engines.num} engine(s)": self.engine_pool, "the reward worker": self.reward_service}
@@ -260,7 +262,6 @@ class VLAPPO(CheckpointedPPO):
 
     def training_step(self) -> None:
         """Collect, deliver and update, sync."""
-        self._pulse.doing = "the first iteration: rollouts"
         with self.ledger.timed("sample"), self.metrics.log_time((names.TIMERS, names.ENV_RUNNER_SAMPLING_TIMER)):
             wanted = self.iteration, self._vla.rollout.quota, self._successes.weights()
             rollout = self.collector.collect(*wanted)
@@ -269,8 +270,7 @@ class VLAPPO(CheckpointedPPO):
                 self.collector.collect(*wanted, rollout)
             self._take_note(rollout)
 
-        gpus = ", which compiles or records what a GPU does in it" if self._vla.learners.gpus else ""
-        self._pulse.doing = f"the first iteration: the update{gpus}"
+        self._pulse.doing = "the first update" + ", which compiles or records" * bool(self._vla.learners.gpus)
         with (
             self.ledger.timed("update"),
             self.ledger.learners_work(),

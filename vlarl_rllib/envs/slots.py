@@ -61,7 +61,11 @@ class SlotTable:
 
     def prepare(self, task_id: int) -> None:
         """Build a task's model, which else the first episode waits for."""
-        self._env(task_id).reset(seed=0, options={"task_id": task_id, "initial_state": 0})
+        try:
+            self._env(task_id).reset(seed=0, options={"task_id": task_id, "initial_state": 0})
+        except Exception:
+            self._envs.pop(task_id, None)  # the first episode meets the same, and not a half-built model
+            raise
 
     def reset(
         self, slot: int, task_id: int, initial_state: int, seed: int

@@ -99,12 +99,13 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a global norm of at most `max_norm`; the norm before that, a scalar on the device, the
     same on all ranks."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.to(parameters[0].device)  # torch's of no gradients at all is on the CPU
 
 
 def all_reduce(values: Tensor, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Over all ranks, elementwise, in float64 on the host."""
-    total = values.to("cpu", torch.float64)
+    total = values.to("cpu", torch.float64, copy=True).contiguous()
     dist.all_reduce(total, how)
     return total
 

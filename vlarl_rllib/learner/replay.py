@@ -46,9 +46,10 @@ class Replayed:
         self._run, self._capture = run, capture
         self._shapes: dict[Hashable, _Shape] = {}
 
-    def forget(self) -> None:
-        """What was recorded reads or writes where nothing is any more."""
+    def forget(self, capture: Capture) -> None:
+        """What was recorded reads or writes where nothing is any more; record anew, in this way."""
         self._shapes.clear()
+        self._capture = capture
 
     def __call__(self, *arguments: Tensors) -> dict[str, Tensor]:
         key = tuple(tuple((name, tensor.shape, tensor.dtype) for name, tensor in given.items()) for given in arguments)
@@ -68,14 +69,19 @@ class Replayed:
 
 
 class GraphCapture:
-    """As CUDA graphs that share their memory: one must have been replayed to its end before the next begins."""
+    """As CUDA graphs that share their memory: one must have been replayed to its end before the next begins.
+
+    Memory and stream are its own: those of graphs that are all gone cannot be used again, because cuBLAS keeps its
+    workspace there. So what is recorded after that needs another `GraphCapture`.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         graph = torch.cuda.CUDAGraph()
         # Other threads may do with the device what a capture forbids, such as allocating memory.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             results = {name: tensor.detach() for name, tensor in run().items()}
         return graph.replay, results

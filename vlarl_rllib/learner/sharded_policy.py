@@ -147,7 +147,8 @@ class ShardedPolicy:
         wanted = self._settings.learners.cuda_graphs
         if wanted is None:
             size = sum(parameter.numel() for parameter in self.trained_modules().parameters())
-            wanted = self._whole and self._device.type == "cuda" and size <= MOST_REPLAYED
+            again = self._settings.learners.fsdp.checkpoint_activations
+            wanted = self._whole and self._device.type == "cuda" and size <= MOST_REPLAYED and not again
         return GraphCapture() if wanted else None
 
     def repeated(self, run: Pass) -> Pass:
@@ -170,8 +171,10 @@ class ShardedPolicy:
         no state, and loads none. What was recorded wrote where those gradients were."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        for replayed in self._replayed:
-            replayed.forget()
+        if (capture := self._make_capture()) is not None:
+            self._capture = capture
+            for replayed in self._replayed:
+                replayed.forget(capture)
 
     @torch.no_grad()
     def _weights_changed(self) -> None:

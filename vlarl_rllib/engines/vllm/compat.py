@@ -218,9 +218,12 @@ class Admission:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = engine_input(prompt_ids, request.image, self._image_ids, "first")
-        return self._engine.input_processor.process_inputs(
+        complete = self._engine.input_processor.process_inputs(
             "first", prompt, params, supported_tasks=self._engine.get_supported_tasks()
         )
+        assert complete.mm_features is not None
+        complete.mm_features = [replace(complete.mm_features[0], data=None)]  # the frame is not to be kept
+        return complete
 
 
 def build_engine(spec: EngineSpec, config: Any, num_tokens: int, architecture: str, transfer_backend: str) -> LLMEngine:

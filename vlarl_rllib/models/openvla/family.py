@@ -207,8 +207,12 @@ class OpenVLAFamily(PolicyFamily):
         return () if trained else ("vision_features",)
 
     def checkpoint_activations(self, policy: Any) -> None:
-        """Of the language model's layers."""
-        policy.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        """Of the language model's layers, which transformers leaves alone unless they are in training mode. Nothing of
+        them is random."""
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        policy.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        for layer in policy.language_model.model.layers:
+            layer.training = True
 
     def freeze_unused(self, policy: Any) -> None:
         """What lies behind the feature block of each tower: published, but read by nothing."""
