@@ -58,7 +58,9 @@ def wait_until_gone(pids: Sequence[int]) -> None:
 # What happens before the first command
 
 
-@pytest.mark.parametrize(("cores", "prepared"), [(2 + vector.OTHERS, ["0", "1"]), (1 + vector.OTHERS, [])])
+@pytest.mark.parametrize(
+    ("cores", "prepared"), [(2 + vector.CORES_OF_OTHERS, ["0", "1"]), (1 + vector.CORES_OF_OTHERS, [])]
+)
 def test_models_are_built_before_the_first_command_where_there_are_cores_for_it(
     start: Callable[..., SlotProcesses],
     tmp_path: Path,

@@ -88,8 +88,7 @@ class VLAPPO(CheckpointedPPO):
         return config.build_algo(**kwargs)
 
     def __repr__(self) -> str:
-        """What Ray's dashboard and logs call this actor. RLlib's asks the config, which a mistake keeps from being
-        there: Ray would hide it."""
+        """What Ray's dashboard and logs call this actor, also where a mistake keeps the config from being there."""
         return f"{self._run_name}/algorithm" if self._run_name else type(self).__name__
 
     # Set-up and end
@@ -270,7 +269,8 @@ class VLAPPO(CheckpointedPPO):
                 self.collector.collect(*wanted, rollout)
             self._take_note(rollout)
 
-        self._pulse.doing = "the first update" + ", which compiles or records" * bool(self._vla.learners.gpus)
+        on_gpu = ", in which passes are compiled or recorded for the GPU" if self._vla.learners.gpus else ""
+        self._pulse.doing = f"the first update{on_gpu}"
         with (
             self.ledger.timed("update"),
             self.ledger.learners_work(),

@@ -37,7 +37,7 @@ from vlarl_rllib.types import EnvSpec
 
 __all__ = ["SlotEvent", "SlotProcesses", "assign_slots"]
 
-OTHERS = 4
+CORES_OF_OTHERS = 4
 """Cores that engine, learner, runner and algorithm start on. Where subprocesses have cores beside those, they build
 their models meanwhile; where not, all would start later for that."""
 CLOSE_GRACE_SECONDS = 5.0
@@ -78,7 +78,7 @@ class SlotProcesses:
         self._models_per_process, self._max_deaths = models_per_process, max_consecutive_deaths
         self._max_resets = max_resets
         assignment = assign_slots(slot_tasks, num_processes, models_per_process)
-        self._prepares = len(assignment) + OTHERS <= len(os.sched_getaffinity(0))
+        self._prepares = len(assignment) + CORES_OF_OTHERS <= len(os.sched_getaffinity(0))
         self._frames_fd = os.memfd_create("vlarl-frames")
         os.ftruncate(self._frames_fd, len(self._slot_tasks) * frame_bytes(spec))
         self._frames = map_frames(self._frames_fd, spec, len(self._slot_tasks))
