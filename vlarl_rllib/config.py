@@ -177,6 +177,7 @@ class VLAPPOConfig(PPOConfig):
             enforce_eager=engines.enforce_eager,
             mix_calls=not settings.lockstep,
             seed=settings.run.seed,
+            values=settings.training.values == "engine",
             quantization=engines.quantization,
             run=self.run_name or "vlarl",
             suite=settings.env.label,

@@ -18,6 +18,8 @@ INSTRUCTION_KEY = "instruction"
 """Where a rollout keeps the task's instruction in `episode.custom_data`."""
 LOG_PROBS_KEY = "token_log_probs"
 """Extra model output [A]: the sampler's log-probabilities of the action tokens."""
+VALUE_KEY = "vf_preds"
+"""Extra model output: the sampler's value of the frame, where it is asked for; RLlib's `Columns.VF_PREDS`."""
 STEP_REWARDS_KEY = "step_rewards"
 """Extra model output [K] float32: the environment's reward of each action; 0 for those that were not played."""
 VERSION_KEY = "policy_version"
@@ -113,6 +115,8 @@ class SampleReply:
     drawn from."""
     policy_version: int
     """Push counter of the weights that produced the tokens."""
+    value: float | None = None
+    """Of the frame, by the same weights' value head; None = not asked for (`EngineSpec.values`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """One Ray, one tiny checkpoint and one real vLLM engine for all engine tests."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,14 @@ from vlarl_rllib.types import INITIAL_VERSION
 def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
     directory: Path = tmp_path_factory.mktemp("tiny")
     write_checkpoint("tiny", directory)
-    return engine_spec(directory)
+    return replace(engine_spec(directory), values=True)
 
 
 @pytest.fixture
 def make_oracle(spec: EngineSpec) -> Callable[[], Oracle]:
     def make() -> Oracle:
         model = OpenVLAForActionPrediction.from_pretrained(spec.model_path, dtype=torch.float32)
+        model.add_value_head(spec.seed)
         return Oracle(model, OpenVLAProcessor.from_pretrained(spec.model_path))
 
     return make

@@ -37,14 +37,14 @@ def make_requests(num: int, temperatures=(1.0,), image_size: int = 28, first_see
 
 @dataclass
 class Oracle:
-    """The policy in plain torch, with weights that tests replace and push."""
+    """The policy in plain torch, with its value head, and weights that tests replace and push."""
 
     model: OpenVLAForActionPrediction
     processor: OpenVLAProcessor
     version: int = 0
 
     def __post_init__(self) -> None:
-        self._publisher = Publisher(self.model, torch.float32, WeightSettings(bucket_mb=1), rank=0)
+        self._publisher = Publisher(self.model, torch.float32, WeightSettings(bucket_mb=1), rank=0, value_head=True)
         self.begin_publishing, self.end_publishing = self._publisher.begin, self._publisher.end
 
     @torch.no_grad()
@@ -60,14 +60,23 @@ class Oracle:
         return (log_probs.gather(2, chosen)[..., 0] - reported).abs().max().item()
 
     @torch.no_grad()
+    def value_error(self, requests: list[SampleRequest], replies: list[SampleReply]) -> float:
+        """Largest difference between the replies' values and the model's."""
+        images, instructions = [r.image for r in requests], [r.instruction for r in requests]
+        values = self.model(**self.processor(images, instructions)).values
+        return (values - torch.tensor([reply.value for reply in replies])).abs().max().item()
+
+    @torch.no_grad()
     def is_greedy(self, request: SampleRequest, reply: SampleReply) -> bool:
         """Whether every token is the most likely one."""
         best = self._logits([request], torch.tensor(reply.tokens.tolist())[None]).argmax(-1)[0]
         return (best + self.model.action_token_ids[0]).tolist() == reply.tokens.tolist()
 
     def renew(self, seed: int) -> None:
-        """Initialise the weights freshly."""
-        self.model.load_state_dict(build_model(PRESETS["tiny"], seed).state_dict())
+        """Initialise the weights freshly, the value head's so that values differ from 0 and from each other."""
+        fresh = build_model(PRESETS["tiny"], seed)
+        torch.nn.init.normal_(fresh.add_value_head(seed).fc3.weight, generator=torch.Generator().manual_seed(seed))
+        self.model.load_state_dict(fresh.state_dict())
         self._publisher.forget()
 
     def sync(self, pool: EnginePool | None, transport: str = "object_store", *, keep: bool = False) -> WeightSync:

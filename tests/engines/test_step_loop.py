@@ -245,6 +245,12 @@ def test_log_probs_must_be_numbers_below_zero(loop, stepper):
         loop.sample([request()]).result(SECONDS)
 
 
+def test_values_must_be_numbers(loop, stepper):
+    stepper.step = lambda: [Sampled(id_, [100] * 7, [-1.0] * 7, float("inf")) for id_ in stepper.running]
+    with pytest.raises(EngineError, match="value inf; the weights may not be finite"):
+        loop.sample([request()]).result(SECONDS)
+
+
 def test_a_caller_that_went_away_disturbs_nobody(loop, stepper):
     stepper.gate.clear()
     first = loop.sample([request()])

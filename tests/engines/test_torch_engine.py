@@ -24,6 +24,24 @@ def test_log_probs_are_the_models_for_uneven_prompts_and_mixed_temperatures(engi
     assert engine.status().num_decisions >= 19
 
 
+def test_values_are_zero_before_the_first_push_and_then_the_models(spec, make_oracle):
+    engine, oracle, requests = TorchEngine(spec), make_oracle(), make_requests(11, temperatures=(1.0, 0.0))
+    assert {reply.value for reply in engine.sample(requests)} == {0.0}
+    engine.load_weights(oracle.keep(seed=1))
+    replies = [*engine.sample(requests[:1]), *engine.sample(requests[1:])]
+    assert oracle.value_error(requests, replies) <= 1e-6
+    assert np.std([reply.value for reply in replies]) > 1e-2
+
+
+def test_without_a_value_head_there_are_none_and_a_policy_that_gives_none_is_refused(spec):
+    (reply,) = TorchEngine(replace(spec, values=False)).sample(make_requests(1))
+    assert reply.value is None
+    engine = TorchEngine(spec)
+    engine._model.value_head = None
+    with pytest.raises(EngineError, match=r"gives no values; set training\.values to learner"):
+        engine.sample(make_requests(1))
+
+
 def test_tokens_depend_on_a_requests_own_seed_alone(engine):
     requests = make_requests(10)
     together = engine.sample(requests)

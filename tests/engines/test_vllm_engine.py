@@ -55,6 +55,30 @@ def test_log_probs_are_the_models(vllm_engine, oracle):
                 assert oracle.is_greedy(request, reply)
 
 
+def test_values_are_the_models_whatever_shares_the_batch(vllm_engine, oracle):
+    """Uneven prompts in batches of 1 to 8, and more than fit at once."""
+    requests = make_requests(19, TEMPERATURES)
+    for size in (1, 3, 8, 19):
+        replies = [r for at in range(0, 19, size) for r in sample(vllm_engine, requests[at : at + size])]
+        assert oracle.value_error(requests, replies) <= TOLERANCE
+    assert np.std([reply.value for reply in replies]) > 100 * TOLERANCE, "all alike, so nothing is tested here"
+    torch.nn.init.zeros_(oracle.model.value_head.fc3.weight)
+    assert oracle.value_error(requests, replies) > 100 * TOLERANCE
+
+
+def test_no_value_outlives_its_request(vllm_engine, oracle):
+    def kept(actor):
+        import gc
+
+        from vlarl_rllib.engines.vllm.prompt_values import PromptValues
+
+        (values,) = [thing for thing in gc.get_objects() if type(thing) is PromptValues]
+        return len(values._found)
+
+    sample(vllm_engine, make_requests(9))
+    assert ray.get(vllm_engine.handles[0].__ray_call__.remote(kept), timeout=SECONDS) == 0
+
+
 def test_sampled_tokens_follow_the_distribution(vllm_engine, oracle):
     """The first token of one frame over 400 seeds against the model's probabilities: total variation as expected."""
     frame = make_requests(1)[0]
@@ -93,6 +117,8 @@ def test_weights_arrive_whole_each_time(vllm_engine, oracle):
         assert oracle.log_prob_error(requests, replies) <= TOLERANCE
         hf_replies = torch_engine.sample(requests)
         assert oracle.log_prob_error(requests, hf_replies) <= TOLERANCE
+        assert oracle.value_error(requests, replies) <= TOLERANCE
+        assert oracle.value_error(requests, hf_replies) <= 1e-6
         greedy = [index for index, request in enumerate(requests) if request.temperature == 0]
         assert same_tokens([replies[i] for i in greedy], [hf_replies[i] for i in greedy])
 
@@ -108,7 +134,7 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_serve(vllm_engine,
     wrong = [
         tuple(replace(spec, name=f"module.{spec.name}") for spec in manifest.tensors),
         others,
-        (*manifest.tensors, replace(fused, name="value_head.fc1.weight")),
+        (*manifest.tensors, replace(fused, name="value_head.fc4.weight")),
         (*others, replace(fused, shape=(fused.shape[0] - 1, fused.shape[1]))),
     ]
     for bad in wrong:

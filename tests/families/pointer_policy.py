@@ -84,7 +84,7 @@ class PointerPolicy(nn.Module):
         temperatures: Tensor,
         seeds: Sequence[int],
     ) -> SampledTokens:
-        logits = self(input_ids, attention_mask, pixel_values).action_logits
+        logits, values = self(input_ids, attention_mask, pixel_values)
         scale = torch.where(temperatures > 0, temperatures, 1.0)[:, None, None]
         log_probs = torch.log_softmax(logits / scale, dim=-1)
         noise = torch.stack(
@@ -93,7 +93,7 @@ class PointerPolicy(nn.Module):
         drawn = torch.where(temperatures[:, None, None] > 0, log_probs - noise.log(), logits)
         choice = drawn.argmax(-1)
         chosen = log_probs.gather(-1, choice[..., None])[..., 0]
-        return SampledTokens(choice + ACTIONS.token_ids.start, chosen)
+        return SampledTokens(choice + ACTIONS.token_ids.start, chosen, values)
 
 
 class PointerProcessor:

@@ -80,7 +80,9 @@ def test_the_last_layer_read_at_some_positions_is_the_whole_layer_there(golden_s
 @torch.no_grad()
 def test_teacher_forced_log_probs_equal_those_of_decoding(golden_s, inputs):
     temperatures = torch.tensor([1.0, 1.6, 0.7, 0.0, 1.0, 1.6])
-    tokens, log_probs = golden_s.model.sample_action_tokens(**inputs, temperatures=temperatures, seeds=range_of(6))
+    tokens, log_probs, values = golden_s.model.sample_action_tokens(
+        **inputs, temperatures=temperatures, seeds=range_of(6)
+    )
     logits = golden_s.model.action_logits(**inputs, action_tokens=tokens)
     # temperature 0 is greedy, with log-probs at temperature 1
     divisor = torch.where(temperatures == 0, 1.0, temperatures)[:, None, None]
@@ -88,7 +90,7 @@ def test_teacher_forced_log_probs_equal_those_of_decoding(golden_s, inputs):
     expected = torch.log_softmax(logits / divisor, dim=-1).gather(-1, index)[..., 0]
     torch.testing.assert_close(log_probs, expected, atol=5e-5, rtol=0)
     assert torch.equal(tokens[3], golden_s.tensor("greedy_tokens")[3])
-    assert tokens.dtype == torch.int64 and log_probs.dtype == torch.float32
+    assert tokens.dtype == torch.int64 and log_probs.dtype == torch.float32 and values is None
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_the_batch(golden_s, inputs):

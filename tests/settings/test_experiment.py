@@ -137,7 +137,8 @@ def test_values_are_kept_within_their_bounds() -> None:
 
 def test_what_can_change_without_a_new_process() -> None:
     assert can_change_in_place("training.lr") and can_change_in_place("rewards.others.mine")
-    assert not any(map(can_change_in_place, ("env.num_envs", "rollout.num_runners", "rewards.judge", "model.lora")))
+    other = ("env.num_envs", "rollout.num_runners", "rewards.judge", "model.lora", "training.values")
+    assert not any(map(can_change_in_place, other))
     before = {"training": {"lr": 1}, "env": {"num_envs": 4, "name": "a"}, "model": {"lora": None}}
     now = {"training": {"lr": 2}, "env": {"num_envs": 4, "name": "b"}, "model": {"lora": {"rank": 4}}}
     assert needs_new_processes(before, now) == ["env.name", "model.lora.rank"]

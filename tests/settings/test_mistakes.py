@@ -115,6 +115,21 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"engines": {"dtype": "bfloat16"}},
         ("engines.dtype: bfloat16", "model.dtype float32", "training.old_log_probs to recompute"),
     ),
+    "values of engines for a critic that they have not": (
+        {"model": {"critic": "separate"}, "training": {"values": "engine"}},
+        ("training.values: engine", "model.critic is separate; set that to shared_head, or values to learner"),
+    ),
+    "values of engines for nobody": (
+        {
+            "training": {"values": "engine", "advantages": "grpo"},
+            "rollout": {"episodes_per_iteration": 4, "group_size": 2},
+        },
+        ("training.values: engine", "training.advantages is grpo; set values to learner, or advantages to gae"),
+    ),
+    "values of engines beside a pass over everything": (
+        {"training": {"values": "engine", "old_log_probs": "recompute"}},
+        ("training.values: engine", "training.old_log_probs recompute", "set that to behaviour, or values to learner"),
+    ),
     "GPUs without engines": ({"engines": {"num": 0, "gpus": 1}}, ("engines.gpus: 1", "set engines.num to at least 1")),
     "a budget for nothing": (
         {"learners": {"activation_memory_budget": 0.5}},

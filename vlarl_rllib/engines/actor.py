@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlarl_rllib.engines.protocol import MAX_PROMPT_TOKENS, EngineSpec, EngineStatus, check_requests
 from vlarl_rllib.engines.step_loop import StepLoop, Stepper
@@ -45,6 +45,9 @@ def engine_env_vars(spec: EngineSpec) -> dict[str, str]:
     if spec.dtype == "float32":
         # Triton's matrix products round float32 to TF32 by default: log-probs would be 1e-3 off the learner's.
         variables["TRITON_F32_DEFAULT"] = "ieee"
+    if spec.values:
+        # `PromptValues` reads the batch of the first model runner; the second one keeps none.
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if spec.gpus == 0:
         # Without a compiler pass the first request saves seconds of g++; on a GPU, CUDA graphs need dynamo.
         variables |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | KEEP_FREED_MEMORY
@@ -71,7 +74,10 @@ class EngineActor:
         facts = family.read_facts(spec.model_path)
         self._image_size = facts.image_size
         self._processor = family.processor(spec.model_path)
-        self._expected: Shapes = expected_tensors(family.without_memory(spec.model_path))
+        model: Any = family.without_memory(spec.model_path)
+        if spec.values:
+            model.add_value_head(spec.seed)
+        self._expected: Shapes = expected_tensors(model, value_head=spec.values)
         self._loop = StepLoop(
             partial(make_stepper, spec), facts.actions, name, mix_calls=spec.mix_calls, enough=-(-spec.max_batch // 2)
         )

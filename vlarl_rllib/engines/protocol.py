@@ -61,6 +61,8 @@ class EngineSpec:
     False = each call is a batch of its own, so that its rounding does not depend on timing.
     """
     seed: int
+    values: bool = False
+    """Whether replies carry values: the policy has its value head, which weights then travel with."""
     quantization: str | None = None
     """`engines.quantization`."""
     run: str = "vlarl"
@@ -128,12 +130,16 @@ def check_requests(requests: Sequence[SampleRequest], image_size: int) -> None:
 
 
 def checked_reply(
-    token_ids: Sequence[int], log_probs: Sequence[float], actions: ActionFormat, policy_version: int
+    token_ids: Sequence[int],
+    log_probs: Sequence[float],
+    actions: ActionFormat,
+    policy_version: int,
+    value: float | None = None,
 ) -> SampleReply:
     """Build a reply from what the sampler returned.
 
-    Raises EngineError unless these are a decision's action tokens with log-probabilities: anything else would be
-    decoded as full-speed actions or poison the update.
+    Raises EngineError unless these are a decision's action tokens with log-probabilities, and a value that is a number
+    where there is one: anything else would be decoded as full-speed actions or poison the update.
     """
     if len(token_ids) != actions.num_tokens or len(log_probs) != actions.num_tokens:
         raise EngineError(f"the engine sampled {len(token_ids)} tokens, a decision has {actions.num_tokens}")
@@ -142,8 +148,11 @@ def checked_reply(
             raise EngineError(f"the engine sampled id {token_id}, which is not an action token {actions.token_ids}")
         if not (math.isfinite(log_prob) and log_prob <= LOG_PROB_TOLERANCE):
             raise EngineError(f"the engine reported log-probability {log_prob}; {NOT_FINITE}")
+    if value is not None and not math.isfinite(value):
+        raise EngineError(f"the engine reported value {value}; {NOT_FINITE}")
     return SampleReply(
         tokens=np.asarray(token_ids, dtype=np.int64),
         log_probs=np.asarray(log_probs, dtype=np.float32),
         policy_version=policy_version,
+        value=value,
     )

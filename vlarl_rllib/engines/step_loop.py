@@ -43,6 +43,8 @@ class Sampled:
     request_id: str
     token_ids: list[int]
     log_probs: list[float]
+    value: float | None = None
+    """Where it is asked for."""
 
 
 class Stepper(Protocol):
@@ -248,7 +250,7 @@ class StepLoop:
             self._batch_seconds = now - self._batch_began
 
     def _deliver(self, sampled: Sampled) -> None:
-        reply = checked_reply(sampled.token_ids, sampled.log_probs, self._actions, self.policy_version)
+        reply = checked_reply(sampled.token_ids, sampled.log_probs, self._actions, self.policy_version, sampled.value)
         call, index = self._in_flight.pop(sampled.request_id)
         self.num_decisions += 1
         self.latencies.append(time.perf_counter() - call.since)

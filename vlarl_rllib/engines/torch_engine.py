@@ -22,6 +22,8 @@ from vlarl_rllib.weights.protocol import TransferError
 from vlarl_rllib.weights.receiver import Receiver
 from vlarl_rllib.weights.source import expected_tensors
 
+NO_VALUES = "the policy's sample_action_tokens gives no values; set training.values to learner, or have it give them"
+
 
 class TorchEngine:
     """See `Engine`. Not for several threads at once; `LocalSampler` takes care of that.
@@ -42,9 +44,12 @@ class TorchEngine:
         family = load_family(spec.family)
         self._facts = family.read_facts(spec.model_path)
         self._model = family.load(spec.model_path, dtype=getattr(torch, spec.dtype))
+        if spec.values:
+            self._model.add_value_head(spec.seed)
+        self._with_values = spec.values
         self._model.to(self._device).eval()
         self._parameters = dict(self._model.named_parameters())
-        self.expected, self._base = expected_tensors(self._model), ""
+        self.expected, self._base = expected_tensors(self._model, value_head=spec.values), ""
         self._processor = family.processor(spec.model_path)
         self.actions = self._facts.actions
         self.num_decisions = 0
@@ -115,14 +120,21 @@ class TorchEngine:
         inputs = self._processor.raw_inputs(
             [request.image for request in requests], [request.instruction for request in requests]
         )
-        tokens, log_probs = self._model.sample_action_tokens(
+        sampled = self._model.sample_action_tokens(
             **{name: tensor.to(self._device) for name, tensor in inputs.items()},
             temperatures=torch.tensor([request.temperature for request in requests], device=self._device),
             seeds=[request.seed for request in requests],
         )
+        values: list[float | None] = [None] * len(requests)
+        if self._with_values:
+            if sampled.values is None:
+                raise EngineError(NO_VALUES)
+            values = sampled.values.tolist()
         return [
-            checked_reply(token_row, log_prob_row, self._facts.actions, self.policy_version)
-            for token_row, log_prob_row in zip(tokens.tolist(), log_probs.tolist(), strict=True)
+            checked_reply(token_row, log_prob_row, self._facts.actions, self.policy_version, value)
+            for token_row, log_prob_row, value in zip(
+                sampled.tokens.tolist(), sampled.log_probs.tolist(), values, strict=True
+            )
         ]
 
 
@@ -144,7 +156,7 @@ class TorchStepper:
         chosen = list(self._waiting)[: self._engine.max_batch]
         replies = self._engine.sample([self._waiting.pop(request_id) for request_id in chosen])
         return [
-            Sampled(request_id, reply.tokens.tolist(), reply.log_probs.tolist())
+            Sampled(request_id, reply.tokens.tolist(), reply.log_probs.tolist(), reply.value)
             for request_id, reply in zip(chosen, replies, strict=True)
         ]
 

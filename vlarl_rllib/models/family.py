@@ -130,6 +130,8 @@ class SampledTokens(NamedTuple):
     """[B, A] int64 token ids."""
     log_probs: Tensor
     """[B, A] float32 over the V action ids, at the row's temperature; at 1 where that is 0."""
+    values: Tensor | None = None
+    """[B] float32, as a forward pass has them; None without a value head."""
 
 
 class Policy(Protocol):
@@ -167,9 +169,8 @@ class Policy(Protocol):
         temperatures: Tensor,
         seeds: Sequence[int],
     ) -> SampledTokens:
-        """One decision for each row; each depends on its own inputs, temperature [B] (0 = greedy) and seed alone.
-
-        All tensors are on the model's device."""
+        """One decision for each row, and its value where there is a value head; a row depends on its own inputs,
+        temperature [B] (0 = greedy) and seed alone. All tensors are on the model's device."""
         ...
 
     def add_value_head(self, seed: int) -> Any:

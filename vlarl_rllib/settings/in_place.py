@@ -14,11 +14,13 @@ IN_PLACE = (
 )  # fmt: skip
 """Keys, or sections, that learners and runners read anew. All others say which processes there are, and what is in
 them."""
+OF_ENGINES = ("training.values",)
+"""Keys of those sections that say what is in an engine."""
 
 
 def can_change_in_place(key: str) -> bool:
     """Whether a running trial can take another value of this dotted key."""
-    return any(key == known or key.startswith(f"{known.rstrip('.')}.") for known in IN_PLACE)
+    return key not in OF_ENGINES and any(key == known or key.startswith(f"{known.rstrip('.')}.") for known in IN_PLACE)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

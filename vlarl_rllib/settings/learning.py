@@ -56,6 +56,11 @@ class TrainingSettings(Section):
     importance_cap: PositiveFloat = Field(
         2.0, description="Cap of the importance weight learner/sampler under old_log_probs: recompute."
     )
+    values: Literal["learner", "engine"] = Field(
+        "learner",
+        description="Of gae: learner = from a pass over all frames before the update; engine = from the engines, which "
+        "then evaluate the value head while they sample.",
+    )
     advantages: Literal["gae", "grpo", "rloo"] = Field(
         "gae",
         description="gae = from the critic; grpo, rloo = of whole episodes against their group (arXiv 2402.03300, "
@@ -85,7 +90,7 @@ class TrainingSettings(Section):
     @property
     def scores_all(self) -> bool:
         """Whether an update needs the learner's values or log-probs of every decision from before it."""
-        return self.advantages == "gae" or self.old_log_probs == "recompute"
+        return (self.advantages == "gae" and self.values == "learner") or self.old_log_probs == "recompute"
 
 
 class RewardSettings(Section):

@@ -24,6 +24,7 @@ def impossible_combinations(s: Sections) -> Iterator[str]:
     yield from _impossible_resources(s)
     yield from _impossible_places(s)
     yield from _impossible_groups(s)
+    yield from _impossible_values(s)
     yield from _impossible_ahead(s)
     yield from _impossible_learners(s)
     yield from _impossible_engines(s)
@@ -294,6 +295,26 @@ def _impossible_groups(s: Sections) -> Iterator[str]:
             f"rewards.value_shaping: {s.rewards.value_shaping:g} needs a trained critic, which "
             f"training.advantages {kind} has not; "
             "set it to 0, or advantages to gae"
+        )
+
+
+def _impossible_values(s: Sections) -> Iterator[str]:
+    if s.training.values == "learner":
+        return
+    if s.model.critic != "shared_head":
+        yield (
+            f"training.values: engine is of the policy's own value head, and model.critic is {s.model.critic}; set "
+            "that to shared_head, or values to learner"
+        )
+    if s.training.advantages != "gae":
+        yield (
+            f"training.values: engine would not be used, since training.advantages is {s.training.advantages}; set "
+            "values to learner, or advantages to gae"
+        )
+    if s.training.old_log_probs != "behaviour":
+        yield (
+            f"training.values: engine saves nothing, since training.old_log_probs {s.training.old_log_probs} scores "
+            "all decisions anyway; set that to behaviour, or values to learner"
         )
 
 

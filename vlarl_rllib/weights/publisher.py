@@ -32,10 +32,13 @@ class Publisher:
     Args:
         model: the policy, sharded or whole.
         dtype: in which its weights travel: the engines'.
+        value_head: whether engines have one too; it travels in float32.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, settings: WeightSettings, rank: int) -> None:
-        self._model, self._dtype, self._is_first = model, dtype, rank == 0
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, settings: WeightSettings, rank: int, *, value_head: bool = False
+    ) -> None:
+        self._model, self._dtype, self._is_first, self._value_head = model, dtype, rank == 0, value_head
         self._bucket_bytes, self._with_checksums = settings.bucket_mb * 2**20, settings.checksum
         self._transport: WeightTransport | None = None
         self._plan: list[tuple[TensorSpec, ...]] = []
@@ -67,7 +70,7 @@ class Publisher:
             self._kept = []
         if self._transport is None or self._transport.name != transport:
             self._transport = find_transport(transport)
-        self._parameters = {item.name: item for item in published_parameters(self._model)}
+        self._parameters = {item.name: item for item in published_parameters(self._model, value_head=self._value_head)}
         if not self._parameters:
             raise ValueError(NOTHING_TO_SEND)
         specs = tuple(item.spec(self._dtype) for item in self._parameters.values())

@@ -1,6 +1,6 @@
 """Which tensors a policy consists of, under their published names, and how to gather them for a push.
 
-The value head is the trainer's own: no engine has one, so it never travels.
+The value head is the trainer's own, unless engines give values: then they have one too, and it travels.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ class Published:
         """Whether training changes it."""
         return self.adapted is not None or self.parameter.requires_grad
 
+    def _type(self, dtype: torch.dtype) -> torch.dtype:
+        """What it travels in where the policy does in `dtype`: values are computed in float32 everywhere."""
+        return torch.float32 if self.name.startswith(VALUE_HEAD_PREFIX) else dtype
+
     def spec(self, dtype: torch.dtype) -> TensorSpec:
-        """Of the whole tensor in `dtype`."""
+        """Of the whole tensor, where the policy travels in `dtype`."""
+        dtype = self._type(dtype)
         shape = tuple(self.parameter.shape)
         if self.adapted is not None:  # the base may be packed
             lora_a, lora_b, _ = self.adapted.factors
@@ -54,10 +59,11 @@ class Published:
         """The whole tensor, on the learner's device. Collective where it is sharded.
 
         Args:
-            dtype: shards are cast before they are gathered, so bfloat16 halves the traffic. Adapters are merged, always
-                anew from the base, before their weight is cast.
+            dtype: of the policy, as in `spec`; shards are cast before they are gathered, so bfloat16 halves the
+                traffic. Adapters are merged, always anew from the base, before their weight is cast.
             copy: never memory that the model goes on using, which on one rank the whole tensor may be.
         """
+        dtype = self._type(dtype)
         if self.adapted is not None:
             own = whole = cast(Tensor, self.adapted.published_weight(_gather))
         else:
@@ -66,21 +72,25 @@ class Published:
         return tensor.clone() if copy and tensor.data_ptr() == own.data_ptr() else tensor
 
 
-def published_parameters(model: nn.Module) -> Iterator[Published]:
-    """What an engine has to hold, in the same order on every rank."""
+def published_parameters(model: nn.Module, *, value_head: bool = False) -> Iterator[Published]:
+    """What an engine has to hold, in the same order on every rank.
+
+    Args:
+        value_head: whether the model's, too.
+    """
     adapted = {
         f"{name}.base_layer.weight": module
         for name, module in model.named_modules()
         if hasattr(module, "published_weight")
     }
     for name, parameter in model.named_parameters():
-        if not name.startswith(VALUE_HEAD_PREFIX) and not ADAPTER.search(name):
+        if not ADAPTER.search(name) and (value_head or not name.startswith(VALUE_HEAD_PREFIX)):
             yield Published(name.replace(".base_layer.", "."), parameter, adapted.get(name))
 
 
-def expected_tensors(model: nn.Module) -> Shapes:
-    """Names and full shapes of a policy's tensors, the value head excluded."""
-    return {item.name: tuple(item.parameter.shape) for item in published_parameters(model)}
+def expected_tensors(model: nn.Module, *, value_head: bool = False) -> Shapes:
+    """Names and full shapes of a policy's tensors, without its value head unless that is asked for."""
+    return {item.name: tuple(item.parameter.shape) for item in published_parameters(model, value_head=value_head)}
 
 
 def iterate_weights(model: nn.Module, dtype: torch.dtype, *, to_host: bool = True) -> NamedTensors:

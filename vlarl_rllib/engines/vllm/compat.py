@@ -56,6 +56,9 @@ MOST_PROMPTS = 512
 MAX_STEP_TOKENS = 32768
 """Bound on the tokens of one step, hence on activation memory; more prompts wait for the next step."""
 
+VALUE_HEAD_KEY = "vlarl_value_head"
+"""Of the model's config as vLLM has it: whether the policy has its value head."""
+
 
 def library_version() -> str:
     """For example "vllm 0.32.0"; warns once where nobody has tried that version."""
@@ -246,7 +249,7 @@ def build_engine(spec: EngineSpec, config: Any, num_tokens: int, architecture: s
     length = min(config.num_patches + MAX_PROMPT_TOKENS + num_tokens, text.max_position_embeddings)
     arguments = EngineArgs(
         model=spec.model_path,
-        hf_overrides={"architectures": [architecture]},
+        hf_overrides={"architectures": [architecture], VALUE_HEAD_KEY: spec.values},
         load_format="safetensors",  # "auto" would fall back to pickles
         dtype=spec.dtype,  # type: ignore[arg-type]
         quantization=spec.quantization,  # type: ignore[arg-type]

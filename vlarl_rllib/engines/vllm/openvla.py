@@ -20,10 +20,12 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
-from vlarl_rllib.engines.vllm.compat import engine_input
+from vlarl_rllib.engines.vllm.compat import VALUE_HEAD_KEY, engine_input
 from vlarl_rllib.engines.vllm.frame_encoder import FrameEncoder
+from vlarl_rllib.models.critic import ValueHead
 from vlarl_rllib.models.openvla import OpenVLAConfig, PrismaticVisionBackbone
 from vlarl_rllib.models.openvla.modeling import PrismaticProjector
+from vlarl_rllib.weights.source import VALUE_HEAD_PREFIX
 
 
 class FrameInfo(BaseProcessingInfo):
@@ -72,7 +74,12 @@ class DummyFrame(BaseMultiModalProcessor[FrameInfo]):
 
 @MULTIMODAL_REGISTRY.register_processor(DummyFrame, info=FrameInfo, dummy_inputs=NoDummyData)
 class VlarlOpenVLA(nn.Module, SupportsMultiModal):
-    """OpenVLA that samples action tokens and nothing else; parameter names are the published ones."""
+    """OpenVLA that samples action tokens and nothing else; parameter names are the published ones.
+
+    Attributes:
+        value_head: all values 0 until weights come; None where none is asked for.
+        watcher: told the hidden states [N, D] of the positions that each step samples at.
+    """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -86,6 +93,9 @@ class VlarlOpenVLA(nn.Module, SupportsMultiModal):
         )
         self._frames_to_patches: Callable[[Tensor], Tensor] = self._encode
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        wanted = getattr(model.hf_config, VALUE_HEAD_KEY, False)
+        self.value_head = ValueHead(config.text_config.hidden_size).float() if wanted else None
+        self.watcher: Callable[[Tensor], None] | None = None
         if vllm_config.device_config.device_type == "cuda" and not model.enforce_eager:
             self._frames_to_patches = FrameEncoder(self._encode, scheduler.max_num_seqs)
         self._action_ids = config.action_token_ids
@@ -120,6 +130,8 @@ class VlarlOpenVLA(nn.Module, SupportsMultiModal):
 
         It takes the place of `allowed_token_ids`, of which vLLM would keep, copy and apply a list per request.
         """
+        if self.watcher is not None:
+            self.watcher(hidden_states)
         ids = slice(self._action_ids.start, self._action_ids.stop)
         lm_head: Any = self.language_model.lm_head
         logits = hidden_states.new_full((len(hidden_states), self._vocab_size), -torch.inf, dtype=torch.float32)
@@ -127,8 +139,12 @@ class VlarlOpenVLA(nn.Module, SupportsMultiModal):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Take tensors under their published names; vLLM fuses q, k, v and gate, up itself."""
-        return AutoWeightsLoader(self).load_weights(weights)
+        """Take tensors under their published names; vLLM fuses q, k, v and gate, up itself.
+
+        The value head counts as loaded, since no checkpoint has one.
+        """
+        own = {name for name, _ in self.named_parameters() if name.startswith(VALUE_HEAD_PREFIX)}
+        return AutoWeightsLoader(self).load_weights(weights) | own
 
 
 def _projector(vision_dim: int, text_dim: int) -> PrismaticProjector:

@@ -13,6 +13,7 @@ from vlarl_rllib.engines.protocol import EngineError, EngineSpec
 from vlarl_rllib.engines.step_loop import Sampled
 from vlarl_rllib.engines.vllm import compat as vllm_compat
 from vlarl_rllib.engines.vllm.plugin import TRANSFER_BACKEND, architecture_of, register
+from vlarl_rllib.engines.vllm.prompt_values import PromptValues
 from vlarl_rllib.models.family import load_family
 from vlarl_rllib.types import SampleRequest
 
@@ -31,6 +32,7 @@ class VLLMStepper:
         self._engine = vllm_compat.build_engine(spec, config, num_tokens, architecture, TRANSFER_BACKEND)
         image_ids = [config.image_token_index] * config.num_patches
         self._admission = vllm_compat.Admission(self._engine, num_tokens, image_ids)
+        self._values = PromptValues(self._engine) if spec.values else None
         self.device = vllm_compat.device_name()
         self.library = vllm_compat.library_version()
 
@@ -44,12 +46,13 @@ class VLLMStepper:
         for output in self._engine.step():
             if not output.finished:
                 continue
+            value = None if self._values is None else self._values.take(output.request_id)
             completion: Any = output.outputs[0]  # type: ignore[index]
             token_ids = list(completion.token_ids)
             if completion.logprobs is None or len(completion.logprobs) != len(token_ids):
                 raise EngineError("vLLM returned tokens without their log-probabilities")
             log_probs = [entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)]
-            finished.append(Sampled(output.request_id, token_ids, log_probs))
+            finished.append(Sampled(output.request_id, token_ids, log_probs, value))
         return finished
 
     def begin_load(self) -> None:

@@ -263,12 +263,13 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 from torch's global generator.
 
         Returns:
-            tokens [B, 7] int64, and their log-probs [B, 7] float32 over the 256 action ids at the row's temperature.
+            tokens [B, 7] int64, their log-probs [B, 7] float32 over the 256 action ids at the row's temperature, and
+            values [B] where there is a value head.
         """
         temperatures = temperatures.to(self.device, torch.float32)
         greedy = temperatures == 0
         temperatures = torch.where(greedy, torch.ones_like(temperatures), temperatures)
-        return SampledTokens(*self._decode(input_ids, attention_mask, pixel_values, temperatures, greedy, seeds))
+        return self._decode(input_ids, attention_mask, pixel_values, temperatures, greedy, seeds)
 
     @torch.no_grad()
     def predict_action(
@@ -299,7 +300,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         batch = len(input_ids)
         temperatures = torch.full((batch,), temperature, device=self.device)
         greedy = torch.full((batch,), not do_sample, device=self.device)
-        tokens, log_probs = self._decode(input_ids, attention_mask, pixel_values, temperatures, greedy, seeds)
+        tokens, log_probs, _ = self._decode(input_ids, attention_mask, pixel_values, temperatures, greedy, seeds)
         tokenizer = self.action_tokenizer
         actions = tokenizer.unnormalize(tokenizer.decode(tokens.cpu().numpy()), stats)
         return ActionPrediction(actions, tokens, log_probs)
@@ -312,7 +313,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         temperatures: Tensor,
         greedy: Tensor,
         seeds: Tensor | list[int] | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> SampledTokens:
         """Prefill, then one cached step per further token. Pads stay in the cache, hidden by a mask."""
         if self.training and self.is_gradient_checkpointing:
             raise ValueError("gradient checkpointing drops the cache in training mode; call model.eval() to sample")
@@ -330,6 +331,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         hidden = decoder(
             inputs_embeds=embeddings, past_key_values=cache, use_cache=True, read_positions=position[:, None]
         ).last_hidden_state
+        values = None if self.value_head is None else self.value_head(hidden[:, 0])
         tokens, log_probs = [], []
         for step in range(NUM_ACTION_TOKENS):
             index, log_prob = choose_tokens(self._action_rows(hidden[:, 0]), temperatures, greedy, noise[:, step])
@@ -343,7 +345,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                     past_key_values=cache,
                     use_cache=True,
                 ).last_hidden_state
-        return torch.stack(tokens, dim=1), torch.stack(log_probs, dim=1)
+        return SampledTokens(torch.stack(tokens, dim=1), torch.stack(log_probs, dim=1), values)
 
     def _vision_features(self, pixel_values: Tensor | None, vision_features: Tensor | None) -> Tensor:
         """[B, P, vision width], computed unless they are given."""
