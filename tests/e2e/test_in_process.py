@@ -130,13 +130,38 @@ def names_of(row: dict[str, Any]) -> set[str]:
     return names
 
 
-def test_the_page_on_metrics_explains_what_a_row_has(results: list[dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def valued(ray_session: None) -> Iterator[list[dict[str, Any]]]:
+    """The same run, and more of it, where the sampler gives the values."""
+    algorithm = build(training={"values": "engine"}, evaluation={"episodes": 0}).build_algo()
+    yield [algorithm.train() for _ in range(ITERATIONS + 2)]
+    algorithm.stop()
+
+
+def test_values_of_the_sampler_make_the_same_run(results: list[dict[str, Any]], valued: list[dict[str, Any]]) -> None:
+    """All are 0 until an episode has ended, from then on what the critic has learned; the gap is over all decisions."""
+    told = ("first_policy_loss", "first_value_loss", "advantage_abs_mean", "value_mean", "explained_variance")
+    for result, expected in zip(valued, results, strict=False):
+        row, first = result["vlarl"], expected["vlarl"]
+        assert row["token_checksum"] == first["token_checksum"]
+        assert {name: row[name] for name in told} == pytest.approx(
+            {name: first[name] for name in told}, rel=1e-4, abs=1e-5
+        )
+        assert "value_gap_mean" not in first
+    rows = [result["vlarl"] for result in valued]
+    assert all(row["value_gap_mean"] <= row["value_gap_max"] < 1e-6 for row in rows)
+    assert abs(rows[-1]["value_mean"]) > 1e-4
+
+
+def test_the_page_on_metrics_explains_what_a_row_has(
+    results: list[dict[str, Any]], valued: list[dict[str, Any]]
+) -> None:
     """Both ways: nothing is missing there, and nothing is explained that there is not."""
     rows = PAGE.read_text().partition("## Exported")[0].splitlines()
     columns = [line.split(" | ")[0] for line in rows if line.startswith("| `")]
     explained = [name for column in columns for name in re.findall(r"`([\w.]+)`", column)]
     assert len(explained) == len(set(explained))
-    assert set(explained) == set().union(*(names_of(iteration_row(result)) for result in results))
+    assert set(explained) == set().union(*(names_of(iteration_row(result)) for result in (*results, *valued)))
 
 
 def test_rates_are_amounts_over_seconds(results: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import ray
 import torch
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 from torch.distributed.tensor import DTensor
 
 from vlarl_rllib.config import VLAPPOConfig
@@ -15,7 +16,7 @@ from vlarl_rllib.learner.learner_group import VLALearnerGroup
 from vlarl_rllib.learner.replay import Capture, Tensors
 from vlarl_rllib.models.family import ActionFormat
 from vlarl_rllib.settings import Settings
-from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VERSION_KEY
+from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VALUE_KEY, VERSION_KEY
 from vlarl_rllib.weights.receiver import Receiver
 from vlarl_rllib.weights.sync import WeightSync
 
@@ -83,8 +84,21 @@ def build(
     return config.build_learner_group(spaces={"__env__": SPACES, "__env_single__": SPACES, "default_policy": SPACES})
 
 
-def update(group: VLALearnerGroup, iteration: int = 0) -> dict[str, float]:
-    episodes = contributions()
+def add_values(episodes: list[list[SingleAgentEpisode]], group: VLALearnerGroup) -> None:
+    """What an engine with the weights of this local group would reply, which has no separate critic."""
+    policy, processor = group._learner.sharded.policy, group._learner._processor
+    for episode in (episode for contribution in episodes for episode in contribution):
+        frames = list(episode.get_observations(slice(0, len(episode))))
+        inputs = processor.raw_inputs(frames, [episode.custom_data[INSTRUCTION_KEY]] * len(frames))
+        with torch.no_grad():
+            values = policy(**inputs).values
+        episode.extra_model_outputs[VALUE_KEY] = InfiniteLookbackBuffer(values.numpy())
+
+
+def update(
+    group: VLALearnerGroup, iteration: int = 0, episodes: list[list[SingleAgentEpisode]] | None = None
+) -> dict[str, float]:
+    episodes = episodes or contributions()
     refs = [ray.put(fragments) for fragments in episodes] if group.is_remote else episodes
     assert group.receive(refs, STEPS) == []
     results = group.update(iteration=iteration)

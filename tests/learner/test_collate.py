@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 
 from vlarl_rllib.learner.collate import UpdatePlan, assign_owners, collate
 from vlarl_rllib.models.family import ActionFormat
-from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VERSION_KEY
+from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VALUE_KEY, VERSION_KEY
 
 
 def fragment(length: int, first: int, *, terminated: bool = False, instruction: str = "reach") -> SingleAgentEpisode:
@@ -54,6 +55,15 @@ def test_steps_then_bootstrap_frames() -> None:
     assert batch.tokens[:, 0].tolist() == [10, 11, 20, 21, 22, 30]
     assert batch.rows(batch.rewards).tolist() == [[100, 110, 0], [200, 210, 220], [300, 0, 0]]
     assert torch.equal(batch.flat(batch.rows(batch.rewards)), batch.rewards)
+
+
+def test_values_of_the_sampler_are_there_where_it_gave_them() -> None:
+    without, given = [fragment(2, 10)], [fragment(2, 10), fragment(1, 20)]
+    assert collate([without], prompt_ids, ACTIONS).behaviour_values is None
+    for episode, values in zip(given, ([0.25, -1.5], [3.0]), strict=True):
+        episode.extra_model_outputs[VALUE_KEY] = InfiniteLookbackBuffer(np.array(values))
+    values = collate([given], prompt_ids, ACTIONS).behaviour_values
+    assert values is not None and values.tolist() == [0.25, -1.5, 3.0] and values.dtype == torch.float32
 
 
 def test_nothing_to_collate_is_refused() -> None:

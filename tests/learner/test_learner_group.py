@@ -14,6 +14,7 @@ import ray
 import torch
 from learner_helpers import (
     STEPS,
+    add_values,
     contributions,
     largest_difference,
     pretend_capture,
@@ -26,6 +27,7 @@ from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.device_batch import DeviceBatch
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
+from vlarl_rllib.learner.passes import PPOPasses
 from vlarl_rllib.learner.rank_group import LearnerError, LearnerGroupError
 from vlarl_rllib.learner.sharded_policy import ShardedPolicy
 from vlarl_rllib.settings.learning import TrainingSettings
@@ -77,6 +79,20 @@ def test_0_and_2_learners_make_the_same_update_and_load_each_others_checkpoint(
     two.call("load_sharded", str(tmp_path))
     update(two, 1)
     assert largest_difference(local_second, weights(two, 3)) <= 2e-5
+
+    # With values of the engines one rank scores 2 frames and the other 3, in as many passes.
+    def take_values(learner: Any) -> None:
+        chosen = {"values": "engine", "old_log_probs": "behaviour", "num_epochs": 1}
+        learner.settings = learner.settings.replaced(training=chosen, learners={"micro_batch_size": 1})
+
+    episodes = contributions()
+    add_values(episodes, local)
+    for group in (local, two):
+        group.call("apply", take_values)
+    expected, metrics = update(local, 2, episodes), update(two, 2, episodes)
+    for name in ("policy_loss", "value_loss", "advantage_abs_mean", "value_mean"):
+        assert metrics[name] == pytest.approx(expected[name], abs=1e-4), name
+    assert abs(metrics["value_mean"]) > 1e-3
 
 
 def test_compiled_blocks_of_fixed_shapes_make_the_same_update(
@@ -164,6 +180,36 @@ def test_where_nothing_needs_all_scores_one_pass_measures_the_gap(
     assert largest_difference(weights(some, 1), weights(every, 1)) == 0.0
     assert metrics["policy_loss"] == expected["policy_loss"] != 0.0
     assert 0.0 < metrics["logprob_gap_max"] <= expected["logprob_gap_max"]
+
+
+def test_values_of_the_engines_make_the_same_update_and_save_most_scores(
+    make_group: Callable[..., VLALearnerGroup], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a value head that has learned something, so that it matters what the values are."""
+    chosen = {"old_log_probs": "behaviour", "num_epochs": 1}
+    every, engine = make_group(0, **chosen), make_group(0, **chosen, values="engine")
+    update(every)
+    every.call("save_sharded", str(tmp_path))
+    engine.call("load_sharded", str(tmp_path))
+    episodes = contributions()
+    add_values(episodes, every)
+    scored: list[int] = []
+    score = PPOPasses.score
+
+    def counting(passes: PPOPasses, data: DeviceBatch, frames: np.ndarray, rows: int) -> Any:
+        scored.extend(frames)
+        return score(passes, data, frames, rows)
+
+    monkeypatch.setattr(PPOPasses, "score", counting)
+    expected, all_scored = update(every, 1, episodes), scored.copy()
+    scored.clear()
+    metrics = update(engine, 1, episodes)
+    assert len(all_scored) == 33 and len(scored) == 7, "a micro-batch of 4, and what lies behind 3 fragments"
+    assert metrics["logprob_gap_samples"] == 4 and metrics["value_gap_max"] < 1e-5
+    names = ("policy_loss", "value_loss", "first_value_loss", "advantage_abs_mean", "value_mean", "explained_variance")
+    for name in names:
+        assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
+    assert abs(metrics["value_mean"]) > 1e-3
 
 
 def test_reductions_leave_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:

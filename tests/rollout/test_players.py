@@ -6,13 +6,14 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from vlarl_rllib.envs.vector import SlotEvent
 from vlarl_rllib.rewards import Reward, RewardEpisode, Success, WeightedRewards
 from vlarl_rllib.rollout.curriculum import AdaptiveCurriculum, FixedCurriculum
 from vlarl_rllib.rollout.players import TrainingPlayer, is_uniform, num_env_steps
-from vlarl_rllib.types import EpisodeResult, SampleReply
+from vlarl_rllib.types import VALUE_KEY, EpisodeResult, SampleReply
 
 SPACES = (gym.spaces.Box(0, 255, (2, 2, 3), np.uint8), gym.spaces.MultiDiscrete([256] * 7))
 
@@ -47,6 +48,19 @@ def player(
         decode=decode, num_actions=num_actions, gamma=0.5, seed=1,
         whole_episodes=whole_episodes, group_size=group_size,
     )  # fmt: skip
+
+
+def test_values_go_under_rllibs_name_and_only_where_the_sampler_gives_them() -> None:
+    assert VALUE_KEY == Columns.VF_PREDS
+    for value, values in ((None, []), (-0.5, [-0.5, -0.5])):
+        slot = player()
+        slot.begin_iteration(0, 2)
+        slot.started(event("reset", 0))
+        for frame in (1, 2):
+            slot.stepped(replace(reply(), value=value), event("step", frame))
+        ((episode,),) = slot.take()
+        found = episode.get_extra_model_outputs(VALUE_KEY) if VALUE_KEY in episode.extra_model_outputs else []
+        assert list(found) == values
 
 
 def test_an_episode_goes_on_across_iterations_and_a_success_is_scaled() -> None:

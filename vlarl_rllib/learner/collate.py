@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vlarl_rllib.models.family import ActionFormat
-from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VERSION_KEY
+from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VALUE_KEY, VERSION_KEY
 
 if TYPE_CHECKING:
     from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -59,10 +59,17 @@ class RolloutBatch:
     """[F] int64: index into `frames` of the frame behind the fragment; -1 after termination."""
     contribution_steps: tuple[int, ...]
     """Decisions of each contribution, in order; they sum to N."""
+    behaviour_values: Tensor | None = None
+    """[N] float32 the sampler's; None where it gave none."""
 
     @property
     def num_decisions(self) -> int:
         return len(self.tokens)
+
+    @property
+    def frames_behind(self) -> np.ndarray:
+        """[E] int64 indices into `frames` of those that no decision was made on."""
+        return np.arange(self.num_decisions, len(self.frames))
 
     def rows(self, flat: Tensor) -> Tensor:
         """[N] -> [F, T], zero behind the end of a fragment."""
@@ -116,6 +123,7 @@ def collate(
         [prompts.setdefault(episode.custom_data[INSTRUCTION_KEY], len(prompts)) for episode in fragments]
     )
     fragment = np.repeat(np.arange(len(fragments)), lengths)
+    with_values = VALUE_KEY in fragments[0].extra_model_outputs
     return RolloutBatch(
         frames=np.concatenate(
             [images[:-1] for images in frames]
@@ -137,6 +145,7 @@ def collate(
         fragment_terminated=terminated,
         fragment_bootstrap=bootstrap,
         contribution_steps=tuple(sum(len(episode) for episode in contribution) for contribution in contributions),
+        behaviour_values=torch.from_numpy(_column(fragments, VALUE_KEY, np.float32)) if with_values else None,
     )
 
 

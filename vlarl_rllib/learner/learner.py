@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 
 from vlarl_rllib.rllib_compat import without_tensorflow
 
@@ -36,11 +35,12 @@ from vlarl_rllib.errors import lower_the_rates
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.advantages import advantages_and_targets
 from vlarl_rllib.learner.collate import RolloutBatch, UpdatePlan, collate
-from vlarl_rllib.learner.device_batch import DeviceBatch, score_passes, some_of
+from vlarl_rllib.learner.device_batch import DeviceBatch
 from vlarl_rllib.learner.history import averaged
 from vlarl_rllib.learner.loss import added_up
 from vlarl_rllib.learner.passes import PPOPasses
 from vlarl_rllib.learner.rank import Rank
+from vlarl_rllib.learner.scores import Gaps, RolloutScores, measure_gaps, score_rollout
 from vlarl_rllib.learner.sharded_policy import CRITIC, POLICY, OptimizerStep, ShardedPolicy
 from vlarl_rllib.models.build import build_models
 from vlarl_rllib.models.family import family_of
@@ -65,8 +65,8 @@ class VLALearner(Rank, PPOTorchLearner):
         super().__init__(**kwargs)
         self.settings = Settings.from_dict(self.config.vla)
         self._batch: RolloutBatch | None = None
-        self._gap = 0.0, 0.0
-        """Mean and largest log-prob gap, as of when decisions of the newest policy came in last."""
+        self._gaps = Gaps()
+        """As of when decisions of the newest policy came in last."""
 
     def join(self, rank: int, world_size: int, address: str, port: int) -> int:
         self._set_learner_index_and_placement_group(learner_index=rank, placement_group=None)
@@ -195,15 +195,10 @@ class VLALearner(Rank, PPOTorchLearner):
         """What the loss of each decision compares with, from before the first optimiser step, on the device; everything
         [N], log-probs [N, A]."""
         training, batch = self.settings.training, data.batch
-        if training.scores_all:
-            scored = np.arange(batch.num_decisions)
-            values, log_probs = self._score(data)
-        else:  # a part says how far sampler and learner are from each other
-            scored = some_of(batch.num_decisions, self.settings.learners.micro_batch_size)
-            values, log_probs = torch.zeros(len(batch.frames)), self._score_some(data, scored)
-        old_values = values[: batch.num_decisions]
-        advantages, value_targets = advantages_and_targets(batch, values, self.settings)
-        self._log_gap(batch, scored, log_probs)
+        scores = score_rollout(self._passes, data, self.settings, fixed=self.sharded.fixed_shapes)
+        old_values = scores.values[: batch.num_decisions]
+        advantages, value_targets = advantages_and_targets(batch, scores.values, self.settings)
+        self._log_gaps(batch, scores)
         self._log_targets(batch, old_values, value_targets, advantages)
         recomputes = training.old_log_probs == "recompute"
         targets = {
@@ -213,29 +208,9 @@ class VLALearner(Rank, PPOTorchLearner):
             if training.advantages == "gae" and training.normalize_advantages
             else advantages,
             "behaviour_log_probs": batch.behaviour_log_probs,
-            "old_log_probs": log_probs if recomputes else batch.behaviour_log_probs,
+            "old_log_probs": scores.log_probs if recomputes else batch.behaviour_log_probs,
         }
         return {name: target.to(self._device) for name, target in targets.items()}
-
-    def _score(self, data: DeviceBatch) -> tuple[Tensor, Tensor]:
-        """Values [N+E] of all frames and log-probs [N, A] of the tokens taken."""
-        batch, scores, start, fixed = data.batch, [], 0, self.sharded.fixed_shapes
-        most = int(fsdp.all_reduce_max(len(batch.frames)))  # of any rank
-        for rows in score_passes(most, self.settings.learners.micro_batch_size, fixed=fixed):
-            frames = np.arange(min(start, len(batch.frames)), min(start + rows, len(batch.frames)))
-            out = self._passes.score(data, frames, rows)
-            scores.append((out.values, out.log_probs))
-            if out.reusable:
-                data.keep(out.reusable)
-            start += rows
-        data.all_kept()
-        values, log_probs = (torch.cat(parts).cpu() for parts in zip(*scores, strict=True))
-        return values.float(), log_probs[: batch.num_decisions]
-
-    def _score_some(self, data: DeviceBatch, decisions: np.ndarray) -> Tensor:
-        """Log-probs [n, A] of the tokens taken in these decisions, in one pass."""
-        out = self._passes.score(data, decisions, self.settings.learners.micro_batch_size)
-        return out.log_probs.cpu()
 
     def _optimize(self, data: DeviceBatch, targets: dict[str, Tensor], plan: UpdatePlan, *, warm_up: bool) -> None:
         """All optimiser steps; the device is waited for behind the last one."""
@@ -298,17 +273,15 @@ class VLALearner(Rank, PPOTorchLearner):
 
     # Metrics; every rank logs the same numbers, so RLlib's mean over learners is the number itself
 
-    def _log_gap(self, batch: RolloutBatch, scored: np.ndarray, log_probs: Tensor) -> None:
-        """How far the sampler's log-probs are from the learner's own, [n, A] of the decisions `scored`."""
-        # A policy that is behind differs by what was learned since, not by how it is computed.
-        fresh = (batch.versions == self.module[DEFAULT_MODULE_ID].weights_version)[scored]
-        executed, behaviour = batch.executed[scored], batch.behaviour_log_probs[scored]
-        gap = torch.where(executed & fresh[:, None], (log_probs - behaviour).abs(), 0.0)
-        sums = fsdp.all_reduce_sums({"fresh": float(fresh.sum()), "gap": (gap.sum(1) / executed.sum(1)).sum().item()})
-        largest = fsdp.all_reduce_max(gap.max().item() if len(gap) else 0.0)
-        if sums["fresh"]:
-            self._gap = sums["gap"] / sums["fresh"], largest
-        self._log(logprob_gap_mean=self._gap[0], logprob_gap_max=self._gap[1], logprob_gap_samples=sums["fresh"])
+    def _log_gaps(self, batch: RolloutBatch, scores: RolloutScores) -> None:
+        """How far the sampler's log-probs, and values where it gives them, are from the learner's own."""
+        gaps = measure_gaps(batch, scores, self.module[DEFAULT_MODULE_ID].weights_version)
+        if gaps.samples:
+            self._gaps = gaps
+        mean, largest = self._gaps.log_prob_mean, self._gaps.log_prob_max
+        self._log(logprob_gap_mean=mean, logprob_gap_max=largest, logprob_gap_samples=gaps.samples)
+        if batch.behaviour_values is not None:
+            self._log(value_gap_mean=self._gaps.value_mean, value_gap_max=self._gaps.value_max)
 
     def _log_targets(self, batch: RolloutBatch, values: Tensor, targets: Tensor, advantages: Tensor) -> None:
         error, centred = (targets - values).double(), targets.double()

@@ -116,7 +116,8 @@ class ShardedPolicy:
         self.optimizers = self._make_optimizers(lr, weight_decay)
         """AdamW for the policy and, where something of it is trained, with its own learning rate for value head or
         critic."""
-        self.publisher = Publisher(policy, getattr(torch, settings.engines.dtype), settings.weights, rank)
+        engine_values, dtype = settings.training.values == "engine", getattr(torch, settings.engines.dtype)
+        self.publisher = Publisher(policy, dtype, settings.weights, rank, value_head=engine_values)
         """This rank's part in bringing the policy to the engines."""
 
     def _make_ready(self, model: nn.Module) -> Callable[..., Any]:

@@ -52,6 +52,8 @@ LEARNER_METRICS = (
     "trained_samples",
 )
 """What `VLALearner` logs for its policy."""
+VALUE_GAPS = ("value_gap_mean", "value_gap_max")
+"""The same, of runs whose engines give values."""
 APPLIED = ("lr", "value_lr", "weight_decay", "clip_low", "clip_high", "minibatch_size", "temperature")
 """What the update was made with, as the learner's optimisers and loss had it; logged as `applied_...`."""
 RUNNER_SUMS = (
@@ -205,6 +207,7 @@ def iteration_metrics(
         "return_mean": rates.return_mean,
         "episode_length": rates.episode_length,
         **{name: float(learner[name]) for name in LEARNER_METRICS},
+        **{name: float(learner[name]) for name in VALUE_GAPS if name in learner},
         **{name: float(runners[name]) for name in RUNNER_SUMS},
         "env_steps_per_second": _rate(runners[names.NUM_ENV_STEPS_SAMPLED], seconds.get("sample")),
         "decisions_per_second": _rate(runners["decisions"], seconds.get("sample")),

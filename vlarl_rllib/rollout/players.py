@@ -24,6 +24,7 @@ from vlarl_rllib.types import (
     INSTRUCTION_KEY,
     LOG_PROBS_KEY,
     STEP_REWARDS_KEY,
+    VALUE_KEY,
     VERSION_KEY,
     EpisodeResult,
     SampleReply,
@@ -196,6 +197,7 @@ class TrainingPlayer:
                 STEP_REWARDS_KEY: step_rewards,
                 DURATION_KEY: event.num_steps,
                 VERSION_KEY: reply.policy_version,
+                **({} if reply.value is None else {VALUE_KEY: reply.value}),
             },
         )
         if self.every_frame:

@@ -291,7 +291,9 @@ class RunnerCalls:
 
     def _raise_if_hopeless(self, fruitless: int, errors: Sequence[str | None]) -> None:
         if errors and all(error and NOT_FINITE in error for error in errors):
-            raise DivergedError(f"the weights give log-probabilities that are not finite; {self._if_diverged}")
+            raise DivergedError(
+                f"the weights give log-probabilities or values that are not finite; {self._if_diverged}"
+            )
         if fruitless >= MAX_FRUITLESS_ROUNDS:
             said = [error or "no error, and nothing played" for error in errors]
             said += [f"runner {index} {words}" for index, words in self._last_words.items()]
