@@ -57,7 +57,7 @@ ROWS = {
 """Of each benchmark, those that are there whatever is measured; of parts there are more."""
 ADAPTERS = ("model.lora.rank=4", "model.lora.targets=language_model")
 OPTIONS = {
-    "update": (*ADAPTERS, "--profile"),
+    "update": (*ADAPTERS, "training.values=engine", "--profile"),
     "sync": ADAPTERS,
     "sft": ("--profile",),
     "env": ("env.name=synthetic",),

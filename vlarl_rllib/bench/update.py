@@ -1,5 +1,8 @@
 """Trained samples a second: the learner's iteration on synthetic contributions, with the score pass and without.
 
+The score pass is the one that the settings ask for: where the sampler's values and log-probs serve, as those of these
+contributions then do, it is of the frames behind fragments and a micro-batch, and the plain loop makes none.
+
 N = decisions, A = tokens of each.
 """
 
@@ -34,7 +37,7 @@ from vlarl_rllib.rllib_compat import without_tensorflow
 from vlarl_rllib.rollout.slot_env import slot_spaces
 from vlarl_rllib.runs.ray_session import ray_session
 from vlarl_rllib.settings import Role, Settings, calculate_runtime_args
-from vlarl_rllib.types import DURATION_KEY, INITIAL_VERSION, INSTRUCTION_KEY, LOG_PROBS_KEY, VERSION_KEY
+from vlarl_rllib.types import DURATION_KEY, INITIAL_VERSION, INSTRUCTION_KEY, LOG_PROBS_KEY, VALUE_KEY, VERSION_KEY
 
 with without_tensorflow():
     from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -110,6 +113,7 @@ def contributions(settings: Settings, policy: BenchPolicy) -> list[list[SingleAg
                 LOG_PROBS_KEY: np.full(actions.num_tokens, even, np.float32),
                 DURATION_KEY: actions.num_actions,
                 VERSION_KEY: INITIAL_VERSION,
+                **({VALUE_KEY: 0.0} if settings.training.values == "engine" else {}),
             }
             episode.add_env_step(frames[step + 1], tokens[step], float(rewards[step]), extra_model_outputs=extra)
         portions.append([episode.to_numpy()])
@@ -181,7 +185,7 @@ def _product(
 
 
 def plain_rates(policy: BenchPolicy, device: torch.device) -> dict[bool, tuple[float, float]]:
-    """Rate and memory of the plain loop on the same batch, with a score pass before it and without."""
+    """Rate and memory of the plain loop on the same batch, with the score pass before it and without."""
     forget_peak(device)
     settings = policy.settings
     batch = collate(contributions(settings, policy), policy.processor.prompt_ids, policy.facts.actions)
@@ -203,7 +207,8 @@ def plain_rates(policy: BenchPolicy, device: torch.device) -> dict[bool, tuple[f
         return float(len(everything))
 
     def both() -> float:
-        score()
+        if settings.training.scores_all:
+            score()
         return sum(optimize() for _ in range(settings.training.num_epochs))
 
     calls: dict[bool, Callable[[], float]] = {True: both, False: optimize}
@@ -225,7 +230,8 @@ def plain_inputs(policy: BenchPolicy, batch: RolloutBatch) -> dict[str, torch.Te
 def update_ceilings(policy: BenchPolicy, peak: float) -> dict[bool, float] | None:
     """Trained samples a second at the rate `peak`, with the score pass and without; None where nothing is counted.
 
-    The frames behind fragments, one a slot, which are scored and not trained on, are left out.
+    The frames behind fragments, one a slot, which are scored and not trained on, are left out, and so is a micro-batch
+    that is scored where not all are.
     """
     scored, alone = policy.update_flops(), policy.training_flops()
     return {True: peak / scored, False: peak / alone} if scored and alone else None
