@@ -100,8 +100,10 @@ class Seen:
 
 @pytest.mark.parametrize("num_engines", [0, 1])
 def test_it_trains_end_to_end(num_engines: int, checkpoint: Path, ray_session: None) -> None:
+    """Where there is an engine, with its values."""
     seen: Any = Seen.remote()
-    config = VLAPPOConfig.from_settings(settings(checkpoint, engines={"num": num_engines, "max_batch": 3}))
+    chosen = settings(checkpoint, engines={"num": num_engines, "max_batch": 3})
+    config = VLAPPOConfig.from_settings(chosen.replaced(training={"values": "engine" if num_engines else "learner"}))
     algorithm = config.callbacks(make_callbacks(seen)).build_algo()
     try:
         results = [algorithm.train() for _ in range(ITERATIONS)]
@@ -118,6 +120,8 @@ def test_it_trains_end_to_end(num_engines: int, checkpoint: Path, ray_session: N
     assert results[-1]["env_runners"]["num_module_steps_sampled_lifetime"]["default_policy"] == len(durations)
     assert all(row["logprob_gap_max"] < 1e-5 and row["optimizer_steps"] == 2 for row in rows)
     assert rows[-1]["policy_version"] == ITERATIONS + 1
+    gaps = [row["value_gap_max"] for row in rows if "value_gap_max" in row]
+    assert len(gaps) == ITERATIONS * num_engines and all(gap < 1e-5 < abs(rows[-1]["value_mean"]) for gap in gaps)
     assert rows[0]["policy_loss"] != 0.0 and np.isfinite([row["value_loss"] for row in rows]).all()
 
     in_the_middle = 0

@@ -25,6 +25,18 @@ def test_value_head_and_only_it_stays_behind():
     assert expected_tensors(model).keys() == names
 
 
+def test_a_value_head_that_is_asked_for_travels_in_float32_beside_a_policy_in_bfloat16():
+    model = build_model(PRESETS["tiny"])
+    head = model.add_value_head(seed=2)
+    published = {item.name: item for item in published_parameters(model, value_head=True)}
+    assert published.keys() == expected_tensors(model, value_head=True).keys() == dict(model.named_parameters()).keys()
+    for name, item in published.items():
+        dtype = "float32" if name.startswith("value_head.") else "bfloat16"
+        assert item.spec(torch.bfloat16).dtype == dtype and str(item.gather(torch.bfloat16).dtype) == f"torch.{dtype}"
+    assert torch.equal(published["value_head.fc1.weight"].gather(torch.bfloat16), head.fc1.weight)
+    assert published["value_head.fc3.bias"].trained
+
+
 def test_a_configuration_expects_what_its_model_sends():
     sent = {name: tuple(tensor.shape) for name, tensor in iterate_weights(build_model(PRESETS["tiny"]), torch.float32)}
     with torch.device("meta"):
