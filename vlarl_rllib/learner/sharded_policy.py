@@ -105,8 +105,7 @@ class ShardedPolicy:
         self._whole = world_size == 1 and not self._needs_fsdp()
         self._capture = self._make_capture()
         self._replayed = WeakSet[Replayed]()
-        compiles = settings.learners.compile
-        self._compiles = device.type == "cuda" and self._capture is None if compiles is None else compiles
+        self._compiles = settings.compiles and not (settings.learners.compile is None and self._capture)
         self.fixed_shapes = self._compiles or self._capture is not None
         """Whether passes should have the same shapes each time: another shape is compiled, or recorded, anew."""
         self._calls = {name: self._make_ready(model) for name, model in self.trained_modules().items()}
