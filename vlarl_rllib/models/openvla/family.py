@@ -47,10 +47,8 @@ PUBLISHED_TOWER_SIZES = {
 }
 LLAMA_SIZES = {"num_hidden_layers": 32, "hidden_size": 4096}
 """What a config.json that leaves them out means, as the published ones do."""
-PROMPT_TOKENS = 128
-"""That an engine makes room for (`engines.protocol.MAX_PROMPT_TOKENS`)."""
-CACHE_BLOCK = 128
-"""Tokens that it reserves at once (`engines.vllm.compat.BLOCK_TOKENS`)."""
+PROMPT_TOKENS, CACHE_BLOCK = 48, 16
+"""Of a prompt that an engine's cache is made for, and of what it reserves at once on a GPU (`engines.vllm.compat`)."""
 PUBLISHED_TARGETS = (
     "q", "kv", "qkv", "proj", "fc1", "fc2", "fc3",
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
