@@ -11,7 +11,11 @@ class OpenVLAOFTConfig(OpenVLAConfig):
     """Configuration of OpenVLA-OFT, readable from any published `config.json`, which says `model_type: openvla`."""
 
     oft: dict[str, Any] | None = None
-    """`OFTLayout`'s fields; absent = its defaults."""
+    """`OFTLayout`'s fields; those that are absent are its defaults."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.oft = self.layout.to_dict()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:

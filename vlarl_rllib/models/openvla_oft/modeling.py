@@ -83,9 +83,7 @@ class OpenVLAOFTForActionPrediction(OpenVLAForActionPrediction):
         config = kwargs.pop("config", None)
         if config is None:
             towers = {"vision_towers": kwargs.pop("vision_towers")} if "vision_towers" in kwargs else {}
-            config = OpenVLAOFTConfig.from_pretrained(
-                pretrained_model_name_or_path, **towers, **hub_options_of(kwargs)
-            )
+            config = OpenVLAOFTConfig.from_pretrained(pretrained_model_name_or_path, **towers, **hub_options_of(kwargs))
         config.oft = config.layout.with_options(layout).to_dict()
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
