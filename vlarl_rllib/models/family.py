@@ -165,6 +165,8 @@ class PolicyFamily(ABC):
 
     name: ClassVar[str]
     """For messages: what `model.family` calls it."""
+    has_model_type: ClassVar[bool] = True
+    """Whether `name` is what the `model_type` of its checkpoints says; where not, see `claims`."""
     vllm_model: ClassVar[str | None] = None
     """`module:Class` of the model as vLLM runs it; None = engines run the model itself, in torch.
 
@@ -188,8 +190,8 @@ class PolicyFamily(ABC):
     # Facts
 
     def claims(self, checkpoint: str, config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint is of this kind although its `model_type` is another family's; only of the package's own
-        families."""
+        """Whether a checkpoint whose `model_type` is another family's is of this kind; asked of the package's own
+        families without a `model_type`."""
         return False
 
     def doubt(self, checkpoint: str) -> str | None:
@@ -356,12 +358,14 @@ def family_name(checkpoint: str, name: str | None = None) -> str:
         return name
     config, file = read_config(checkpoint)
     refuse_foreign_code(config, str(file))
-    if not isinstance(kind := config.get("model_type"), str) or kind not in families():
+    own = {each: load_family(each) for each in own_families()}
+    kinds = [each for each in families() if each not in own or own[each].has_model_type]
+    if not isinstance(kind := config.get("model_type"), str) or kind not in kinds:
         raise ValueError(
-            f"{checkpoint}: model_type is {kind!r}, must be {' or '.join(map(repr, families()))}; other policies are "
+            f"{checkpoint}: model_type is {kind!r}, must be {' or '.join(map(repr, kinds))}; other policies are "
             "not supported, unless model.family names a class for them"
         )
-    claimed = [own for own in own_families() if own != kind and load_family(own).claims(checkpoint, config)]
+    claimed = [each for each, family in own.items() if each not in kinds and family.claims(checkpoint, config)]
     return (claimed or [kind])[0] + (name or "")
 
 

@@ -39,6 +39,7 @@ class OpenVLAOFTFamily(OpenVLAFamily):
     """
 
     name = "openvla_oft"
+    has_model_type = False
     vllm_model = None
     lora_targets = LORA_TARGETS | {
         # By whole names: the published ones are also those of the parts that are trained whole beside adapters.
