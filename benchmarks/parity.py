@@ -415,7 +415,7 @@ def entropy(logits: Tensor, temperature: float) -> Tensor:
 def _target_losses(golden: Golden, prompts: dict[str, Tensor], targets: Tensor) -> Tensor:
     """Cross-entropy [B, A] over the full vocabulary."""
     hidden, _ = golden.model.action_hidden_states(**prompts, action_tokens=targets)
-    return F.crossentropy(golden.model.language_model.lm_head(hidden).transpose(1, 2), targets, reduction="none")
+    return F.cross_entropy(golden.model.language_model.lm_head(hidden).transpose(1, 2), targets, reduction="none")
 
 
 def measure(folder: Path, name: str, *, with_engine: bool) -> dict[str, Difference]:

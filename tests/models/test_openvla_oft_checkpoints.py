@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.parity_oft import GoldenOFT
 from tests.hostile.traps import Trap
+from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
 from vlarl_rllib.models.family import ActionFormat, family_name, family_of, load_family
 from vlarl_rllib.models.openvla_oft import OFTLayout, OpenVLAOFTForActionPrediction
 from vlarl_rllib.models.presets import presets, resolve_model, write_checkpoint
@@ -23,6 +24,7 @@ from vlarl_rllib.settings import Settings, SettingsError
 from vlarl_rllib.settings.published import PUBLISHED_MODELS
 from vlarl_rllib.weights.source import iterate_weights
 
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "T"
 HEAD, PROJECTOR = "action_head--1000_checkpoint.pt", "proprio_projector--1000_checkpoint.pt"
 REGRESSING = OFTLayout(num_images=2, proprio=True, l1_head=True)
 REFERENCE = "openvla_oft?num_images=2&proprio=true"
@@ -186,7 +188,8 @@ def test_an_unknown_option_is_refused(reference: str, message: str) -> None:
 
 
 def test_contradictions_are_refused_in_one_line(foreign: Path, of_tokens: Path) -> None:
-    shutil.copytree(Path(__file__).parents[1] / "data" / "golden" / "T", foreign, dirs_exist_ok=True)
+    for name in (HEAD, PROJECTOR):
+        shutil.copyfile(GOLDEN / name, foreign / name)
     for path, model, message in (
         (foreign, {"oft": {"l1_head": False}}, f"was trained with {HEAD}, so model.oft.l1_head is true"),
         (foreign, {"oft": {"proprio": False}}, f"was trained with {PROJECTOR}, so model.oft.proprio is true"),
@@ -200,9 +203,16 @@ def test_contradictions_are_refused_in_one_line(foreign: Path, of_tokens: Path) 
         assert "\n" not in str(caught.value)
 
 
-def test_reinforcement_learning_of_regressed_actions_is_refused(foreign: Path) -> None:
+def test_what_cannot_be_played_is_refused(foreign: Path, of_tokens: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^model.path: .* is to see main and wrist camera, and 8 numbers of the"):
+        check(settings(of_tokens, family="openvla_oft", oft={"num_images": 2, "proprio": True}))
+    check(settings(of_tokens, family="openvla_oft"))
+    shutil.copyfile(GOLDEN / HEAD, foreign / HEAD)
     with pytest.raises(SettingsError, match=r"^model.path: .* regresses its actions, so none has a probability"):
         check(settings(foreign))
+    request = EvaluationRequest(str(foreign), env="synthetic", unnorm_key="libero_spatial", engine="torch")
+    with pytest.raises(SettingsError, match=r"^CHECKPOINT: .* regresses its actions"):
+        request.check()
 
 
 # Files of its own parts

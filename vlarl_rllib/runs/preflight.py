@@ -23,6 +23,7 @@ from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSett
 from vlarl_rllib.settings.published import absolute_unless_name, is_model_name
 from vlarl_rllib.settings.transports import AUTO, TRANSPORTS, require_installed, transport_class
 
+MAIN_CAMERA = ("main",)
 DEMONSTRATIONS = "demonstrations"
 """Folder of a quickstart's run directory that its data go into."""
 
@@ -53,13 +54,7 @@ def check(settings: Settings) -> None:
 
 def _check_decisions(settings: Settings) -> None:
     model, executed = settings.model, settings.rollout.execute_actions
-    facts = model_facts(model.path, "model.path", model.family_reference)
-    if facts.regresses:
-        raise SettingsError(
-            f"model.path: {model.path} regresses its actions, so none has a probability, and reinforcement learning "
-            "has nothing to go by; give a checkpoint that was trained on tokens"
-        )
-    actions = facts.actions
+    actions = model_facts(model.path, "model.path", model.family_reference).actions
     if executed and executed > actions.num_actions:
         raise SettingsError(
             f"rollout.execute_actions: {executed} is more than the {actions.num_actions} action(s) of a decision of "
@@ -188,13 +183,24 @@ def check_model(
     path_name: str = "model.path",
     key_name: str = "model.unnorm_key",
 ) -> None:
-    """Raise `SettingsError` unless `path` is a model with statistics under `unnorm_key`; the names are what the user
-    calls the two.
+    """Raise `SettingsError` unless `path` is a model that can be played, with statistics under `unnorm_key`; the names
+    are what the user calls the two.
 
     Args:
         family: `model.family_reference`.
     """
     facts = model_facts(path, path_name, family)
+    if facts.regresses:
+        raise SettingsError(
+            f"{path_name}: {path} regresses its actions, so none has a probability, and engines would sample tokens, "
+            "which it was not trained on; give a checkpoint that was trained on tokens"
+        )
+    if facts.cameras != MAIN_CAMERA or facts.state_size:
+        state = f", and {facts.state_size} numbers of the robot's state" if facts.state_size else ""
+        raise SettingsError(
+            f"{path_name}: {path} is to see {' and '.join(facts.cameras)} camera{state}, whereas environments have the "
+            "main camera's frames alone; give a checkpoint that needs no more"
+        )
     try:
         facts.action_statistics(unnorm_key)
     except ValueError as error:
