@@ -303,5 +303,6 @@ def num_parameters(settings: Settings) -> int | None:
 
 
 def _family(settings: Settings) -> PolicyFamily:
-    published = published_model(settings.model.path)
-    return load_family(published.family) if published else family_of(settings.model.path, settings.model.family)
+    model = settings.model
+    published = published_model(model.path)
+    return load_family(published.family) if published else family_of(model.path, model.family_reference)
