@@ -21,8 +21,8 @@ from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.casts import in_type
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
-from vlarl_rllib.learner.replay import Capture, GraphCapture, Pass, Replayed
 from vlarl_rllib.models.family import ActionFormat, PolicyFamily
+from vlarl_rllib.models.replay import Capture, GraphCapture, Pass, Replayed
 from vlarl_rllib.process.storage import FileFacts, Place
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.weights.publisher import Publisher
