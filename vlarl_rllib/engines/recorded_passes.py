@@ -24,7 +24,7 @@ OF_PROMPTS = ("input_ids", "attention_mask")
 
 
 class RecordedPasses:
-    """The passes of a policy with `ActionFormat.parallel`, whose `forward` is replaced. What they read must stay where it
+    """Of a policy with `ActionFormat.parallel`, whose `forward` is replaced. What passes read must stay where it
     is: new weights are written in place.
 
     Args:
