@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,7 +224,7 @@ def _greedy(golden: Golden) -> Iterator[tuple[str, Any]]:
     yield "greedy_logsumexp_full", logits.logsumexp(dim=-1)
     yield "greedy_logprob_fullvocab_T1.0", chosen_log_probs(logits, tokens, 1.0)
     for temperature in TEMPERATURES:
-        yield f"greedy_entropy_T{temperature}", _entropy(logits[..., first : first + 256], temperature)
+        yield f"greedy_entropy_T{temperature}", entropy(logits[..., first : first + 256], temperature)
 
 
 def _forced(golden: Golden) -> Iterator[tuple[str, Any]]:
@@ -244,7 +244,7 @@ def _forced(golden: Golden) -> Iterator[tuple[str, Any]]:
     yield "forced_logprob_fullvocab_T1.0", full.unflatten(0, (-1, 3))
     for temperature in TEMPERATURES:
         yield f"forced_logprob_T{temperature}", chosen_log_probs(action_logits, tokens - first, temperature)
-        yield f"forced_entropy_T{temperature}", _entropy(action_logits, temperature)
+        yield f"forced_entropy_T{temperature}", entropy(action_logits, temperature)
 
 
 def _supervised(golden: Golden) -> Iterator[tuple[str, Any]]:
@@ -408,7 +408,7 @@ def chosen_log_probs(logits: Tensor, choice: Tensor, temperature: float) -> Tens
     return torch.log_softmax(logits / temperature, dim=-1).gather(-1, choice[..., None])[..., 0]
 
 
-def _entropy(logits: Tensor, temperature: float) -> Tensor:
+def entropy(logits: Tensor, temperature: float) -> Tensor:
     return torch.distributions.Categorical(logits=logits / temperature).entropy()
 
 
@@ -455,11 +455,17 @@ def main() -> None:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     results = {name: measure(arguments.golden_dir, name, with_engine=not arguments.no_engine) for name in names}
 
+    show(results, arguments.out)
+    sys.exit(not all(difference.is_small for differences in results.values() for difference in differences.values()))
+
+
+def show(results: Mapping[str, Mapping[str, Difference]], out: Path) -> None:
+    """Print differences by checkpoint and array, and write them."""
     table = Table(
-        "array", *names, "tolerance", title="largest absolute difference from the original OpenVLA code, float32, CPU"
+        "array", *results, "tolerance", title="largest absolute difference from the original OpenVLA code, float32, CPU"
     )
     for array in dict.fromkeys(array for differences in results.values() for array in differences):
-        cells = [results[name].get(array) for name in names]
+        cells = [results[name].get(array) for name in results]
         tolerances = sorted({cell.tolerance for cell in cells if cell})
         shown = [
             "-" if cell is None else f"{cell.largest:.1e}" if cell.is_small else f"[red]{cell.largest:.1e}[/red]"
@@ -469,14 +475,13 @@ def main() -> None:
             array, *shown, " / ".join(f"{tolerance:.0e}" if tolerance else "exact" for tolerance in tolerances)
         )
     Console().print(table)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     values = {
         name: {array: asdict(difference) for array, difference in differences.items()}
         for name, differences in results.items()
     }
-    arguments.out.write_text(json.dumps(values, indent=1))
-    Console().print(f"written to {arguments.out}")
-    sys.exit(not all(difference.is_small for differences in results.values() for difference in differences.values()))
+    out.write_text(json.dumps(values, indent=1))
+    Console().print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from benchmarks.parity import Golden
+    from benchmarks.parity_oft import GoldenOFT
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token file in the home directory
@@ -43,6 +44,19 @@ def golden_s() -> Golden:
     return load_golden("S", DEFAULT_DIRECTORY)
 
 
+@pytest.fixture(scope="session")
+def golden_folder() -> Callable[[str], Path]:
+    """The first of the folders in VLARL_GOLDEN_DIR that has a file; skips the test where there is none."""
+
+    def find(file: str) -> Path:
+        for folder in os.environ.get("VLARL_GOLDEN_DIR", "").split(os.pathsep):
+            if folder and (Path(folder) / file).is_file():
+                return Path(folder)
+        pytest.skip(f"{file} is kept outside the repository, and VLARL_GOLDEN_DIR names no folder with it")
+
+    return find
+
+
 @pytest.fixture(scope="session", params=["S", "B", "A"])
 def golden(request: pytest.FixtureRequest) -> Golden:
     """Each golden checkpoint in turn: a tiny model, and what the original implementation computed with it."""
@@ -50,7 +64,13 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
     if request.param == "S":
         return request.getfixturevalue("golden_s")
-    folder = os.environ.get("VLARL_GOLDEN_DIR")
-    if folder is None:
-        pytest.skip(f"VLARL_GOLDEN_DIR is not set: golden checkpoint {request.param} is kept outside the repository")
-    return load_golden(request.param, Path(folder))
+    return load_golden(request.param, request.getfixturevalue("golden_folder")(f"golden_{request.param}.npz"))
+
+
+@pytest.fixture(scope="session")
+def golden_t() -> GoldenOFT:
+    """The golden checkpoint of OpenVLA-OFT, with few of its large arrays. Nobody may change what it loads."""
+    from benchmarks.parity import DEFAULT_DIRECTORY
+    from benchmarks.parity_oft import load_golden_oft
+
+    return load_golden_oft(DEFAULT_DIRECTORY)

@@ -235,7 +235,14 @@ def test_test_files_have_names_of_their_own() -> None:
 TENANTS = {
     "a kind of policy": (
         re.compile(r"open_?vla|prismatic|action_?tokenizer|gripper|dino|siglip", re.IGNORECASE),
-        ("models/openvla/", "engines/vllm/openvla.py", "settings/published.py", "envs/", "data/experts.py"),
+        (
+            "models/openvla/",
+            "models/openvla_oft/",
+            "engines/vllm/openvla.py",
+            "settings/published.py",
+            "envs/",
+            "data/experts.py",
+        ),
     ),
     "an environment": (
         re.compile(r"^libero$|libero_?(env|tasks|simulation)", re.IGNORECASE),

@@ -170,7 +170,7 @@ class VLAPPOConfig(PPOConfig):
         engines = settings.engines
         return EngineSpec(
             model_path=settings.model.path,
-            family=family_name(resolve_model(settings.model.path), settings.model.family),
+            family=family_name(resolve_model(settings.model.path), settings.model.family_reference),
             dtype=engines.dtype,
             gpus=engines.gpus,
             max_batch=calculate_runtime_args(settings).engine_batch,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlarl_rllib.engines.vllm.frame_encoder import FrameEncoder, graph_rows
+from vlarl_rllib.engines.vllm.frame_encoder import FrameEncoder
 
 
 class Replayed:
@@ -50,8 +50,3 @@ def test_a_result_outlives_the_next_one_and_graphs_are_captured_once(encoder: Fr
     assert {rows: graph.replays for rows, (graph, _, _) in encoder._graphs.items()} == {4: 2}
     encoder(frames(60))
     assert {rows: graph.replays for rows, (graph, _, _) in encoder._graphs.items()} == {4: 2, 24: 2, 16: 1}
-
-
-def test_sizes_of_graphs_are_few_and_near() -> None:
-    assert [graph_rows(count, 64) for count in (1, 2, 3, 5, 9, 16, 17, 33, 64)] == [1, 2, 4, 8, 16, 16, 32, 48, 64]
-    assert graph_rows(17, 20) == 20, "no graph is larger than what comes at once"

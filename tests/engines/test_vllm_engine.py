@@ -18,7 +18,7 @@ from ray.exceptions import RayTaskError
 
 from vlarl_rllib.engines.actor import engine_env_vars
 from vlarl_rllib.engines.client import RemoteSampler
-from vlarl_rllib.engines.protocol import EngineError
+from vlarl_rllib.engines.protocol import MAX_PROMPT_TOKENS, EngineError
 from vlarl_rllib.engines.torch_engine import TorchEngine
 from vlarl_rllib.types import HALF_LOADED, SampleReply
 
@@ -101,6 +101,17 @@ def test_seeds_make_tokens_independent_of_the_batch(vllm_engine, oracle):
     assert same_tokens(together, [sample(vllm_engine, [request])[0] for request in requests])
     others = sample(vllm_engine, [replace(request, seed=request.seed + 1000) for request in requests])
     assert not any(np.array_equal(a.tokens, b.tokens) for a, b in zip(together, others, strict=True))
+
+
+def test_prompts_longer_than_usual_wait_for_room_in_the_cache(vllm_engine, oracle):
+    """Each fills two blocks of 128, of which there is one for each of a batch of 8, and two for the longest prompt."""
+    long = "push " * 200
+    while len(oracle.processor.prompt_ids(long)) > MAX_PROMPT_TOKENS:
+        long = long.removesuffix("push ")
+    requests = [replace(request, instruction=long) for request in make_requests(8)]
+    patches, tokens = oracle.model.num_image_tokens, len(oracle.processor.prompt_ids(long))
+    assert 128 < patches + tokens <= 256
+    assert oracle.log_prob_error(requests, sample(vllm_engine, requests)) <= TOLERANCE
 
 
 def test_weights_arrive_whole_each_time(vllm_engine, oracle):

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +33,9 @@ def picture(side: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
+def golden(golden_folder: Callable[[str], Path]) -> dict[str, np.ndarray]:
     """One image after every stage, as TensorFlow 2.15 computes it."""
-    folder = os.environ.get("VLARL_GOLDEN_DIR")
-    if not folder:
-        pytest.skip("VLARL_GOLDEN_DIR is not set; it names the folder with libero_image_path.npz")
-    with np.load(Path(folder) / "libero_image_path.npz") as arrays:
+    with np.load(golden_folder("libero_image_path.npz") / "libero_image_path.npz") as arrays:
         return dict(arrays)
 
 

@@ -203,7 +203,11 @@ def test_an_installed_package_adds_a_family_and_a_reward_by_name(checkpoint: Pat
     ("section", "values", "message"),
     [
         ("model", {"family": "lost"}, "model.family is 'lost', but their_policies cannot be imported"),
-        ("model", {"family": "pinter"}, "model.family is 'pinter'; choose one of pointer, lost, openvla, or name it"),
+        (
+            "model",
+            {"family": "pinter"},
+            "model.family is 'pinter'; choose one of pointer, lost, openvla, openvla_oft, or name it",
+        ),
         (
             "rewards",
             {"others": {"stil": 1.0}},

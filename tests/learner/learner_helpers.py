@@ -1,6 +1,5 @@
 """Groups of learners, and what they are fed with."""
 
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -13,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.learner.learner_group import VLALearnerGroup
-from vlarl_rllib.learner.replay import Capture, Tensors
 from vlarl_rllib.models.family import ActionFormat
 from vlarl_rllib.settings import Settings
 from vlarl_rllib.types import DURATION_KEY, INSTRUCTION_KEY, LOG_PROBS_KEY, VALUE_KEY, VERSION_KEY
@@ -130,24 +128,3 @@ def parameters(group: VLALearnerGroup) -> dict[str, torch.Tensor]:
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def pretend_capture(model: torch.nn.Module) -> Capture:
-    """As a CUDA graph does it: recording leaves gradients alone, and each replay overwrites the same results."""
-
-    def capture(run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
-        before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
-        results = {name: tensor.detach().clone() for name, tensor in run().items()}
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad.copy_(before[p])
-
-        def replay() -> None:
-            places = {p: p.grad for p in model.parameters()}
-            for name, tensor in run().items():
-                results[name].copy_(tensor)
-            assert all(p.grad is places[p] for p in model.parameters()), "a graph writes where gradients were"
-
-        return replay, results
-
-    return capture

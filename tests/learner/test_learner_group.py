@@ -17,12 +17,12 @@ from learner_helpers import (
     add_values,
     contributions,
     largest_difference,
-    pretend_capture,
     update,
     weights,
     whole,
 )
 
+from tests.replay_helpers import pretend_capture
 from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.device_batch import DeviceBatch

@@ -115,6 +115,37 @@ def test_the_merged_product_equals_pefts(targets, tiny, tmp_path):
         assert_close(weight, merged[name], 2e-6)
 
 
+def adapted_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(48, 96), nn.SiLU(), nn.Linear(96, 48))
+    add_lora(layers, LoraSettings(rank=4, targets=["0", "2"]))
+    randomize(adapter_parameters(layers))
+    return layers
+
+
+def test_a_compiled_pass_keeps_no_merged_weights():
+    """Its two directions merge the same; what they share would be kept in between, by default."""
+    plain, compiled = adapted_layers(), adapted_layers()
+    compiled.compile(backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
+    x, kept = torch.randn(5, 48, generator=torch.Generator().manual_seed(0)), []
+    own = {parameter.data_ptr() for parameter in compiled.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = compiled(x)
+    assert kept and all(shape[0] == 5 for shape in kept), "rows of activations"
+    expected = plain(x)
+    assert_close(out, expected, 1e-6)
+    for result in (out, expected):
+        result.square().sum().backward()
+    for ours, theirs in zip(adapter_parameters(compiled).values(), adapter_parameters(plain).values(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_an_adapter_that_peft_made_trains_on_here(tiny, tmp_path):
     base = OpenVLAForActionPrediction.from_pretrained(tiny, dtype=torch.float32)
     theirs = get_peft_model(

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from vlarl_rllib.evaluation.libero_protocol import EvaluationRequest
-from vlarl_rllib.models.openvla.presets import PRESETS
-from vlarl_rllib.models.presets import HUB_MODELS, resolve_model
+from vlarl_rllib.models.presets import HUB_MODELS, presets, resolve_model
 from vlarl_rllib.runs.directory import RunDirectory
 from vlarl_rllib.runs.preflight import check_model
 from vlarl_rllib.settings import Settings, SettingsError, known_keys
@@ -56,7 +55,7 @@ def test_paths_become_absolute(path: str, place: Path) -> None:
 
 
 def test_the_presets_are_known_without_their_sizes() -> None:
-    assert tuple(PRESETS) == PRESET_NAMES
+    assert tuple(presets()) == PRESET_NAMES
 
 
 def with_key(key: str, value: str) -> dict[str, Any]:

@@ -153,7 +153,9 @@ def test_names_directories_and_hub_ids_resolve(tiny, tmp_path):
     assert spatial == "openvla/openvla-7b-finetuned-libero-spatial"
     assert resolve_model("someone/else", tmp_path) == "someone/else"
     for unknown in ("tyni", "./none", "/no/such/dir"):
-        with pytest.raises(ValueError, match=r"no directory, preset or Hub id.*tiny, small, mini, openvla-7b"):
+        with pytest.raises(
+            ValueError, match=r"no directory, preset or Hub id.*tiny, small, mini, tiny-oft, mini-oft, openvla-7b"
+        ):
             resolve_model(unknown, tmp_path)
     with pytest.raises(ValueError, match="preset 'tyni' does not exist; choose from tiny, small, mini"):
         write_checkpoint("tyni", tmp_path)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from vlarl_rllib.envs.registry import suites
-from vlarl_rllib.runs.preflight import check, check_model, check_quickstart, check_sft, doubts, sft_doubts
+from vlarl_rllib.runs.doubts import doubts, sft_doubts
+from vlarl_rllib.runs.preflight import check, check_model, check_quickstart, check_sft
 from vlarl_rllib.settings import Settings, SettingsError, transports
 
 

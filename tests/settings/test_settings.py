@@ -8,6 +8,7 @@ import pytest
 
 from vlarl_rllib.config import VLAPPOConfig
 from vlarl_rllib.envs.registry import suites
+from vlarl_rllib.models.family import load_family
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, calculate_runtime_args, known_keys
 from vlarl_rllib.settings.published import PUBLISHED_MODELS
 
@@ -314,7 +315,7 @@ def test_published_models_fit_the_suites_and_vllm() -> None:
         "libero_90"
     }
     for name, model in PUBLISHED_MODELS.items():
-        assert model.hub_id == f"openvla/{name}"
+        assert model.hub_id.partition("/")[2] == name and load_family(model.family).name in ("openvla", "openvla_oft")
         # An explicit value of the same size is accepted.
         assert settings(rollout={"temperature": model.temperature}).temperature == model.temperature
 
@@ -341,6 +342,8 @@ THROUGH_PLAN: dict[str, tuple[dict[str, Any], str]] = {
     "evaluation.episodes": ({"evaluation": {"episodes": 3}}, "evaluation_episodes"),
 }
 """Keys that others read as a field of `RuntimeArgs`: key -> (settings with another value, the field)."""
+THROUGH_FAMILY = {"num_images": 2, "proprio": True, "chunk": 4, "stop_token": False, "l1_head": True}
+"""Of `model.oft`, other values, which others read as `family_reference`."""
 
 
 def attributes_read_outside_settings() -> set[tuple[str, str]]:
@@ -384,5 +387,11 @@ def test_no_key_without_an_effect(key: str) -> None:
         without = {name: {k: v for k, v in part.items() if k == "num"} for name, part in values.items()}
         assert getattr(plan(**values), field) != getattr(plan(**without), field)
         assert any(name == field for _, name in READ)
+    elif section == "oft":
+        reference = settings(
+            model={"family": "openvla_oft", "oft": {leaf: THROUGH_FAMILY[leaf]}}
+        ).model.family_reference
+        assert any(name == "family_reference" for _, name in READ)
+        assert reference and load_family(reference) is not load_family("openvla_oft")
     else:
         assert {(section, leaf), ("settings", leaf)} & READ

@@ -12,8 +12,9 @@ import torch
 from peft import LoraConfig
 
 from vlarl_rllib.envs.registry import task_instructions
-from vlarl_rllib.models.family import PolicyFacts, PolicyFamily, PolicyProcessor, family_of
+from vlarl_rllib.models.family import PolicyFacts, PolicyFamily, family_of
 from vlarl_rllib.models.flops import PolicyFlops, Training, training_of
+from vlarl_rllib.models.interfaces import PolicyProcessor
 from vlarl_rllib.models.lora import MAX_ALPHA, read_adapter_config
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.settings import Settings
@@ -36,7 +37,7 @@ class BenchPolicy:
 
     @cached_property
     def family(self) -> PolicyFamily:
-        return family_of(self.path, self.settings.model.family)
+        return family_of(self.path, self.settings.model.family_reference)
 
     @cached_property
     def facts(self) -> PolicyFacts:

@@ -99,8 +99,8 @@ def _plain_rate(policy: BenchPolicy, device: torch.device) -> tuple[float, float
         list(policy.frames(size)), [policy.instruction(index) for index in range(size)]
     )
     targets = torch.from_numpy(policy.tokens(size))
-    if not actions.parallel:
-        targets = torch.cat([targets, torch.full((size, 1), policy.processor.end_token_id)], dim=1)
+    end = torch.full((size, actions.num_targets - actions.num_tokens), policy.processor.end_token_id)
+    targets = torch.cat([targets, end], dim=1)
 
     def step() -> float:
         for rows in micro_batches(range(size), micro):

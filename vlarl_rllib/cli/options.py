@@ -137,7 +137,8 @@ def load_settings(config: Path | None, overrides: list[str] | None, example: str
 
 
 def preflight(settings: Settings) -> None:
-    from vlarl_rllib.runs.preflight import check, doubts
+    from vlarl_rllib.runs.doubts import doubts
+    from vlarl_rllib.runs.preflight import check
 
     check(settings)
     remark(doubts(settings))

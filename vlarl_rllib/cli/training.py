@@ -97,7 +97,8 @@ def sft(
         open_run_directory,
         sft_is_complete,
     )
-    from vlarl_rllib.runs.preflight import check_sft, sft_doubts
+    from vlarl_rllib.runs.doubts import sft_doubts
+    from vlarl_rllib.runs.preflight import check_sft
 
     if goes_on := continues(resume, run_dir, config, overrides, unit="step"):
         run = open_run_directory(goes_on, "step")
@@ -132,7 +133,8 @@ def quickstart(
 ) -> None:
     """Collect demonstrations, fine-tune on them and improve the policy with PPO, one after the other."""
     from vlarl_rllib.runs.directory import new_run_directory
-    from vlarl_rllib.runs.preflight import check_quickstart, doubts, sft_doubts
+    from vlarl_rllib.runs.doubts import doubts, sft_doubts
+    from vlarl_rllib.runs.preflight import check_quickstart
 
     settings, name = load_settings(config, overrides, "configs/quickstart.yaml")
     run = new_run_directory(run_dir, name, None)

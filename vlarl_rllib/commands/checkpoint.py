@@ -26,7 +26,6 @@ from vlarl_rllib.runs.preflight import model_facts
 from vlarl_rllib.settings import SettingsError
 from vlarl_rllib.settings.published import (
     PUBLISHED_MODELS,
-    RESULTS_FROM,
     PublishedModel,
     absolute_unless_name,
     is_model_name,
@@ -84,7 +83,7 @@ def _rows(name: str, suite: str | None, env: str | None, family: str | None, pro
     training = _training_checkpoint(directory, family) if local else None
     if training:
         yield from _training_rows(directory, training)
-        family = training.settings.model.family
+        family = training.settings.model.family_reference
     model = training.settings.model.path if training else absolute_unless_name(name)
     published = published_model(model)
     try:
@@ -291,10 +290,11 @@ def _result_rows(
     shown = pasted(Path(name)) if local else name
     if training is None and source and source.result and (use is None or use.suite == source.result.suite):
         result = source.result
+        caveat = "if it is the one it is called after: " if by_name else ""
+        error = f" +- {result.standard_error:g}" if result.standard_error else ""
         yield (
             "should score",
-            f"{'if it is the one it is called after: ' if by_name else ''}{result.success:g} +- "
-            f"{result.standard_error:g} % ({RESULTS_FROM}); one evaluation of {LIBERO_TRIALS} episodes within "
+            f"{caveat}{result.success:g}{error} % ({result.source}); one evaluation of {LIBERO_TRIALS} episodes within "
             f"{result.spread(LIBERO_TRIALS):.1f} points of it in 19 of 20 cases",
         )
     elif training is None and published and published.result is None:

@@ -20,7 +20,7 @@ def run_collect(settings: Settings, out: Path) -> int:
     128 + signal = ended by one."""
     env, plan = settings.env, calculate_runtime_args(settings)
     model = resolve_model(settings.model.path)
-    family = family_of(model, settings.model.family)
+    family = family_of(model, settings.model.family_reference)
     image_size = settings.collect.image_size or family.read_facts(model).image_size
     request = CollectRequest(
         EnvSpec(

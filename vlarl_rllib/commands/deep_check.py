@@ -56,7 +56,7 @@ def run_deep_check(settings: Settings) -> int:
     if error is not None:
         console.print(f"the check ended: {one_line(error)}", style="bold red")
         return 1
-    facts = read_facts(resolve_model(short.model.path), short.model.family)
+    facts = read_facts(resolve_model(short.model.path), short.model.family_reference)
     line, good = verdict(rows, expectation(short, facts.actions))
     console.print(line, style="" if good else "bold red")
     return 0 if good else 1

@@ -24,8 +24,9 @@ from vlarl_rllib.runs.capacity import (
     problems,
     too_few_cpus,
 )
+from vlarl_rllib.runs.doubts import doubts
 from vlarl_rllib.runs.places import holds, named, resources_in_words
-from vlarl_rllib.runs.preflight import check, count_gpus, doubts
+from vlarl_rllib.runs.preflight import check, count_gpus
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, SettingsError, calculate_runtime_args
 
 STRATEGIES = {

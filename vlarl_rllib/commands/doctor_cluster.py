@@ -17,9 +17,10 @@ from vlarl_rllib.process.surroundings import cluster_address
 from vlarl_rllib.ray_compat import ClusterNode
 from vlarl_rllib.runs.capacity import mesh_advice
 from vlarl_rllib.runs.cluster_check import COMPARED, OBJECT_STORE, Answer, ask_all, problems_of_nodes, remarks_on_nodes
+from vlarl_rllib.runs.doubts import doubts
 from vlarl_rllib.runs.nodes import node_problems
 from vlarl_rllib.runs.places import impossible_places, in_words, lay, named, num_places, resources_in_words
-from vlarl_rllib.runs.preflight import check, doubts
+from vlarl_rllib.runs.preflight import check
 from vlarl_rllib.runs.ray_session import connect
 from vlarl_rllib.settings import Role, RuntimeArgs, Settings, SettingsError, calculate_runtime_args
 

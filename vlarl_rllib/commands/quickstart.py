@@ -96,7 +96,7 @@ def _stage_rows(
 ) -> list[dict[str, Any]]:
     """One for each stage: its name, seconds, amount in words, and the greedy success behind it, None where there is no
     policy yet."""
-    statistics = read_statistics(data, family_of(str(sft.path / MODEL_DIRECTORY), settings.model.family))[1]
+    statistics = read_statistics(data, family_of(str(sft.path / MODEL_DIRECTORY), settings.model.family_reference))[1]
     tuned, rows = sft.read_rows()[-1], run.read_rows()
     evaluations = [evaluation for _, evaluation in evaluation_points(rows)]
     before, after = evaluations[0], evaluations[-1] if len(evaluations) > 1 else None  # a PPO that was ended has none

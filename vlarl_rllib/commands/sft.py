@@ -84,7 +84,7 @@ def _run(settings: Settings, run: RunDirectory, console: Console, checkpoint: Pl
     began, first = time.time(), number_of(checkpoint) if checkpoint else 0
     data = settings.sft.data or ""
     base = resolve_model(settings.model.path)
-    family = family_of(base, settings.model.family)
+    family = family_of(base, settings.model.family_reference)
     name, statistics = read_statistics(data, family)
     identity = fingerprint(data)
     if checkpoint and json.loads((checkpoint / DATA_FILE).read_text())["fingerprint"] != identity:

@@ -110,7 +110,7 @@ class EvaluationRequest:
     @property
     def _family(self) -> str | None:
         """`family`, or what it is by default."""
-        return self.family or (self._trained.settings.model.family if self._trained else None)
+        return self.family or (self._trained.settings.model.family_reference if self._trained else None)
 
     def starts(self) -> list[Start]:
         """Every episode of the evaluation, once."""

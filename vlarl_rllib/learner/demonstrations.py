@@ -20,7 +20,8 @@ from torch import Tensor
 from vlarl_rllib.data.rlds import RLDSDataset
 from vlarl_rllib.envs.image import RESIZED_SIDE, resize_lanczos
 from vlarl_rllib.learner.device_batch import prompt_tables
-from vlarl_rllib.models.family import ActionCodec, ActionFormat, PolicyProcessor
+from vlarl_rllib.models.family import ActionFormat
+from vlarl_rllib.models.interfaces import ActionCodec, PolicyProcessor
 
 MAX_DECODING_THREADS = 8
 """Beside a GPU. More would wait for each other, and keep the learning thread from Python."""
@@ -81,7 +82,7 @@ class Demonstrations:
         self._data, self._processor, self._device, self._batch_size = data, processor, device, batch_size
         self._frame_shape = (3, processor.image_size, processor.image_size)
         tokens, normalized = codec.encode(data.action_chunks(actions.num_actions))
-        end = np.full((len(data), int(not actions.parallel)), processor.end_token_id)
+        end = np.full((len(data), actions.num_targets - actions.num_tokens), processor.end_token_id)
         self._targets = torch.from_numpy(np.concatenate([tokens, end], axis=1)).to(device)
         self._actions = torch.from_numpy(normalized).float().to(device)
         self._encode_prompts(fixed_length)

@@ -115,7 +115,7 @@ class VLALearner(Rank, PPOTorchLearner):
     def _make_module(self) -> Any:
         """Sharding comes before the optimisers, which RLlib keys by parameter identity."""
         module, training, model = super()._make_module(), self.settings.training, models_here(self.settings.model)
-        family = family_of(model.path, model.family)
+        family = family_of(model.path, model.family_reference)
         self._processor = family.processor(model.path)
         self._actions = family.read_facts(model.path).actions
         self.sharded = ShardedPolicy(

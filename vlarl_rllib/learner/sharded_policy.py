@@ -21,8 +21,8 @@ from vlarl_rllib.errors import DivergedError
 from vlarl_rllib.learner import fsdp
 from vlarl_rllib.learner.casts import in_type
 from vlarl_rllib.learner.checkpoint import load_sharded, save_sharded
-from vlarl_rllib.learner.replay import Capture, GraphCapture, Pass, Replayed
 from vlarl_rllib.models.family import ActionFormat, PolicyFamily
+from vlarl_rllib.models.replay import Capture, GraphCapture, Pass, Replayed
 from vlarl_rllib.process.storage import FileFacts, Place
 from vlarl_rllib.settings import Settings, calculate_runtime_args
 from vlarl_rllib.weights.publisher import Publisher
@@ -105,8 +105,7 @@ class ShardedPolicy:
         self._whole = world_size == 1 and not self._needs_fsdp()
         self._capture = self._make_capture()
         self._replayed = WeakSet[Replayed]()
-        compiles = settings.learners.compile
-        self._compiles = device.type == "cuda" and self._capture is None if compiles is None else compiles
+        self._compiles = settings.compiles and not (settings.learners.compile is None and self._capture)
         self.fixed_shapes = self._compiles or self._capture is not None
         """Whether passes should have the same shapes each time: another shape is compiled, or recorded, anew."""
         self._calls = {name: self._make_ready(model) for name, model in self.trained_modules().items()}

@@ -74,10 +74,10 @@ class SupervisedLearner(Rank):
             torch.manual_seed(
                 self.settings.run.seed
             )  # fresh adapters; the same on every rank, which keeps its own shard of them
-            self._family = family_of(model.path, model.family)
+            self._family = family_of(model.path, model.family_reference)
             self._processor = self._family.processor(model.path)
             self._facts = self._family.read_facts(model.path)
-            self._num_targets = self._facts.actions.num_tokens + (not self._facts.actions.parallel)
+            self._num_targets = self._facts.actions.num_targets
             self.sharded = ShardedPolicy(
                 build_policy(model, self._device),
                 None,

@@ -40,7 +40,7 @@ def build_policy(settings: ModelSettings, device: torch.device | str = "cpu") ->
             places them.
     """
     settings = models_here(settings)
-    family = family_of(settings.path, settings.family)
+    family = family_of(settings.path, settings.family_reference)
     dtype = getattr(torch, settings.dtype)
     options: dict[str, Any] = {"dtype": dtype if settings.lora else torch.float32}
     if settings.quantization:
@@ -63,7 +63,7 @@ def build_critic(settings: ModelSettings, seed: int, device: torch.device | str 
     settings = models_here(settings)
     own = settings.model_copy(update={"path": settings.critic_path or settings.path, "lora": lora})
     critic = build_policy(own, device)
-    family_of(own.path, own.family).freeze_token_head(critic)  # a critic reads hidden states
+    family_of(own.path, own.family_reference).freeze_token_head(critic)  # a critic reads hidden states
     critic.add_value_head(seed)
     return critic
 

@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from urllib.parse import parse_qsl
 
 import numpy as np
 
 from vlarl_rllib.models.files import read_config, refuse_foreign_code
 from vlarl_rllib.models.flops import PolicyFlops
+from vlarl_rllib.models.interfaces import ActionCodec, PolicyOutput, PolicyProcessor
 from vlarl_rllib.models.statistics import action_statistics
 from vlarl_rllib.process.plugins import added_by_packages, load_class
 
@@ -49,11 +51,19 @@ class ActionFormat:
     """The V ids that a decision is made of, ascending."""
     parallel: bool = False
     """Whether one pass gives all A distributions; else each token is sampled after, and given, those before it."""
+    stop_token: bool = False
+    """Where they are parallel: whether supervised learning has the end of sequence behind them, as it always has where
+    they are not."""
 
     @property
     def num_tokens(self) -> int:
         """A"""
         return self.num_actions * self.tokens_per_action
+
+    @property
+    def num_targets(self) -> int:
+        """Of supervised learning: A, and the end of sequence where it is one."""
+        return self.num_tokens + (self.stop_token or not self.parallel)
 
     def executed_tokens(self, durations: np.ndarray) -> np.ndarray:
         """[N, A] bool: the tokens of actions that were played.
@@ -76,6 +86,12 @@ class PolicyFacts:
     """Statistics by data set."""
     origins: dict[str, str]
     """By key of `norm_stats`, the file that it is from."""
+    cameras: tuple[str, ...] = ("main",)
+    """Whose frames it sees, side by side in the channels of what a processor takes: `main`, `wrist`."""
+    state_size: int = 0
+    """Numbers of the robot's own state that it is given beside the frames."""
+    regresses: bool = False
+    """Whether its actions have no tokens that could be sampled, and so no probability."""
 
     def action_statistics(self, unnorm_key: str) -> dict[str, Any]:
         """`q01`, `q99`, `mask` of a data set, checked.
@@ -88,39 +104,6 @@ class PolicyFacts:
         raise ValueError(
             f"{unnorm_key!r} is not in this checkpoint's norm_stats; choose from {', '.join(sorted(self.norm_stats))}"
         )
-
-
-class ActionCodec(Protocol):
-    """Between a policy's tokens and the environment's actions (`envs.base.VLAEnv`), in NumPy."""
-
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """[A] token ids of a reply -> [K, 7] float64 environment actions.
-
-        Raises ValueError for anything else than one reply: a malformed one must never move a robot.
-        """
-        ...
-
-    def normalized(self, tokens: np.ndarray) -> np.ndarray:
-        """[..., A] token ids -> [..., K, 7] float64 as the policy sees actions: within [-1, 1]."""
-        ...
-
-    def encode(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[N, K, 7] environment actions -> their token ids [N, A] int64, and [N, K, 7] float64 as `normalized`."""
-        ...
-
-
-class PolicyOutput(Protocol):
-    """What a policy's forward pass returns, as a named tuple, so that FSDP2 finds the tensors in it."""
-
-    @property
-    def action_logits(self) -> Tensor:
-        """[B, A, V] float32, over the action ids in id order, or over all ids."""
-        ...
-
-    @property
-    def values(self) -> Tensor | None:
-        """[B] float32; None without a value head."""
-        ...
 
 
 class SampledTokens(NamedTuple):
@@ -178,37 +161,13 @@ class Policy(Protocol):
         ...
 
 
-class PolicyProcessor(Protocol):
-    """Prompts and frames as a policy's model takes them."""
-
-    @property
-    def image_size(self) -> int:
-        """S"""
-        ...
-
-    @property
-    def end_token_id(self) -> int:
-        """Of the end of sequence."""
-        ...
-
-    def prompt_ids(self, instruction: str) -> list[int]:
-        """Token ids of an instruction's prompt."""
-        ...
-
-    def resize(self, image: np.ndarray) -> np.ndarray:
-        """A frame [H, W, 3] uint8 at the model's size: [S, S, 3] uint8."""
-        ...
-
-    def raw_inputs(self, images: Sequence[np.ndarray], instructions: Sequence[str]) -> dict[str, Tensor]:
-        """input_ids, attention_mask and pixel_values of a batch, as `Policy` takes them."""
-        ...
-
-
 class PolicyFamily(ABC):
     """One kind of policy. Methods of the first part load no torch."""
 
     name: ClassVar[str]
     """For messages: what `model.family` calls it."""
+    has_model_type: ClassVar[bool] = True
+    """Whether `name` is what the `model_type` of its checkpoints says; where not, see `claims`."""
     vllm_model: ClassVar[str | None] = None
     """`module:Class` of the model as vLLM runs it; None = engines run the model itself, in torch.
 
@@ -224,7 +183,21 @@ class PolicyFamily(ABC):
     never_quantized: ClassVar[tuple[str, ...]] = ()
     """Modules that `model.quantization` leaves as they are."""
 
+    def with_options(self, options: Mapping[str, str]) -> PolicyFamily:
+        """The same kind with what a checkpoint leaves unsaid, see `load_family`. Raises ValueError for an option that
+        the family does not have."""
+        raise ValueError(f"the family {self.name} has none; leave out {', '.join(options)} (model.oft)")
+
     # Facts
+
+    def claims(self, checkpoint: str, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint whose `model_type` is another family's is of this kind; asked of the package's own
+        families without a `model_type`."""
+        return False
+
+    def doubt(self, checkpoint: str) -> str | None:
+        """What speaks against a checkpoint being of this kind, in one line, where nothing proves it."""
+        return None
 
     @abstractmethod
     def read_facts(self, checkpoint: str) -> PolicyFacts:
@@ -340,8 +313,20 @@ def families() -> dict[str, str]:
 
 
 @cache
-def load_family(name: str) -> PolicyFamily:
-    """The family of a name or `module:Class`. Raises ValueError: there is none, or it cannot be imported."""
+def load_family(reference: str) -> PolicyFamily:
+    """The family of a name or `module:Class`, with the options behind a question mark: `openvla_oft?num_images=2`.
+
+    Raises ValueError: there is none, it cannot be imported, or it has no such options.
+    """
+    name, _, options = reference.partition("?")
+    family = _family(name)
+    try:
+        return family.with_options(dict(parse_qsl(options, keep_blank_values=True))) if options else family
+    except ValueError as error:
+        raise ValueError(f"model.family is {reference!r}, but {error}") from error
+
+
+def _family(name: str) -> PolicyFamily:
     reference = families().get(name, name)
     if ":" not in reference:
         raise ValueError(f"model.family is {name!r}; choose one of {', '.join(families())}, or name it as module:Class")
@@ -364,22 +349,25 @@ def family_name(checkpoint: str, name: str | None = None) -> str:
     """What `load_family` takes for a directory or hub id.
 
     Args:
-        name: `model.family`; None = what config.json says.
+        name: `ModelSettings.family_reference`; None, or options alone = what the checkpoint's files say.
 
     Raises:
         FileNotFoundError: no `config.json`.
         ValueError: it is damaged, or no family is of its `model_type`.
     """
-    if name:
+    if name and not name.startswith("?"):
         return name
     config, file = read_config(checkpoint)
     refuse_foreign_code(config, str(file))
-    if not isinstance(kind := config.get("model_type"), str) or kind not in families():
+    own = {each: load_family(each) for each in own_families()}
+    kinds = [each for each in families() if each not in own or own[each].has_model_type]
+    if not isinstance(kind := config.get("model_type"), str) or kind not in kinds:
         raise ValueError(
-            f"{checkpoint}: model_type is {kind!r}, must be {' or '.join(map(repr, families()))}; other policies are "
+            f"{checkpoint}: model_type is {kind!r}, must be {' or '.join(map(repr, kinds))}; other policies are "
             "not supported, unless model.family names a class for them"
         )
-    return kind
+    claimed = [each for each, family in own.items() if each not in kinds and family.claims(checkpoint, config)]
+    return (claimed or [kind])[0] + (name or "")
 
 
 def family_of(checkpoint: str, name: str | None = None) -> PolicyFamily:

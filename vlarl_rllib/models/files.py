@@ -1,8 +1,9 @@
 """The files of a model, an adapter or a judge, checked without torch: weights are whole safetensors, and nothing asks
 for foreign code.
 
-Model code, tokenizer code and pickles beside the weights are never read; what here is refused are settings that would
-have a library fetch or import something, and weights that a library would fail at, or fall back from, later.
+Model code, tokenizer code and pickles beside the weights are never read, but for OpenVLA-OFT's own parts, of which
+torch's reader of weights takes tensors alone (`models/openvla_oft/components.py`); what here is refused are settings
+that would have a library fetch or import something, and weights that a library would fail at, or fall back from, later.
 """
 
 from __future__ import annotations

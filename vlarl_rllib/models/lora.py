@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlarl_rllib.models.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, check_adapter
+from vlarl_rllib.models.low_rank import MergedProduct, Product, merge_lora
 
 if TYPE_CHECKING:
     from vlarl_rllib.settings import LoraSettings
@@ -45,22 +46,6 @@ MAX_ALPHA = 16
 """Default alpha is min(rank, 16), as in OpenVLA's fine-tuning code."""
 
 
-def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
-    """`W + scaling * B A` out of place, in the type of W: sums in float32, rounded once.
-
-    In bfloat16 that reads and writes each weight once; a float32 sum would be five times the traffic, a quarter of a
-    training step.
-
-    Args:
-        weight: [O, I], or [O, C, h, w] of a convolution.
-        lora_a: [r, I], or [r, C, h, w]; rounded to the type of W.
-        lora_b: [O, r], or [O, r, 1, 1]; rounded to the type of W.
-        out: [O, I] where the sum goes, without gradients.
-    """
-    factors = (factor.flatten(1).to(weight.dtype) for factor in (lora_b, lora_a))
-    return torch.addmm(weight.flatten(1), *factors, alpha=scaling, out=out).view(weight.shape)
-
-
 class _Merged(peft_layers.LoraLayer):
     """What both kinds of layers share; `base_layer`, `lora_A` and `lora_B` are PEFT's."""
 
@@ -75,8 +60,10 @@ class _Merged(peft_layers.LoraLayer):
 
     def base_weight(self) -> Tensor:
         """The base layer's weight, dequantised where it is quantised."""
-        weight = dequantize_module_weight(self.base_layer)
-        return weight if weight is self.base_layer.weight else weight.to(self.dequantized_dtype)
+        weight = cast(Tensor, self.base_layer.weight)
+        if weight.is_floating_point():
+            return weight  # past PEFT's function, which the compiler cannot look into
+        return dequantize_module_weight(self.base_layer).to(self.dequantized_dtype)
 
     @torch.no_grad()
     def published_weight(self, gather: Callable[[Tensor], Tensor]) -> Tensor:
@@ -98,9 +85,9 @@ class MergedLinear(peft_layers.Linear, _Merged):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         lora_a, lora_b, scaling = self.factors
         if self.merged_weight is None:
-            out = _MergedProduct.apply(x, lora_a, lora_b, self)
+            out = MergedProduct.apply(x, lora_a, lora_b, self, scaling)
         else:
-            out = _Product.apply(x, self.merged_weight, lora_a, lora_b, scaling)
+            out = Product.apply(x, self.merged_weight, lora_a, lora_b, scaling)
         return out if self.base_layer.bias is None else out + self.base_layer.bias
 
     @torch.no_grad()
@@ -128,57 +115,6 @@ class MergedConv2d(peft_layers.Conv2d, _Merged):
         return F.conv2d(
             x, merge_lora(conv.weight, *self.factors), conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
         )
-
-
-class _MergedProduct(torch.autograd.Function):
-    """x [..., I] -> x W'ᵀ [..., O], merging on the way; gradients for x, A and B."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, layer: MergedLinear) -> Tensor:
-        ctx.save_for_backward(x, lora_a, lora_b)
-        ctx.layer = layer
-        return F.linear(x, merge_lora(layer.base_weight(), lora_a, lora_b, layer.factors[2]))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, lora_a, lora_b = ctx.saved_tensors
-        (grad,) = grad_outputs
-        scaling = ctx.layer.factors[2]
-        # The base weight is read from the layer rather than saved: FSDP has gathered it again by now.
-        grad_x = (
-            grad @ merge_lora(ctx.layer.base_weight(), lora_a, lora_b, scaling) if ctx.needs_input_grad[0] else None
-        )
-        return grad_x, *_factor_gradients(ctx, x, grad, lora_a, lora_b, scaling), None
-
-
-class _Product(torch.autograd.Function):
-    """x [..., I] -> x W'ᵀ [..., O] with W' as given; gradients for x, A and B."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, merged: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        ctx.save_for_backward(x, merged, lora_a, lora_b)
-        ctx.scaling = scaling
-        return F.linear(x, merged)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        x, merged, lora_a, lora_b = ctx.saved_tensors
-        (grad,) = grad_outputs
-        grad_x = grad @ merged if ctx.needs_input_grad[0] else None
-        return grad_x, None, *_factor_gradients(ctx, x, grad, lora_a, lora_b, ctx.scaling), None
-
-
-def _factor_gradients(
-    ctx: Any, x: Tensor, grad: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of A and B, in their types, from products in that of x."""
-    if not any(ctx.needs_input_grad[1:]):
-        return None, None
-    rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
-    low = grad_rows @ lora_b.to(grad.dtype)
-    grad_a = (low.T @ rows).to(lora_a.dtype) * scaling
-    grad_b = (grad_rows.T @ (rows @ lora_a.to(x.dtype).T)).to(lora_b.dtype) * scaling
-    return grad_a, grad_b
 
 
 def add_lora(

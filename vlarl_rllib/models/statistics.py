@@ -26,22 +26,30 @@ def check_action_statistics(statistics: Any, where: str) -> None:
     absent) holds. Equal ones pass: a dimension that never changes, such as the rotations of `tabletop`, has them, and
     scales to that constant.
     """
+    check_quantiles(statistics, where, ACTION_SIZE)
+    mask = statistics.get("mask", [True] * ACTION_SIZE)
+    if not isinstance(mask, list) or len(mask) != ACTION_SIZE or not all(isinstance(entry, bool) for entry in mask):
+        raise ValueError(
+            f"{where}.mask is {_shortened(mask)}, must be {ACTION_SIZE} booleans; make the statistics anew"
+        )
+    _check_order(statistics, mask, where)
+
+
+def check_quantiles(statistics: Any, where: str, size: int) -> None:
+    """Raise ValueError, in one line that begins with `where`, unless `q01` and `q99` are `size` finite numbers each."""
     if not isinstance(statistics, dict):
         raise ValueError(
             f"{where} is {type(statistics).__name__}, must be an object with q01 and q99; make the statistics anew"
         )
     for name in ("q01", "q99"):
         numbers = statistics.get(name)
-        if not isinstance(numbers, list) or len(numbers) != ACTION_SIZE or not all(map(_is_finite, numbers)):
+        if not isinstance(numbers, list) or len(numbers) != size or not all(map(_is_finite, numbers)):
             raise ValueError(
-                f"{where}.{name} is {_shortened(numbers)}, must be {ACTION_SIZE} finite numbers; make the "
-                "statistics anew"
+                f"{where}.{name} is {_shortened(numbers)}, must be {size} finite numbers; make the statistics anew"
             )
-    mask = statistics.get("mask", [True] * ACTION_SIZE)
-    if not isinstance(mask, list) or len(mask) != ACTION_SIZE or not all(isinstance(entry, bool) for entry in mask):
-        raise ValueError(
-            f"{where}.mask is {_shortened(mask)}, must be {ACTION_SIZE} booleans; make the statistics anew"
-        )
+
+
+def _check_order(statistics: dict[str, Any], mask: list[bool], where: str) -> None:
     for index, (low, high, used) in enumerate(zip(statistics["q01"], statistics["q99"], mask, strict=True)):
         if used and not (low <= high and math.isfinite(high - low)):
             raise ValueError(

@@ -158,7 +158,7 @@ class SelfTest:
     @classmethod
     def of(cls, settings: Settings) -> SelfTest:
         """For a run with these settings."""
-        actions = read_facts(resolve_model(settings.model.path), settings.model.family).actions
+        actions = read_facts(resolve_model(settings.model.path), settings.model.family_reference).actions
         return cls(expectation(settings, actions), settings.training.critic_warmup_iterations)
 
     def take(self, iteration: int, numbers: Mapping[str, Any]) -> dict[str, Any] | None:

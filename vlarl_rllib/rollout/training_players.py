@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlarl_rllib.envs.registry import training_and_held_out_states
-from vlarl_rllib.models.family import ActionCodec, ActionFormat
+from vlarl_rllib.models.family import ActionFormat
+from vlarl_rllib.models.interfaces import ActionCodec
 from vlarl_rllib.rewards import WeightedRewards
 from vlarl_rllib.rollout.curriculum import AdaptiveCurriculum, FixedCurriculum
 from vlarl_rllib.rollout.players import TrainingPlayer

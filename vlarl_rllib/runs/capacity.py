@@ -27,16 +27,24 @@ TRAINED_BYTES = 16
 """Of a trained parameter: float32 master, gradient, and AdamW's two moments."""
 ADAPTER_SHARE = 0.0147
 """Adapter parameters of rank 32 to the model's: 110,828,288 / 7,541,237,184."""
-QUANTIZED_BYTES = {"8bit": 1.13, "4bit": 0.74}
-"""Of a parameter, all of the model together, some of which stay in bfloat16: from the peaks of 49.9, 43.3, 40.4 GB."""
+QUANTIZED_BYTES = {"8bit": 1.15, "4bit": 0.77, "fp8": 1.14}
+"""Of a parameter, all of the model together, some of which stay in bfloat16."""
+DEQUANTIZED_BYTES = 0.1
+"""Of a quantised layer's weight as it is multiplied with, per parameter of the model: there is one at a time."""
 ROW_BYTES = 0.28
-"""Activations of one decision of a micro-batch, per parameter of the model: (49.9 - 15.1 - 1.8) GB / 16 / 7.54e9."""
-CHECKPOINTED_ROW_BYTES = 0.08
-"""The same where activations are computed again; derived, not measured: layer inputs, one layer, the vision towers."""
-CONTEXT_BYTES = 1e9
+"""Activations of one decision of a micro-batch, per parameter of the model, where they are all kept."""
+COMPILED_ROW_BYTES = 0.222
+"""The same of compiled blocks."""
+FROZEN_TOWERS_SHARE = 0.72
+"""Of a row's, where adapters are in the language model alone: 0.159 / 0.222."""
+CHECKPOINTED_ROW_BYTES = 0.084
+"""The same where those of the language model are computed again."""
+CONTEXT_BYTES = 0.8e9
 """CUDA and libraries of one process."""
-WORKSPACE_BYTES = 0.8
-"""CUDA graphs and scratch space of an engine, per parameter: what was left of 74.9 GB."""
+SLACK = 0.05
+"""What a learner's allocator holds and does not use, as a share of the activations."""
+SCRATCH_BYTES = 0.0055
+"""Of an engine, for each sequence of a batch and parameter of the model: activations of a prompt, graphs of frames."""
 PROCESS_GB, FURTHER_MODEL_GB = 1.03, 0.68
 """Host memory of an environment process of LIBERO with one model, and of each further one (README, Measured)."""
 BUCKETS = 2
@@ -122,29 +130,65 @@ def estimate(settings: Settings, plan: RuntimeArgs) -> Estimate:
     size = num_parameters(settings)
     if size is None:
         return Estimate(None, None, None)
-    engines, learners, model = settings.engines, settings.learners, settings.model
-    published = published_model(model.path)
-    cache = _family(settings).cache_bytes(None if published else model.path, engines.dtype)
-    trained = size * ADAPTER_SHARE * model.lora.rank / 32 if model.lora else float(size)
-    frozen = size * (QUANTIZED_BYTES[model.quantization] if model.quantization else BYTES[model.dtype])
+    policies = 2 if settings.model.critic == "separate" else 1
+    trained = _trained(settings, size)
+    return Estimate(
+        _in_gb(_engine_parts(settings, plan, size)),
+        _in_gb(_learner_parts(settings, plan, size)),
+        policies * trained * SAVED_BYTES / 1e9,
+    )
+
+
+def _trained(settings: Settings, size: int) -> float:
+    lora = settings.model.lora
+    return size * ADAPTER_SHARE * lora.rank / 32 if lora else float(size)
+
+
+def _engine_parts(settings: Settings, plan: RuntimeArgs, size: int) -> dict[str, float]:
+    engines, path = settings.engines, settings.model.path
+    cache = _family(settings).cache_bytes(None if published_model(path) else path, engines.dtype)
+    element = QUANTIZED_BYTES[engines.quantization] if engines.quantization else BYTES[engines.dtype]
+    return {
+        "weights": size * element,
+        "cache": plan.engine_batch * cache,
+        "scratch": plan.engine_batch * SCRATCH_BYTES * size * BYTES[engines.dtype] / 2,
+        "CUDA": CONTEXT_BYTES,
+    }
+
+
+def _learner_parts(settings: Settings, plan: RuntimeArgs, size: int) -> dict[str, float]:
+    learners, model = settings.learners, settings.model
     policies = 2 if model.critic == "separate" else 1
     held = 0.0 if learners.fsdp.cpu_offload else policies / (plan.mesh[1] or 1)
-    row = CHECKPOINTED_ROW_BYTES if learners.fsdp.checkpoint_activations else ROW_BYTES
-    of_type = BYTES[model.dtype] / 2  # the measured ones are bfloat16's
-    engine = {
-        "weights": size * BYTES[engines.dtype],
-        "cache": plan.engine_batch * cache,
-        "CUDA graphs and scratch": size * WORKSPACE_BYTES,
-        "CUDA": CONTEXT_BYTES,
-    }
-    learner = {
-        "frozen weights": held * (frozen if model.lora else 0.0),
+    frozen = QUANTIZED_BYTES[model.quantization] if model.quantization else BYTES[model.dtype]
+    parts = {
+        "frozen weights": held * size * frozen if model.lora else 0.0,
+        "a layer's weights": size * DEQUANTIZED_BYTES if model.quantization else 0.0,
         "weights merged ahead": policies * size * BYTES[model.dtype] if settings.merge_ahead else 0.0,
-        "masters, gradients, AdamW": held * trained * TRAINED_BYTES,
-        "activations": learners.micro_batch_size * row * of_type * size,
+        "masters, gradients, AdamW": held * _trained(settings, size) * TRAINED_BYTES,
+        "activations": learners.micro_batch_size * size * _row_bytes(settings),
         "CUDA": CONTEXT_BYTES,
     }
-    return Estimate(_in_gb(engine), _in_gb(learner), policies * trained * SAVED_BYTES / 1e9)
+    return parts | {"allocator": SLACK * parts["activations"]}
+
+
+def _row_bytes(settings: Settings) -> float:
+    """Of the activations of one decision of a micro-batch, per parameter of the model."""
+    learners, model = settings.learners, settings.model
+    row = ROW_BYTES
+    if learners.fsdp.checkpoint_activations:
+        row = CHECKPOINTED_ROW_BYTES
+    elif settings.compiles:
+        row = COMPILED_ROW_BYTES * _kept(learners.activation_memory_budget)
+    if model.lora and model.lora.targets == "language_model":
+        row *= FROZEN_TOWERS_SHARE
+    return row * BYTES[model.dtype] / 2  # the measured ones are bfloat16's
+
+
+def _kept(budget: float) -> float:
+    """Share of a compiled block's activations that are kept under `learners.activation_memory_budget`. A third of them
+    costs so little to compute again that a budget just below 1 spares it."""
+    return budget if budget in (0, 1) else min(budget, 0.25 + budget / 2)
 
 
 def _in_gb(parts: Mapping[str, float]) -> dict[str, float]:
@@ -201,7 +245,7 @@ def _memory_problems(
         if (needed := each.of(card)) is not None and needed > machine.gpu_memory_gb:
             yield (
                 f"memory: about {needed:.0f} GB on GPU {number}{of} of {machine.gpu_memory_gb:g}; lower "
-                "learners.micro_batch_size or engines.max_batch, or set learners.fsdp.checkpoint_activations"
+                "learners.micro_batch_size, learners.activation_memory_budget or engines.max_batch"
             )
     if (host := host_gb(settings, plan)) > machine.memory_gb:
         yield (
@@ -259,5 +303,6 @@ def num_parameters(settings: Settings) -> int | None:
 
 
 def _family(settings: Settings) -> PolicyFamily:
-    published = published_model(settings.model.path)
-    return load_family(published.family) if published else family_of(settings.model.path, settings.model.family)
+    model = settings.model
+    published = published_model(model.path)
+    return load_family(published.family) if published else family_of(model.path, model.family_reference)

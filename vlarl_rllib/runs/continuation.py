@@ -35,7 +35,7 @@ MODELS = ("model.path", "model.critic_path")
 """Compared by content: a model may lie elsewhere now."""
 FAMILY = "model.family"
 """Compared by what it means: null is what the checkpoint says."""
-OF_THE_WEIGHTS = ("model.lora", "model.critic", FAMILY, *MODELS)
+OF_THE_WEIGHTS = ("model.lora", "model.oft", "model.critic", FAMILY, *MODELS)
 """What the weights of a checkpoint only fit together with."""
 
 

@@ -129,7 +129,7 @@ def export_merged(checkpoint: TrainingCheckpoint, out: Path, dtype: str | None =
     dtype = dtype or checkpoint.settings.engines.dtype
     tensors = dict(iterate_weights(load_policy(checkpoint), getattr(torch, dtype)))
     model = checkpoint.settings.model
-    family = family_of(resolve_model(model.path), model.family)
+    family = family_of(resolve_model(model.path), model.family_reference)
     write_model(tensors, family=family, base=model.path, out=out, dtype=dtype)
     _write_provenance(checkpoint, out, "merged")
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-from vlarl_rllib.envs import registry
 from vlarl_rllib.envs.registry import ENVIRONMENTS, expert_class, experts
 from vlarl_rllib.models.family import PolicyFacts, PolicyFamily, family_of, load_family, read_facts
 from vlarl_rllib.models.files import check_adapter
@@ -17,25 +15,22 @@ from vlarl_rllib.process.surroundings import (
     check_wandb,
     cluster_address,
     forgo_the_hub_where_it_is_not_reached,
-    wandb_is_not_reached,
 )
 from vlarl_rllib.ray_compat import label_mistake
 from vlarl_rllib.rewards.judge import check_judge
 from vlarl_rllib.rewards.weighted import make_reward
 from vlarl_rllib.settings import ModelSettings, Settings, SettingsError, SFTSettings, calculate_runtime_args
-from vlarl_rllib.settings.plan import num_training_starts
 from vlarl_rllib.settings.published import absolute_unless_name, is_model_name
 from vlarl_rllib.settings.transports import AUTO, TRANSPORTS, require_installed, transport_class
 
-MANY_STARTS = 1000
-"""More than a run plays often enough to tell the hard ones."""
+MAIN_CAMERA = ("main",)
 DEMONSTRATIONS = "demonstrations"
 """Folder of a quickstart's run directory that its data go into."""
 
 
 def check(settings: Settings) -> None:
     """Raise `SettingsError` for what would fail later anyway."""
-    check_model(settings.model.path, settings.unnorm_key, settings.model.family)
+    check_model(settings.model.path, settings.unnorm_key, settings.model.family_reference)
     _check_additions(settings.model)
     _check_decisions(settings)
     _check_rewards(settings)
@@ -59,7 +54,7 @@ def check(settings: Settings) -> None:
 
 def _check_decisions(settings: Settings) -> None:
     model, executed = settings.model, settings.rollout.execute_actions
-    actions = model_facts(model.path, "model.path", model.family).actions
+    actions = model_facts(model.path, "model.path", model.family_reference).actions
     if executed and executed > actions.num_actions:
         raise SettingsError(
             f"rollout.execute_actions: {executed} is more than the {actions.num_actions} action(s) of a decision of "
@@ -104,7 +99,7 @@ def check_collect(settings: Settings, out: Path) -> None:
         except ValueError as error:
             raise SettingsError(str(error)) from error
     check_tensorflow_datasets("vlarl collect")
-    model_facts(settings.model.path, "model.path", settings.model.family)
+    model_facts(settings.model.path, "model.path", settings.model.family_reference)
     if (out / env).exists():
         raise SettingsError(f"--out: {out / env} exists; give another directory, or remove it")
     check_environment(env)
@@ -130,7 +125,7 @@ def check_quickstart(settings: Settings, run: Path) -> None:
 
 def check_sft(settings: Settings, *, data_to_come: bool = False) -> None:
     """The same for supervised fine-tuning, also where `sft.data` is still to be collected."""
-    model_facts(settings.model.path, "model.path", settings.model.family)
+    model_facts(settings.model.path, "model.path", settings.model.family_reference)
     _check_additions(settings.model)
     if settings.sft.batch_size % max(1, settings.learners.num):
         raise SettingsError(
@@ -180,80 +175,6 @@ def _check_data(sft: SFTSettings, num_learners: int) -> None:
         )
 
 
-def doubts(settings: Settings) -> list[str]:
-    """What may be meant of a run of `vlarl train`, but is more often a mistake."""
-    found = [f"{key} has no effect with {other}" for key, other in _idle_keys(settings)]
-    key, suite, rollout = settings.unnorm_key, settings.env.suite, settings.rollout
-    if suite in registry.suites(settings.env.name) and key not in (suite, f"{suite}_no_noops"):
-        found.append(
-            f"env.suite: {suite} is played with the action statistics of {key}; set env.suite, model.path or "
-            "model.unnorm_key unless that is meant"
-        )
-    if settings.curriculum.kind == "adaptive" and not rollout.episodes_per_iteration:
-        found.append(
-            "curriculum.kind: adaptive counts whole episodes, and those that rollout.steps_per_iteration "
-            f"{rollout.steps_per_iteration} leaves "
-            "running are cut off at each checkpoint and evaluation, slow failures most; set "
-            "rollout.episodes_per_iteration"
-        )
-    if settings.curriculum.kind == "adaptive" and (starts := num_training_starts(settings)) > MANY_STARTS:
-        found.append(
-            f"curriculum.kind: adaptive keeps a record of each of the {starts:,} starts, and learns of one only "
-            "by playing it; "
-            "set curriculum.starts_per_task to fewer"
-        )
-    if settings.run.wandb and (reason := wandb_is_not_reached()):
-        found.append(
-            f"run.wandb: Weights & Biases does not answer ({reason}); where that stays so, the run logs to wandb/ in "
-            "its directory, to be sent with: wandb sync"
-        )
-    return found
-
-
-def _idle_keys(settings: Settings) -> Iterator[tuple[str, str]]:
-    """(key, what keeps it from having an effect) of those that differ from their defaults.
-
-    Not refused: a sweep may vary the other key.
-    """
-    for section, key, other, idle in (
-        (
-            settings.training,
-            "training.importance_cap",
-            "old_log_probs behaviour",
-            settings.training.old_log_probs == "behaviour",
-        ),
-        (settings.rewards, "rewards.malformed", "samplers that choose among the action tokens alone", True),
-        (settings.curriculum, "curriculum.rule", "kind fixed", settings.curriculum.kind == "fixed"),
-        (settings.curriculum, "curriculum.temperature", "kind fixed", settings.curriculum.kind == "fixed"),
-        (
-            settings.placement,
-            "placement.learners",
-            "learners.num 0: set placement.algorithm",
-            not settings.learners.num,
-        ),
-        (settings.placement, "placement.engines", "engines.num 0: set placement.runners", not settings.engines.num),
-        (settings.placement, "placement.reward_worker", "rewards.process 0", not settings.rewards.process),
-    ):
-        name = key.partition(".")[2]
-        if idle and getattr(section, name) != type(section).model_fields[name].default:
-            yield key, other
-
-
-def sft_doubts(settings: Settings) -> list[str]:
-    """The same of a run of `vlarl sft`."""
-    env, augment = settings.env.name, settings.sft.augment
-    # what it is fine-tuned into has no crop of its own: null means true
-    cropped = env in ENVIRONMENTS and ENVIRONMENTS[env].crops and settings.model.center_crop is not False
-    if env not in ENVIRONMENTS or augment == cropped:
-        return []
-    remedy = "set it and model.center_crop alike" if ENVIRONMENTS[env].crops else "set sft.augment to false"
-    seen = f"{'central crops' if cropped else 'whole frames'} when it acts in {env}"
-    return [
-        f"sft.augment: {str(augment).lower()}, so the policy learns from "
-        f"{'crops' if augment else 'whole frames'} and will see {seen}; {remedy}"
-    ]
-
-
 def check_model(
     path: str,
     unnorm_key: str,
@@ -262,13 +183,24 @@ def check_model(
     path_name: str = "model.path",
     key_name: str = "model.unnorm_key",
 ) -> None:
-    """Raise `SettingsError` unless `path` is a model with statistics under `unnorm_key`; the names are what the user
-    calls the two.
+    """Raise `SettingsError` unless `path` is a model that can be played, with statistics under `unnorm_key`; the names
+    are what the user calls the two.
 
     Args:
-        family: `model.family`.
+        family: `model.family_reference`.
     """
     facts = model_facts(path, path_name, family)
+    if facts.regresses:
+        raise SettingsError(
+            f"{path_name}: {path} regresses its actions, so none has a probability, and engines would sample tokens, "
+            "which it was not trained on; give a checkpoint that was trained on tokens"
+        )
+    if facts.cameras != MAIN_CAMERA or facts.state_size:
+        state = f", and {facts.state_size} numbers of the robot's state" if facts.state_size else ""
+        raise SettingsError(
+            f"{path_name}: {path} is to see {' and '.join(facts.cameras)} camera{state}, whereas environments have the "
+            "main camera's frames alone; give a checkpoint that needs no more"
+        )
     try:
         facts.action_statistics(unnorm_key)
     except ValueError as error:
@@ -281,7 +213,9 @@ def check_model(
 
 def model_facts(path: str, path_name: str, family: str | None) -> PolicyFacts:
     """Of a preset, directory or hub id. Raises `SettingsError` where it is no checkpoint of a family that we know."""
-    if family:
+    if family and "?" in family and path in presets():
+        raise SettingsError(f"model.oft: preset {path} is made as it is; leave model.oft out")
+    if family and not family.startswith("?"):
         try:
             loaded = load_family(family)
         except ValueError as error:
@@ -339,8 +273,8 @@ def _check_additions(model: ModelSettings) -> None:
             "install bitsandbytes"
         )
     if model.critic_path:
-        critic = model_facts(model.critic_path, "model.critic_path", model.family).image_size
-        policy = model_facts(model.path, "model.path", model.family).image_size
+        critic = model_facts(model.critic_path, "model.critic_path", model.family_reference).image_size
+        policy = model_facts(model.path, "model.path", model.family_reference).image_size
         if critic != policy:
             raise SettingsError(
                 f"model.critic_path: {model.critic_path} sees {critic} pixels, the policy {policy}, and both get the "
@@ -362,7 +296,7 @@ def _check_additions(model: ModelSettings) -> None:
 
 def _family(path: str, model: ModelSettings) -> PolicyFamily:
     """Of a model that was found readable."""
-    return presets()[path] if path in presets() else family_of(HUB_MODELS.get(path, path), model.family)
+    return presets()[path] if path in presets() else family_of(HUB_MODELS.get(path, path), model.family_reference)
 
 
 def check_environment(name: str) -> None:

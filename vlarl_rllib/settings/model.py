@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
+from urllib.parse import urlencode
 
 from pydantic import Field
 
@@ -29,11 +31,34 @@ class LoraSettings(Section):
     )
 
 
+class OFTSettings(Section):
+    num_images: Literal[1, 2] | None = Field(
+        None,
+        description="1 = the main camera's; 2 = the wrist camera's too; null = as published, else what the checkpoint "
+        "says, else 1.",
+    )
+    proprio: bool | None = Field(
+        None, description="Whether it looks at the robot's own state; null = likewise, else false."
+    )
+    chunk: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="Actions of one pass; null = likewise, else 8."
+    )
+    stop_token: bool | None = Field(
+        None,
+        description="Whether the end of sequence stands behind the actions, as OpenVLA-OFT and SimpleVLA-RL train it "
+        "(RLinf's own does not); null = likewise, else true.",
+    )
+    l1_head: bool | None = Field(
+        None,
+        description="Whether a head regresses the actions, which then cannot be sampled; null = whether there is one.",
+    )
+
+
 class ModelSettings(Section):
     path: ModelPath = Field(
         "tiny",
-        description="Preset name (tiny, small, mini), checkpoint directory (as all paths: relative to the working "
-        "directory), or hub id.",
+        description="Preset name (tiny, small, mini, tiny-oft, mini-oft), checkpoint directory (as all paths: relative "
+        "to the working directory), or hub id.",
     )
     family: str | None = Field(
         None,
@@ -41,6 +66,7 @@ class ModelSettings(Section):
         description="Kind of policy: a name that the package or an installed one has, or module:Class; null = what the "
         "checkpoint's config.json says.",
     )
+    oft: OFTSettings = OFTSettings()
     unnorm_key: str | None = Field(
         None,
         min_length=1,
@@ -75,3 +101,10 @@ class ModelSettings(Section):
     critic_path: ModelPath | None = Field(
         None, description="Checkpoint, preset or hub id that a separate critic starts from; null = model.path."
     )
+
+    @property
+    def family_reference(self) -> str | None:
+        """`family` and what `oft` says, as `models.family.family_name` takes it."""
+        options = {name: json.dumps(value) for name, value in self.oft if value is not None}
+        family = self.family or ""
+        return f"{family}{'&' if '?' in family else '?'}{urlencode(options)}" if options else self.family

@@ -1,5 +1,5 @@
-"""The names that models go by: presets, the published OpenVLA checkpoints, and what fits each of those where the
-settings say nothing."""
+"""The names that models go by: presets, the published OpenVLA and OpenVLA-OFT checkpoints, and what fits each of those
+where the settings say nothing."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ with 1.5 and at 85.8 % with 1.0. SimpleVLA-RL's 1.6 is for another model (OpenVL
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """A success rate that was published, with OpenVLA's LIBERO protocol."""
+    """A success rate that was published for LIBERO."""
 
     suite: str
     success: float
     standard_error: float
-    """Percent; of three seeds of 500 episodes."""
+    """Percent; of three seeds of 500 episodes. 0 = not published."""
+    source: str = "arXiv 2406.09246, appendix E, and the README of openvla/openvla"
+    """Where, and with which protocol, if not with OpenVLA's."""
 
     def spread(self, episodes: int) -> float:
         """Percentage points within which an evaluation of so many episodes lies in 19 of 20 cases: what chance does to
         both numbers."""
         chance = self.success * (100.0 - self.success) / episodes
         return 1.96 * math.sqrt(self.standard_error**2 + chance)
-
-
-RESULTS_FROM = "arXiv 2406.09246, appendix E, and the README of openvla/openvla"
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,31 @@ class PublishedModel:
     image_size: int = 224
     """Side of the frames that it sees, in pixels."""
     family: str = "openvla"
-    """Kind of policy, as `model.family`."""
+    """Kind of policy, as `models.family.load_family` takes it."""
 
 
 def _fine_tuned(suite: str, success: float, standard_error: float) -> PublishedModel:
     hub_id = f"openvla/openvla-7b-finetuned-{suite.replace('_', '-')}"
     result = PublishedResult(suite, success, standard_error)
     return PublishedModel(hub_id, suite, True, FINE_TUNED_TEMPERATURE, result)
+
+
+OFT_TEMPERATURE = 1.6
+"""SimpleVLA-RL (arXiv 2509.09674) samples at it, in GRPO on its own checkpoints."""
+REGRESSED = "openvla_oft?num_images=2&proprio=true&l1_head=true"
+TOKENS = "openvla_oft?num_images=1&proprio=false"
+"""Their files say neither that they are OpenVLA-OFT nor how it was trained."""
+
+
+def _oft_regressed(suite: str, success: float) -> PublishedModel:
+    hub_id = f"moojink/openvla-7b-oft-finetuned-{suite.replace('_', '-')}"
+    result = PublishedResult(suite, success, 0.0, "arXiv 2502.19645, eight actions played of each pass")
+    return PublishedModel(hub_id, suite, True, 1.0, result, family=REGRESSED)
+
+
+def _oft_tokens(name: str, suite: str, success: float) -> PublishedModel:
+    result = PublishedResult(suite, success, 0.0, "arXiv 2509.09674, its own protocol of at most 512 steps")
+    return PublishedModel(f"Haozhan72/{name}", suite, True, OFT_TEMPERATURE, result, family=TOKENS)
 
 
 PUBLISHED_MODELS = {
@@ -68,11 +85,27 @@ PUBLISHED_MODELS = {
     "openvla-7b-finetuned-libero-object": _fine_tuned("libero_object", 88.4, 0.8),
     "openvla-7b-finetuned-libero-goal": _fine_tuned("libero_goal", 79.2, 1.0),
     "openvla-7b-finetuned-libero-10": _fine_tuned("libero_10", 53.7, 1.3),
+    # OpenVLA-OFT that regresses its actions: for evaluation, since nothing of them has a probability
+    "openvla-7b-oft-finetuned-libero-spatial": _oft_regressed("libero_spatial", 97.6),
+    "openvla-7b-oft-finetuned-libero-object": _oft_regressed("libero_object", 98.4),
+    "openvla-7b-oft-finetuned-libero-goal": _oft_regressed("libero_goal", 97.9),
+    "openvla-7b-oft-finetuned-libero-10": _oft_regressed("libero_10", 94.5),
+    # OpenVLA-OFT with tokens, of one demonstration a task (trajall: of all): where reinforcement learning begins
+    **{
+        name: _oft_tokens(name, suite, success)
+        for name, suite, success in (
+            ("Openvla-oft-SFT-libero-spatial-traj1", "libero_spatial", 63.6),
+            ("Openvla-oft-SFT-libero-object-traj1", "libero_object", 54.9),
+            ("Openvla-oft-SFT-libero-goal-traj1", "libero_goal", 59.6),
+            ("Openvla-oft-SFT-libero10-traj1", "libero_10", 17.3),
+            ("Openvla-oft-SFT-libero10-trajall", "libero_10", 86.5),
+        )
+    },
 }
 """By the name that `model.path` takes; the hub id does too."""
 
-PRESET_NAMES = ("tiny", "small", "mini")
-"""Of `models.presets.PRESETS`: small models that are made from a seed, for trying things out."""
+PRESET_NAMES = ("tiny", "small", "mini", "tiny-oft", "mini-oft")
+"""Of `models.presets.presets`: small models that are made from a seed, for trying things out."""
 
 RANDOM_7B = "random-7b"
 """What `vlarl bench` calls a model of the published sizes with random weights: 15 GB, made when it is first asked for,

@@ -71,7 +71,7 @@ def _impossible_learners(s: Sections) -> Iterator[str]:
     if s.learners.fsdp.cpu_offload and not s.learners.gpus:
         yield "learners.fsdp.cpu_offload: true needs learners on a GPU; set learners.gpus or leave it false"
     learners = s.learners
-    if learners.activation_memory_budget < 1 and not (learners.gpus if learners.compile is None else learners.compile):
+    if learners.activation_memory_budget < 1 and not s.compiles:
         yield (
             f"learners.activation_memory_budget: {learners.activation_memory_budget:g} is for compiled blocks; set "
             "learners.compile: true, or leave it 1"

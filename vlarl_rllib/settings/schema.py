@@ -198,7 +198,7 @@ class LearnerSettings(Section):
     compile: bool | None = Field(
         None,
         description="Compile the blocks of the model, for which the first passes of a run take long; null = on GPUs, "
-        "unless cuda_graphs are used.",
+        "unless cuda_graphs are used or model.quantization is set.",
     )
     activation_memory_budget: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         1.0,
@@ -322,6 +322,13 @@ class Sections(Section):
     def lockstep(self) -> bool:
         """`rollout.lockstep`, or what it is by default."""
         return not self.engines.gpus if self.rollout.lockstep is None else self.rollout.lockstep
+
+    @property
+    def compiles(self) -> bool:
+        """Whether learners that record no CUDA graphs compile: `learners.compile`, or what it is by default."""
+        chosen = self.learners.compile
+        # The compiler cannot look into what bitsandbytes makes weights of, and leaves little between two of them.
+        return bool(self.learners.gpus) and self.model.quantization is None if chosen is None else chosen
 
     @property
     def merge_ahead(self) -> bool:

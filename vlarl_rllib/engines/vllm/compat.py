@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -44,13 +44,14 @@ from vlarl_rllib.types import SampleRequest
 logger = logging.getLogger(__name__)
 
 TESTED_VERSIONS = ("0.26", "0.32")
-BLOCK_TOKENS = 128
-"""vLLM's default KV-cache block on the CPU; on GPUs 16, which divides it."""
+CPU_BLOCK_TOKENS, GPU_BLOCK_TOKENS = 128, 16
+"""vLLM's default KV-cache blocks."""
 LEAST_UTILIZATION = 0.01
 """Share of the card that vLLM wants to find free before it starts; with a cache of given size it has no other meaning.
 """
 USUAL_PROMPTS = (24, 32, 40, 48)
-"""Tokens beside the patches; LIBERO's tasks have 18 to 33 words and marks, and a few more tokens."""
+"""Tokens beside the patches; LIBERO's tasks have 18 to 33 words and marks, and a few more tokens. The cache is made for
+the last (`PolicyFamily.cache_bytes`)."""
 MOST_PROMPTS = 512
 """Whose completed requests are kept."""
 MAX_STEP_TOKENS = 32768
@@ -268,7 +269,7 @@ def build_engine(spec: EngineSpec, config: Any, num_tokens: int, architecture: s
         weight_transfer_config={"backend": transfer_backend},
         skip_mm_profiling=on_cpu,
         disable_log_stats=True,
-        **_cache_memory(spec, text, length),
+        **_cache_memory(spec, text, [config.num_patches + USUAL_PROMPTS[-1] + num_tokens, length]),
     )
     engine = LLMEngine.from_engine_args(arguments)
     engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
@@ -282,12 +283,15 @@ def graph_sizes(max_batch: int, num_patches: int) -> list[int]:
     return sorted({1, 2, 4, *range(8, max_batch + 8, 8)} | prompts)
 
 
-def _cache_memory(spec: EngineSpec, text: Any, length: int) -> dict[str, Any]:
-    """A cache for exactly `max_batch` sequences. vLLM's own choice is most of the machine's memory on a CPU, and on a
-    GPU what it finds free, which fails where a learner fills the same card in the meantime."""
+def _cache_memory(spec: EngineSpec, text: Any, lengths: Sequence[int]) -> dict[str, Any]:
+    """A cache for `max_batch` sequences of the first length, with room for one of the last: longer ones wait for each
+    other. vLLM's own choice is most of the machine's memory on a CPU, and on a GPU what it finds free, which fails
+    where a learner fills the same card in the meantime."""
     token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * _element_bytes(spec.dtype)
-    blocks = spec.max_batch * -(-length // BLOCK_TOKENS) + 1
-    return {"kv_cache_memory_bytes": blocks * BLOCK_TOKENS * token_bytes, "gpu_memory_utilization": LEAST_UTILIZATION}
+    block = GPU_BLOCK_TOKENS if spec.gpus else CPU_BLOCK_TOKENS
+    usual, longest = (-(-length // block) for length in lengths)
+    blocks = spec.max_batch * usual + longest + 1
+    return {"kv_cache_memory_bytes": blocks * block * token_bytes, "gpu_memory_utilization": LEAST_UTILIZATION}
 
 
 def _element_bytes(dtype: str) -> int:

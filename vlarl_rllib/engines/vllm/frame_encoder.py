@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vlarl_rllib.models.replay import graph_rows
+
 WARM_UP_RUNS = 2
 """Before a capture: libraries choose algorithms and allocate workspaces, which a graph cannot hold."""
 
@@ -54,9 +56,3 @@ class FrameEncoder:
         with torch.cuda.graph(graph, pool=self._pool):
             encoded = self._encode(given)
         return graph, given, encoded
-
-
-def graph_rows(frames: int, most: int) -> int:
-    """Frames of the graph that serves so many: powers of two, then multiples of 16, so that few are filled up."""
-    rows = -(-frames // 16) * 16 if frames > 16 else 1 << (frames - 1).bit_length()
-    return min(rows, most)

@@ -5,7 +5,7 @@ An action has 7 numbers: position (x, y, z) and rotation deltas, then the grippe
 the data set's 1 % and 99 % quantiles and cut into bins; bin d has the id `vocab_size - d`. Source: OpenVLA (Kim et al.
 2024), section 3.2.
 
-N = actions.
+N = decisions, K = actions of each.
 """
 
 from collections.abc import Mapping
@@ -57,18 +57,19 @@ class ActionTokenizer:
         bins = self.vocab_size - np.asarray(ids, dtype=np.int64)
         return self.bin_centers[np.clip(bins - 1, 0, len(self.bin_centers) - 1)]
 
-    def decode_checked(self, ids: ArrayLike) -> NDArray[np.float64]:
-        """Normalised action [7] of one sampled reply.
+    def decode_checked(self, ids: ArrayLike, num_actions: int = 1) -> NDArray[np.float64]:
+        """Normalised actions [K, 7] of one sampled reply.
 
-        Raises ValueError unless the reply is exactly seven action ids: a malformed reply must never move a robot.
+        Raises ValueError unless the reply is exactly seven action ids for each of the K: a malformed reply must never
+        move a robot.
         """
-        reply = np.asarray(ids)
-        if reply.shape != (NUM_ACTION_TOKENS,) or not np.issubdtype(reply.dtype, np.integer):
-            raise ValueError(f"a reply must be {NUM_ACTION_TOKENS} token ids, got {list(np.atleast_1d(reply))}")
+        reply, expected = np.asarray(ids), num_actions * NUM_ACTION_TOKENS
+        if reply.shape != (expected,) or not np.issubdtype(reply.dtype, np.integer):
+            raise ValueError(f"a reply must be {expected} token ids, got {list(np.atleast_1d(reply))}")
         first, last = self.token_ids[0], self.token_ids[-1]
         if np.any((reply < first) | (reply > last)):
             raise ValueError(f"reply {reply.tolist()} has a token id outside the action ids {first}..{last}")
-        return self.decode(reply)
+        return self.decode(reply).reshape(num_actions, NUM_ACTION_TOKENS)
 
     @staticmethod
     def unnormalize(normalized: ArrayLike, stats: Mapping[str, Any]) -> NDArray[np.float64]:
@@ -105,39 +106,41 @@ def _quantiles(stats: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[n
 
 
 class OpenVLACodec:
-    """See `models.family.ActionCodec`; a decision is one action.
+    """See `models.interfaces.ActionCodec`.
 
     Args:
         tokenizer: of the checkpoint.
         statistics: `q01`, `q99`, `mask` of the data set.
+        num_actions: K of a decision.
     """
 
-    def __init__(self, tokenizer: ActionTokenizer, statistics: Mapping[str, Any]) -> None:
-        self._tokenizer, self._statistics = tokenizer, statistics
+    def __init__(self, tokenizer: ActionTokenizer, statistics: Mapping[str, Any], num_actions: int = 1) -> None:
+        self._tokenizer, self._statistics, self._num_actions = tokenizer, statistics, num_actions
 
     def decode(self, tokens: ArrayLike) -> NDArray[np.float64]:
-        """[7] ids -> [1, 7]. Raises ValueError, see `ActionTokenizer.decode_checked`."""
-        normalized = self._tokenizer.decode_checked(tokens)
-        return to_environment(self._tokenizer.unnormalize(normalized, self._statistics))[None]
+        """[7 K] ids -> [K, 7]. Raises ValueError, see `ActionTokenizer.decode_checked`."""
+        normalized = self._tokenizer.decode_checked(tokens, self._num_actions)
+        return to_environment(self._tokenizer.unnormalize(normalized, self._statistics))
 
     def normalized(self, tokens: ArrayLike) -> NDArray[np.float64]:
-        """[..., 7] ids -> [..., 1, 7]."""
-        return self._tokenizer.decode(tokens)[..., None, :]
+        """[..., 7 K] ids -> [..., K, 7]."""
+        values = self._tokenizer.decode(tokens)
+        return values.reshape(*values.shape[:-1], self._num_actions, NUM_ACTION_TOKENS)
 
     def encode(self, actions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """[N, 1, 7] -> ([N, 7] ids, [N, 1, 7] normalised)."""
+        """[N, K, 7] -> ([N, 7 K] ids, [N, K, 7] normalised)."""
         normalized = self._tokenizer.normalize(to_policy(actions), self._statistics)
-        return self._tokenizer.encode(normalized)[:, 0], normalized
+        return self._tokenizer.encode(normalized).reshape(len(normalized), -1), normalized
 
 
-def to_environment(action: ArrayLike) -> NDArray[np.float64]:
-    """The policy's un-normalised action [7] -> the environment's.
+def to_environment(actions: ArrayLike) -> NDArray[np.float64]:
+    """The policy's un-normalised actions [..., 7] -> the environment's.
 
     The arm's six numbers stay. The gripper is stretched from [0, 1] to [-1, 1], reduced to its sign and negated, as
     OpenVLA's LIBERO evaluation does.
     """
-    converted = np.array(action, dtype=np.float64)
-    converted[GRIPPER] = -np.sign(2.0 * converted[GRIPPER] - 1.0)
+    converted = np.array(actions, dtype=np.float64)
+    converted[..., GRIPPER] = -np.sign(2.0 * converted[..., GRIPPER] - 1.0)
     return converted
 
 
@@ -149,7 +152,7 @@ def to_policy(actions: ArrayLike) -> NDArray[np.float32]:
 
 
 def dataset_statistics(actions: ArrayLike, num_episodes: int) -> dict[str, Any]:
-    """`norm_stats` entry of the environment's actions [N, 7], in the published layout: 1 % and 99 % quantiles, the
+    """`norm_stats` entry of the environment's actions [n, 7], in the published layout: 1 % and 99 % quantiles, the
     gripper not normalised."""
     seen = to_policy(actions)
     values = {

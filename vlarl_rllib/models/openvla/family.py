@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -47,10 +47,8 @@ PUBLISHED_TOWER_SIZES = {
 }
 LLAMA_SIZES = {"num_hidden_layers": 32, "hidden_size": 4096}
 """What a config.json that leaves them out means, as the published ones do."""
-PROMPT_TOKENS = 128
-"""That an engine makes room for (`engines.protocol.MAX_PROMPT_TOKENS`)."""
-CACHE_BLOCK = 128
-"""Tokens that it reserves at once (`engines.vllm.compat.BLOCK_TOKENS`)."""
+PROMPT_TOKENS, CACHE_BLOCK = 48, 16
+"""Of a prompt that an engine's cache is made for, and of what it reserves at once on a GPU (`engines.vllm.compat`)."""
 PUBLISHED_TARGETS = (
     "q", "kv", "qkv", "proj", "fc1", "fc2", "fc3",
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
@@ -87,10 +85,12 @@ class OpenVLAFamily(PolicyFamily):
     """See `models.family.PolicyFamily`."""
 
     name = "openvla"
-    vllm_model = "vlarl_rllib.engines.vllm.openvla:VlarlOpenVLA"
+    vllm_model: ClassVar[str | None] = "vlarl_rllib.engines.vllm.openvla:VlarlOpenVLA"
     lora_targets = LORA_TARGETS
     published_statistics = True
-    never_quantized = ("vision_backbone", "projector", "lm_head")
+    never_quantized: ClassVar[tuple[str, ...]] = ("vision_backbone", "projector", "lm_head")
+    auto_map: ClassVar[Mapping[str, str] | None] = AUTO_MAP
+    """Code that config.json of an export refers to; None = to none."""
 
     def read_facts(self, checkpoint: str) -> PolicyFacts:
         config, file = read_config(checkpoint)
@@ -115,7 +115,7 @@ class OpenVLAFamily(PolicyFamily):
 
     def codec(self, facts: PolicyFacts, statistics: Mapping[str, Any]) -> OpenVLACodec:
         ids = facts.actions.token_ids
-        return OpenVLACodec(ActionTokenizer(ids.stop, len(ids)), statistics)
+        return OpenVLACodec(ActionTokenizer(ids.stop, len(ids)), statistics, facts.actions.num_actions)
 
     def dataset_statistics(self, actions: np.ndarray, num_episodes: int) -> dict[str, Any]:
         return statistics_of(actions, num_episodes)
@@ -163,7 +163,7 @@ class OpenVLAFamily(PolicyFamily):
 
             write_random_7b(directory, seed)
         else:
-            presets.write_preset(preset, directory, seed)
+            presets.write_preset(presets.PRESETS[preset], directory, seed)
 
     def load_config(self, checkpoint: str) -> OpenVLAConfig:
         from vlarl_rllib.models.openvla import OpenVLAConfig
@@ -230,9 +230,12 @@ class OpenVLAFamily(PolicyFamily):
         if norm_stats:
             loaded.norm_stats = norm_stats
         config: dict[str, Any] = loaded.to_dict()
-        for name in ("quantization_config", "_name_or_path", "dtype"):  # the last under its published name
+        # the type goes under its published name
+        for name in ("quantization_config", "_name_or_path", "dtype", "auto_map"):
             config.pop(name, None)
-        config |= {"architectures": ["OpenVLAForActionPrediction"], "auto_map": AUTO_MAP, "torch_dtype": dtype}
+        config |= {"architectures": ["OpenVLAForActionPrediction"], "torch_dtype": dtype}
+        if self.auto_map:
+            config["auto_map"] = self.auto_map
         (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         _copy_files(base, out)
         if norm_stats:  # this file lies over the config's statistics wherever a checkpoint is read

@@ -23,47 +23,54 @@ def count_flops(config: OpenVLAConfig, prompt_tokens: int) -> PolicyFlops:
     action_ids, all_ids = len(config.action_token_ids), config.text_config.vocab_size
     prefill = config.num_patches + prompt_tokens
     one_more = NUM_ACTION_TOKENS + 1  # the end of sequence
-    towers = tuple(
-        tuple(_tower(f"vision_backbone.{name}", tower)) for name, tower in config.vision_tower_configs().items()
-    )
-    first = Pass(towers, (*_projector(config), *_decoder(config, prefill, prefill, 1, action_ids)))
+    towers = tower_chains(config)
+    first = Pass(towers, (*projector_products(config), *decoder_products(config, prefill, prefill, 1, action_ids)))
     later = [
-        Pass((), tuple(_decoder(config, 1, prefill + index, 1, action_ids))) for index in range(1, NUM_ACTION_TOKENS)
+        Pass((), tuple(decoder_products(config, 1, prefill + index, 1, action_ids)))
+        for index in range(1, NUM_ACTION_TOKENS)
     ]
     teacher_forced = prefill + NUM_ACTION_TOKENS - 1
-    score = tuple(_decoder(config, teacher_forced, teacher_forced, NUM_ACTION_TOKENS, action_ids))
-    targets = tuple(_decoder(config, teacher_forced + 1, teacher_forced + 1, one_more, all_ids))
-    value = tuple(_value_head(config, score[-1].level))
+    score = tuple(decoder_products(config, teacher_forced, teacher_forced, NUM_ACTION_TOKENS, action_ids))
+    targets = tuple(decoder_products(config, teacher_forced + 1, teacher_forced + 1, one_more, all_ids))
+    value = tuple(value_head_products(config, score[-1].level))
     return PolicyFlops(
-        score=Pass(towers, (*_projector(config), *score, *value)),
-        supervise=Pass(towers, (*_projector(config), *targets)),
+        score=Pass(towers, (*projector_products(config), *score, *value)),
+        supervise=Pass(towers, (*projector_products(config), *targets)),
         sample=first.forward_flops + sum(step.forward_flops for step in later),
     )
 
 
-def _tower(name: str, tower: VisionTowerConfig) -> Iterator[Product]:
+def tower_chains(config: OpenVLAConfig, num_images: int = 1) -> tuple[tuple[Product, ...], ...]:
+    """Both towers on so many images."""
+    return tuple(
+        tuple(_tower(f"vision_backbone.{name}", tower, num_images))
+        for name, tower in config.vision_tower_configs().items()
+    )
+
+
+def _tower(name: str, tower: VisionTowerConfig, num_images: int) -> Iterator[Product]:
     """The patch embedding, and each block but the last, which is never run."""
-    width, tokens = tower.embed_dim, tower.num_prefix_tokens + tower.num_patches
-    hidden = int(width * tower.mlp_ratio)
-    yield Product(f"{name}.patch_embed.proj", 0, tower.num_patches, COLORS * tower.patch_size**2, width)
+    width, keys = tower.embed_dim, tower.num_prefix_tokens + tower.num_patches
+    tokens, patches, hidden = num_images * keys, num_images * tower.num_patches, int(width * tower.mlp_ratio)
+    yield Product(f"{name}.patch_embed.proj", 0, patches, COLORS * tower.patch_size**2, width)
     for index in range(tower.depth - 1):
         block, level = f"{name}.blocks.{index}", 1 + index * LEVELS_OF_BLOCK
         yield Product(f"{block}.attn.qkv", level, tokens, width, 3 * width)
-        yield attention(level + 1, tokens, tokens, width)
+        yield attention(level + 1, tokens, keys, width)
         yield Product(f"{block}.attn.proj", level + 2, tokens, width, width)
         yield Product(f"{block}.mlp.fc1", level + 3, tokens, width, hidden)
         yield Product(f"{block}.mlp.fc2", level + 4, tokens, hidden, width)
 
 
-def _projector(config: OpenVLAConfig) -> Iterator[Product]:
+def projector_products(config: OpenVLAConfig, num_images: int = 1) -> Iterator[Product]:
     seen = sum(tower.embed_dim for tower in config.vision_tower_configs().values())
     width = config.text_config.hidden_size
     sizes = (seen, PROJECTOR_EXPANSION * seen, width, width)
     for index in range(3):
-        yield Product(f"projector.fc{index + 1}", index, config.num_patches, sizes[index], sizes[index + 1])
+        yield Product(f"projector.fc{index + 1}", index, num_images * config.num_patches, *sizes[index : index + 2])
 
 
-def _decoder(config: OpenVLAConfig, rows: int, keys: int, read: int, num_ids: int) -> Iterator[Product]:
+def decoder_products(config: OpenVLAConfig, rows: int, keys: int, read: int, num_ids: int) -> Iterator[Product]:
     """The language model and its head.
 
     Args:
@@ -90,7 +97,7 @@ def _decoder(config: OpenVLAConfig, rows: int, keys: int, read: int, num_ids: in
     yield Product("language_model.lm_head", 3 + text.num_hidden_layers * LEVELS_OF_BLOCK, read, width, num_ids)
 
 
-def _value_head(config: OpenVLAConfig, level: int) -> Iterator[Product]:
+def value_head_products(config: OpenVLAConfig, level: int) -> Iterator[Product]:
     """Beside the token head, on one hidden state."""
     sizes = value_head_widths(config.text_config.hidden_size)
     for index in range(3):

@@ -21,7 +21,7 @@ class LastDecoderLayer(LlamaDecoderLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, read_positions: Tensor | None = None, **kwargs: Any) -> Tensor:
         """[B, L, D] -> [B, L, D], or [B, A, D] of `read_positions` [B, A]: causal, with pads last, and a cache, if any,
-        still empty."""
+        still empty; or, with `visible`, as that says."""
         if read_positions is None:
             return super().forward(hidden_states, *args, **kwargs)
         residual = gather_positions(hidden_states, read_positions)
@@ -35,9 +35,11 @@ class LastDecoderLayer(LlamaDecoderLayer):
         *,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Any = None,
+        visible: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Self-attention [B, A, D] of the positions to all tokens [B, L, D] up to each."""
+        """Self-attention [B, A, D] of the positions to tokens [B, L, D]: where `visible` [B, 1, 1, L] is true, or
+        without it to all up to each."""
         attention: Any = self.self_attn
         batch, length = hidden.shape[:2]
         query = attention.q_proj(gather_positions(hidden, positions))
@@ -52,7 +54,8 @@ class LastDecoderLayer(LlamaDecoderLayer):
         key, _ = apply_rotary_pos_emb(key, key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
-        visible = torch.arange(length, device=hidden.device) <= positions[:, None, :, None]
+        if visible is None:
+            visible = torch.arange(length, device=hidden.device) <= positions[:, None, :, None]
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, scale=attention.scaling, enable_gqa=attention.num_key_value_groups > 1
         )

@@ -126,13 +126,17 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 checkpoint, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         model, info = loaded
-        if wrong := ill_fitting(info):
+        if wrong := ill_fitting(model._with_own_files(info, checkpoint, **hub_options)):
             raise ValueError(
                 f"the tensors of checkpoint '{checkpoint}' are not those that its config.json describes: {wrong}; "
                 "pass vision_towers=... if its towers are not the published ones"
             )
         model.config.norm_stats = merge_dataset_statistics(model.config.norm_stats, checkpoint, **hub_options)
         return (model, info) if return_info else model
+
+    def _with_own_files(self, info: dict[str, Any], checkpoint: str, **hub_options: Any) -> dict[str, Any]:
+        """Load the parts that have files of their own; transformers' loading info without their tensors."""
+        return info
 
     @property
     def action_token_ids(self) -> range:
@@ -214,22 +218,27 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """
         text, lengths = right_padded(input_ids, attention_mask)
         if action_tokens is not None:
-            text = _append_to_rows(text, lengths, action_tokens[:, :-1])
+            text = append_to_rows(text, lengths, action_tokens[:, :-1])
         embeddings = self._sequence_embeddings(text, self._vision_features(pixel_values, vision_features))
         num_states = 1 if action_tokens is None else action_tokens.shape[1]
         positions = self._last_prompt_position(lengths)[:, None] + torch.arange(num_states, device=lengths.device)
         hidden = self._read_states(embeddings, positions)
         return hidden, hidden[:, 0]
 
-    def _read_states(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+    def _read_states(self, embeddings: Tensor, positions: Tensor, visible: Tensor | None = None) -> Tensor:
         """Llama's final hidden states [B, A, D] at `positions` [B, A] of sequences [B, N, D].
 
         Its own forward asks the GPU in each pass whether several sequences are packed into a row, and waits for it.
+
+        Args:
+            visible: [B, 1, 1, N] bool, tokens that all of the row attend to; None = each to all up to itself.
         """
         decoder = self.language_model.model
-        mask = create_causal_mask(
-            config=decoder.config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None
-        )
+        mask = visible
+        if visible is None:
+            mask = create_causal_mask(
+                config=decoder.config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None
+            )
         position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
         rotary = decoder.rotary_emb(embeddings, position_ids=position_ids)
         hidden = embeddings
@@ -242,6 +251,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 past_key_values=None,
                 use_cache=False,
                 read_positions=positions,
+                visible=visible,
             )
         return decoder.norm(hidden)
 
@@ -263,8 +273,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 from torch's global generator.
 
         Returns:
-            tokens [B, 7] int64, their log-probs [B, 7] float32 over the 256 action ids at the row's temperature, and
-            values [B] where there is a value head.
+            As `SampledTokens` says: A = 7 tokens, of 256 ids, and values where there is a value head.
         """
         temperatures = temperatures.to(self.device, torch.float32)
         greedy = temperatures == 0
@@ -363,7 +372,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     def _last_prompt_position(self, lengths: Tensor) -> Tensor:
         """[B] index of each row's last prompt token in the sequence, where the patches precede it."""
-        return lengths - 1 + self.config.num_patches
+        return lengths - 1 + self.num_image_tokens
 
     def _action_rows(self, hidden: Tensor) -> Tensor:
         """Logits [..., 256] float32 of the action ids alone."""
@@ -385,7 +394,7 @@ def right_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Ten
     return input_ids.gather(1, order), mask.sum(dim=1)
 
 
-def _append_to_rows(text: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+def append_to_rows(text: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
     """Put `tokens` [B, n] directly behind each row's prompt: [B, L + n]; what was there are pads."""
     columns = lengths[:, None] + torch.arange(tokens.shape[1], device=text.device)
     return torch.cat([text, text.new_zeros(tokens.shape)], dim=1).scatter(1, columns, tokens)

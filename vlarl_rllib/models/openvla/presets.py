@@ -165,17 +165,18 @@ PRESETS = {
 }
 
 
-def write_preset(preset_name: str, directory: Path, seed: int) -> None:
-    """See `PolicyFamily.write_preset`."""
+def write_preset(
+    preset: Preset, directory: Path, seed: int, model_class: "type[OpenVLAForActionPrediction] | None" = None
+) -> None:
+    """See `PolicyFamily.write_preset`; the model is of the class, by default OpenVLA's."""
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
     from vlarl_rllib.models.openvla import PrismaticImageProcessor
 
-    preset = PRESETS[preset_name]
     directory.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()  # of one shard; it would be the first thing that a quickstart shows
     try:
-        build_model(preset, seed).save_pretrained(directory)
+        build_model(preset, seed, model_class).save_pretrained(directory)
     finally:
         enable_progress_bar()
     PrismaticImageProcessor.for_image_size(preset.image_size).save_pretrained(directory)
@@ -193,7 +194,7 @@ def preset_facts(preset: Preset) -> PolicyFacts:
     )
 
 
-def build_config(preset: Preset) -> "OpenVLAConfig":
+def build_config(preset: Preset, config_class: "type[OpenVLAConfig] | None" = None) -> "OpenVLAConfig":
     """Configuration of a preset, with the action statistics of the LIBERO suites and of `tabletop`."""
     from transformers import LlamaConfig
 
@@ -215,7 +216,7 @@ def build_config(preset: Preset) -> "OpenVLAConfig":
         max_position_embeddings=2048,
         pad_token_id=pad_token_id,
     )
-    return OpenVLAConfig(
+    return (config_class or OpenVLAConfig)(
         text_config=text_config,
         # DINOv2's 1e-5 is meant for towers that train for long; it would silence these blocks
         vision_towers={"featurizer": {**tower, "init_values": 1.0}, "fused_featurizer": tower},
@@ -227,15 +228,18 @@ def build_config(preset: Preset) -> "OpenVLAConfig":
     )
 
 
-def build_model(preset: Preset, seed: int = 0) -> "OpenVLAForActionPrediction":
+def build_model(
+    preset: Preset, seed: int = 0, model_class: "type[OpenVLAForActionPrediction] | None" = None
+) -> "OpenVLAForActionPrediction":
     """A float32 model with random weights; torch's global generator is left as it was."""
     import torch
 
     from vlarl_rllib.models.openvla import OpenVLAForActionPrediction
 
+    chosen = model_class or OpenVLAForActionPrediction
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = OpenVLAForActionPrediction(build_config(preset))
+        model = chosen(build_config(preset, chosen.config_class))
         initialize_for_exploration(model)
     return model.eval()
 

@@ -1,5 +1,5 @@
-"""Passes through a small model as CUDA graphs: launching its kernels one by one takes several times as long as a GPU
-needs for them.
+"""Passes as CUDA graphs: launching the kernels of a small model, or of a few rows, one by one takes several times as
+long as a GPU needs for them.
 """
 
 from __future__ import annotations
@@ -85,3 +85,9 @@ class GraphCapture:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             results = {name: tensor.detach() for name, tensor in run().items()}
         return graph.replay, results
+
+
+def graph_rows(needed: int, most: int) -> int:
+    """Rows of the graph that serves so many: powers of two, then multiples of 16, so that few are filled up."""
+    rows = -(-needed // 16) * 16 if needed > 16 else 1 << (needed - 1).bit_length()
+    return min(rows, most)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from learner_helpers import pretend_capture
 from torch import nn
 
-from vlarl_rllib.learner.replay import EAGER_CALLS, GraphCapture, Replayed
+from tests.replay_helpers import pretend_capture
+from vlarl_rllib.models.replay import EAGER_CALLS, GraphCapture, Replayed, graph_rows
 
 ROWS = (3, 3, 5, 3, 5, 3, 5, 3)
 
@@ -62,3 +62,8 @@ def test_the_first_calls_run_as_they_are() -> None:
         step({"x": torch.ones(1, 4)}, {"by": torch.ones(())})
     (shape,) = step._shapes.values()
     assert shape.replay is None and model.weight.grad is not None
+
+
+def test_sizes_of_graphs_are_few_and_near() -> None:
+    assert [graph_rows(count, 64) for count in (1, 2, 3, 5, 9, 16, 17, 33, 64)] == [1, 2, 4, 8, 16, 16, 32, 48, 64]
+    assert graph_rows(17, 20) == 20, "no graph is larger than what comes at once"
