@@ -22,6 +22,7 @@ from vlarl_rllib.runs.capacity import (
     parts_of,
     place,
     problems,
+    rendering_gb,
     too_few_cpus,
 )
 from vlarl_rllib.runs.doubts import doubts
@@ -123,12 +124,13 @@ def _report(
 
 
 def _on_cards(settings: Settings, plan: RuntimeArgs, machine: Machine) -> Iterator[tuple[str, str]]:
-    each = estimate(settings, plan)
+    each, drawn = estimate(settings, plan), rendering_gb(settings, plan, machine.gpus)
     for number, card in enumerate(place(plan, machine.gpus)[0]):
         roles = ", ".join(role.value for role in card) or "nobody"
         needed = each.of(card)
-        amount = "not known: the model is not here" if needed is None else f"about {needed:.1f}"
-        yield f"on GPU {number}", f"{roles}; {amount} of {machine.gpu_memory_gb:g} GB"
+        amount = "not known: the model is not here" if needed is None else f"about {needed + drawn:.1f}"
+        frames = f", of them {drawn:.1f} to draw frames" if drawn else ""
+        yield f"on GPU {number}", f"{roles}; {amount} of {machine.gpu_memory_gb:g} GB{frames}"
 
 
 def _on_host(settings: Settings, plan: RuntimeArgs, machine: Machine) -> tuple[str, str]:

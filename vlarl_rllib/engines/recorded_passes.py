@@ -50,8 +50,8 @@ class RecordedPasses:
             temperatures=_with_rows(temperatures, added),
             seeds=[*seeds, *[0] * added],
         )
-        values = None if sampled.values is None else sampled.values[:count]
-        return SampledTokens(sampled.tokens[:count], sampled.log_probs[:count], values)
+        tokens, log_probs, values = sampled
+        return SampledTokens(tokens[:count], log_probs[:count], None if values is None else values[:count])
 
     def _replay(self, *args: Any, **kwargs: Any) -> Any:
         given = self._signature.bind(*args, **kwargs).arguments

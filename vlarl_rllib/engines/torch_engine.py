@@ -15,8 +15,10 @@ import transformers
 from torch import Tensor
 
 from vlarl_rllib.engines.protocol import EngineError, EngineSpec, EngineStatus, check_requests, checked_reply
+from vlarl_rllib.engines.recorded_passes import RecordedPasses
 from vlarl_rllib.engines.step_loop import NO_WHOLE_VERSION, Sampled
 from vlarl_rllib.models.family import load_family
+from vlarl_rllib.models.replay import GraphCapture
 from vlarl_rllib.types import HALF_LOADED, INITIAL_VERSION, SampleReply, SampleRequest, WeightManifest
 from vlarl_rllib.weights.protocol import TransferError
 from vlarl_rllib.weights.receiver import Receiver
@@ -52,6 +54,8 @@ class TorchEngine:
         self.expected, self._base = expected_tensors(self._model, value_head=spec.values), ""
         self._processor = family.processor(spec.model_path)
         self.actions = self._facts.actions
+        records = spec.gpus and self.actions.parallel and not spec.enforce_eager
+        self._recorded = RecordedPasses(self._model, spec.max_batch, GraphCapture()) if records else None
         self.num_decisions = 0
         self.busy_seconds = 0.0
 
@@ -120,11 +124,13 @@ class TorchEngine:
         inputs = self._processor.raw_inputs(
             [request.image for request in requests], [request.instruction for request in requests]
         )
-        sampled = self._model.sample_action_tokens(
-            **{name: tensor.to(self._device) for name, tensor in inputs.items()},
-            temperatures=torch.tensor([request.temperature for request in requests], device=self._device),
-            seeds=[request.seed for request in requests],
-        )
+        moved = {name: tensor.to(self._device) for name, tensor in inputs.items()}
+        temperatures = torch.tensor([request.temperature for request in requests], device=self._device)
+        seeds = [request.seed for request in requests]
+        if self._recorded is None:
+            sampled = self._model.sample_action_tokens(**moved, temperatures=temperatures, seeds=seeds)
+        else:
+            sampled = self._recorded.sample(moved, temperatures, seeds)
         values: list[float | None] = [None] * len(requests)
         if self._with_values:
             if sampled.values is None:

@@ -1,7 +1,6 @@
 """Whether machines that are described in numbers have room for a plan: bundles on GPUs, and an estimate of memory.
 
-The estimate is arithmetic with a few numbers that were measured with 7B weights (docs/adapters_and_export.md); it came
-out 4 % above the card's 74.9 GB there. It says what is hopeless and what is near the edge, no more.
+The estimate is arithmetic with a few numbers that were measured with 7B weights (docs/doctor.md).
 """
 
 from __future__ import annotations
@@ -45,6 +44,8 @@ SLACK = 0.05
 """What a learner's allocator holds and does not use, as a share of the activations."""
 SCRATCH_BYTES = 0.0055
 """Of an engine, for each sequence of a batch and parameter of the model: activations of a prompt, graphs of frames."""
+RENDERER_GB = 0.59
+"""On its GPU, of an environment process that draws there: 2,249 MiB of four."""
 PROCESS_GB, FURTHER_MODEL_GB = 1.03, 0.68
 """Host memory of an environment process of LIBERO with one model, and of each further one (README, Measured)."""
 BUCKETS = 2
@@ -237,14 +238,21 @@ def problems(settings: Settings, plan: RuntimeArgs, machine: Machine) -> list[st
     return [*found, *_memory_problems(settings, plan, machine, cards)]
 
 
+def rendering_gb(settings: Settings, plan: RuntimeArgs, gpus: int) -> float:
+    """Memory on each of a machine's GPUs of the environments of these bundles that draw there, in GB."""
+    facts = registry.ENVIRONMENTS.get(settings.env.name)
+    runners = [bundle.role for bundle in plan.bundles].count(Role.RUNNER)
+    return RENDERER_GB * runners * plan.num_processes / gpus if facts and facts.crops and gpus else 0.0
+
+
 def _memory_problems(
     settings: Settings, plan: RuntimeArgs, machine: Machine, cards: Sequence[Sequence[Role]], of: str = ""
 ) -> Iterator[str]:
-    each = estimate(settings, plan)
+    each, drawn = estimate(settings, plan), rendering_gb(settings, plan, machine.gpus)
     for number, card in enumerate(cards):
-        if (needed := each.of(card)) is not None and needed > machine.gpu_memory_gb:
+        if (needed := each.of(card)) is not None and needed + drawn > machine.gpu_memory_gb:
             yield (
-                f"memory: about {needed:.0f} GB on GPU {number}{of} of {machine.gpu_memory_gb:g}; lower "
+                f"memory: about {needed + drawn:.0f} GB on GPU {number}{of} of {machine.gpu_memory_gb:g}; lower "
                 "learners.micro_batch_size, learners.activation_memory_budget or engines.max_batch"
             )
     if (host := host_gb(settings, plan)) > machine.memory_gb:
