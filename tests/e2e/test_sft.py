@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from vlarl_rllib.models.openvla import OpenVLAForActionPrediction, OpenVLAProces
 from vlarl_rllib.models.openvla.family import FAMILY as OPENVLA
 from vlarl_rllib.models.presets import resolve_model
 from vlarl_rllib.runs.directory import RunDirectory
+from vlarl_rllib.runs.export import write_model
 from vlarl_rllib.settings import Settings
 
 SIDE = 28
@@ -176,12 +178,17 @@ def test_frames_that_do_not_fit_change_nothing(
     assert kept.call("supervise", 8) == decoded.call("supervise", 8)
 
 
-def test_two_learners_imitate_too(make_group: Callable[..., RankGroup], demonstrations: Path) -> None:
+def test_two_learners_imitate_too_and_write_what_they_learned(
+    make_group: Callable[..., RankGroup], demonstrations: Path, tmp_path: Path
+) -> None:
     group = make_group(2)
     assert group.call("open_data", read_statistics(demonstrations, OPENVLA)[1]["action"]) == [12 * 6, 12 * 6]
     first, *_, last = (means(group.call("supervise", 5)[0]) for _ in range(6))
     assert first["loss"] > 3.0, "ln 576 = 6.4 at the start"
     assert last["loss"] < 0.75 * first["loss"] and last["l1"] < first["l1"] and last["skipped"] == 0
+    base, out = resolve_model(group.settings.model.path), tmp_path / "out"
+    group.call("with_weights", partial(write_model, family=OPENVLA, base=base, out=out, dtype="float32"))
+    OpenVLAForActionPrediction.from_pretrained(out, dtype=torch.float32)
 
 
 def test_the_command_leaves_a_checkpoint_that_acts_and_a_resumed_run_leaves_the_same(

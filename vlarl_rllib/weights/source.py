@@ -61,7 +61,8 @@ class Published:
         Args:
             dtype: of the policy, as in `spec`; shards are cast before they are gathered, so bfloat16 halves the
                 traffic. Adapters are merged, always anew from the base, before their weight is cast.
-            copy: never memory that the model goes on using, which on one rank the whole tensor may be.
+            copy: never memory that the model goes on using, which on one rank the whole tensor may be, nor a part of
+                larger memory, which a gathered one may be: safetensors refuses to write those.
         """
         dtype = self._type(dtype)
         if self.adapted is not None:
@@ -69,7 +70,8 @@ class Published:
         else:
             own, whole = local_shard(self.parameter), _gather(self.parameter, dtype)
         tensor = whole.to(dtype).contiguous()
-        return tensor.clone() if copy and tensor.data_ptr() == own.data_ptr() else tensor
+        is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+        return tensor.clone() if copy and (is_part or tensor.data_ptr() == own.data_ptr()) else tensor
 
 
 def published_parameters(model: nn.Module, *, value_head: bool = False) -> Iterator[Published]:
